@@ -1,0 +1,341 @@
+"""Qwen3, Qwen2/2.5 and Llama as one decoder with three switches, and the one attention concept of this project.
+
+Which token sees which is a predicate over three integers a token carries (`Layout`, `visible`): causal, bidirectional,
+block-causal, the two streams of BD3LM training, packed documents and padding are all values of these integers, never
+another code path. Module names equal Hugging Face names, so a state dict is the checkpoint.
+
+B batch, T tokens, K tokens of a block, N selected tokens, D hidden, H heads, G key/value heads, C head width,
+V vocabulary, L layers.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Config:
+    """A checkpoint's config.json, under Hugging Face's names; the defaults are the shape of `builtin/tiny`.
+
+    The three switches between the families follow from `model_type`: `qk_norm`, `qkv_bias` and `rope_scaling`.
+    """
+
+    model_type: str = "qwen3"  # qwen3, qwen2 or llama
+    vocab_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32  # independent of hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: dict | None = None  # None, or rope_type llama3 with its four numbers
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    initializer_range: float = 0.02
+    dtype: str = "float32"  # of the stored weights
+    objective: str | None = None  # ar, mdlm, bd3lm; None: the checkpoint does not declare one
+    block_length: int | None = None  # K of bd3lm
+    mask_token_id: int | None = None
+    right_shift: bool | None = None  # position i predicts token i + 1, as in the AR model
+    extra: dict = field(default_factory=dict)  # the source's other fields, unread, kept to be written back
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.model_type == "qwen3"
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.model_type == "qwen2" or self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        return self.model_type != "qwen2" and self.attention_bias
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: who sees whom
+
+
+class Layout(NamedTuple):
+    """Four integers a token, each (B, T) int64. `position` drives RoPE and nothing else; the other three, `visible`.
+
+    document: tokens see only their own; -1 for padding, -2 for a cache column nobody has written.
+    block: the diffusion block, counted within the document.
+    noisy: 0 for a clean token, else the number of its noisy copy.
+    kind: "full" or "causal" where that is known without looking at the values (no mask is built then), else "any".
+    """
+
+    position: Tensor
+    document: Tensor
+    block: Tensor
+    noisy: Tensor
+    kind: str = "any"
+
+    @classmethod
+    def of(
+        cls,
+        position: Tensor,
+        document: Tensor | None = None,
+        block_length: int | None = None,
+        offset: Tensor | None = None,
+    ) -> "Layout":
+        """The clean layout of tokens at `position` (B, T), which rises along each document.
+
+        block_length None: one block, bidirectional; 1: causal; K: block-causal.
+        offset (B,): block = (position + offset) // K, so that blocks need not start at position 0.
+        """
+        zeros = torch.zeros_like(position)
+        if block_length is None:
+            block = zeros
+        else:
+            block = (position if offset is None else position + offset[:, None]) // block_length
+        kind = "any"
+        if document is None and block_length is None:
+            kind = "full"
+        elif document is None and block_length == 1:
+            kind = "causal"
+        return cls(position, zeros if document is None else document, block, zeros, kind)
+
+    def two_stream(self) -> "Layout":
+        """(B, 2T): a noisy copy of every token, then the clean ones (BD3LM training; arXiv 2503.09573, section 3.2)."""
+        position, document, block, noisy = (torch.cat([field, field], dim=1) for field in self[:4])
+        noisy[:, : self.noisy.shape[1]] = 1
+        return Layout(position, document, block, noisy)
+
+    def map(self, function) -> "Layout":
+        """`function` applied to each of the four tensors; nothing is known statically of the result."""
+        return Layout(*(function(field) for field in self[:4]))
+
+
+def visible(q: Layout, k: Layout) -> Tensor:
+    """True where query q sees key k; the fields broadcast against each other.
+
+    A noisy key is seen by its own block of its own copy. A clean key is seen by clean queries of its block and later
+    ones, and by noisy queries of strictly later blocks.
+    """
+    noisy_key = (k.noisy == q.noisy) & (k.block == q.block)
+    clean_key = k.block <= q.block - (q.noisy > 0).to(q.block.dtype)
+    return (q.document == k.document) & torch.where(k.noisy > 0, noisy_key, clean_key)
+
+
+def attention_mask(q: Layout, k: Layout):
+    """What `LanguageModel` takes as `mask`, built once a forward (or once for many) and shared by all layers.
+
+    "full" or "causal" where no mask is needed; a FlexAttention BlockMask on CUDA for a sequence attending to itself;
+    else a (B, 1, Q, K) bool tensor for SDPA (no CPU backward in FlexAttention; a cache's queries are few).
+    """
+    if q is k and q.kind != "any":
+        return q.kind
+    if q.position.is_cuda and q is k:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def mask_mod(b, _, i, j):
+            return visible(q.map(lambda field: field[b, i]), k.map(lambda field: field[b, j]))
+
+        B, T = q.position.shape
+        return _compiled(create_block_mask)(mask_mod, B, None, T, T, device=q.position.device)
+    return visible(q.map(lambda field: field[:, :, None]), k.map(lambda field: field[:, None, :]))[:, None]
+
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+    """Softmax attention of q (B, H, Q, C) over k, v (B, G, K, C), H a multiple of G, under `attention_mask`'s mask."""
+    if isinstance(mask, str):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=True)
+    if isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+class KVCache:
+    """Preallocated keys and values of `length` columns for B rows, with the layout of what was written in them.
+
+    Zeros, not empty: a masked weight of 0 times NaN is NaN. Unwritten columns belong to document -2, as no query does.
+    """
+
+    def __init__(self, config: Config, batch: int, length: int, *, dtype: torch.dtype, device="cpu"):
+        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, length, G, C)
+        self.values = torch.zeros_like(self.keys)
+        zeros = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        self.layout = Layout(zeros.clone(), zeros - 2, zeros.clone(), zeros.clone())
+        self.rows = torch.arange(batch, device=device)[:, None]
+
+    def write_layout(self, columns: Tensor, layout: Layout) -> None:
+        for kept, new in zip(self.layout[:4], layout[:4]):
+            kept[self.rows, columns] = new
+
+    def write(self, layer: int, columns: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k, v (B, G, T, C) at columns (B, T) of a layer; returns that layer's whole (B, G, length, C)."""
+        self.keys[layer, self.rows, columns] = k.transpose(1, 2).to(self.keys.dtype)
+        self.values[layer, self.rows, columns] = v.transpose(1, 2).to(self.values.dtype)
+        return self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+
+def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, C/2) of the rotary angles at `position` (B, T), computed in float32.
+
+    RoPE, arXiv 2104.09864, in the half-split form of the published checkpoints; rope_type llama3 stretches the long
+    wavelengths by `factor`, leaves the short ones, and interpolates between (Llama 3.1's published rule).
+    """
+    C = config.head_dim
+    frequency = config.rope_theta ** -(torch.arange(0, C, 2, dtype=torch.float32, device=position.device) / C)
+    if config.rope_scaling is not None:
+        s = config.rope_scaling
+        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the original context
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / s["factor"])
+    angle = position[:, None, :, None].float() * frequency  # (B, 1, T, C/2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, T, C) turned by the angles of `rotary`; feature c pairs with c + C/2."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        D, C = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = C
+        self.q_proj = nn.Linear(D, H * C, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * C, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * C, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * C, D, bias=config.output_bias)
+        self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, write) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (  # each (B, T, heads, C)
+            projection(x).view(B, T, -1, self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, heads, T, C)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if write is not None:
+            k, v = write(k, v)
+        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, write=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, write)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """Tokens and a layout in, logits (or what `head` makes of the hidden states) out."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D): the output embedding, which is the input embedding where they are tied."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Random weights: matrices and embeddings N(0, initializer_range), norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+            else:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        *,
+        cache: KVCache | None = None,
+        columns: Tensor | None = None,
+        mask=None,
+        index: Tensor | None = None,
+        head=None,
+    ):
+        """Logits (B, T, V) of tokens (B, T); with `index` (N,), flat positions in B*T, only those: (N, V).
+
+        cache, columns (B, T): keys and values are written to these columns of the cache, and attention is over all of
+        its columns. mask: one that `attention_mask` built before, to reuse. head: called here, on hidden (N, D) or
+        (B, T, D) and the weight (V, D), and its result returned in the logits' place (under FSDP2 the weight is whole
+        only inside `forward`).
+        """
+        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        cos, sin = rotary(self.config, layout.position, x.dtype)
+        if cache is not None:
+            cache.write_layout(columns, layout)
+        if mask is None:
+            mask = attention_mask(layout, layout if cache is None else cache.layout)
+        for i, layer in enumerate(self.model.layers):
+            write = None if cache is None else functools.partial(cache.write, i, columns)
+            x = layer(x, cos, sin, mask, write)
+        if index is not None:
+            x = x.flatten(0, 1)[index]  # (N, D)
+        x = self.model.norm(x)
+        return F.linear(x, self.head_weight) if head is None else head(x, self.head_weight)
