@@ -1,0 +1,657 @@
+"""Noise schedules, the three objectives (ar, mdlm, bd3lm), their one loss, and the one sampler.
+
+Everything random about a training example is an explicit `Noise`; an objective turns a clean `Batch` and its noise into
+an `Example`; `loss` is the same for all. `denoise` generates, continues and fills in for all three: AR is block length
+1, BD3LM block length K, MDLM one block.
+
+Masked diffusion: MDLM, arXiv 2406.07524. Block diffusion: BD3LM, arXiv 2503.09573. Time t in (0, 1], 1 = all masked;
+alpha(t) is the probability that a token is still clean. Letters as in model.py; S steps.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import KVCache, LanguageModel, Layout
+
+OBJECTIVES = ("ar", "mdlm", "bd3lm")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+def alpha(t: Tensor, scheduler: str = "linear") -> Tensor:
+    """Probability that a token is still clean at time t: 1 - t (linear), 1 - cos(pi/2 (1 - t)) (cosine)."""
+    if scheduler == "linear":
+        return 1 - t
+    if scheduler == "cosine":
+        return 1 - torch.cos(math.pi / 2 * (1 - t))
+    raise ValueError(f"scheduler {scheduler!r} is unknown; expected linear or cosine")
+
+
+def alpha_derivative(t: Tensor, scheduler: str = "linear") -> Tensor:
+    """d alpha / dt."""
+    if scheduler == "linear":
+        return torch.full_like(t, -1.0)
+    if scheduler == "cosine":
+        return -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
+    raise ValueError(f"scheduler {scheduler!r} is unknown; expected linear or cosine")
+
+
+def loss_weight(level: Tensor, weight_type: str, scheduler: str = "linear") -> Tensor:
+    """Weight of a masked token's cross-entropy at noise `level`.
+
+    scheduler: -alpha'(t) / (1 - alpha(t)), MDLM's equation 11, with the reference's 1e-6 against division by zero.
+    uniform: 1. count: 1 / level, which is m / n where the level is the masked share n / m (the unbiased bound).
+    """
+    if weight_type == "scheduler":
+        return -alpha_derivative(level, scheduler) / (1 - alpha(level, scheduler) + 1e-6)
+    if weight_type == "uniform":
+        return torch.ones_like(level)
+    if weight_type == "count":
+        return 1 / level
+    raise ValueError(f"loss_weight_type {weight_type!r} is unknown; expected scheduler, uniform or count")
+
+
+def reverse_mask_prob(s: Tensor, t: Tensor, scheduler: str = "linear") -> Tensor:
+    """Probability that a token masked at time t is still masked at the earlier time s < t."""
+    return (1 - alpha(s, scheduler)) / (1 - alpha(t, scheduler))
+
+
+def reveal_schedule(
+    masks: Tensor,
+    steps: int,
+    scheduler: str = "linear",
+    *,
+    stochastic: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(..., S) int64: how many of masks (...) to reveal at each of `steps` equal steps of time from 1 to 0.
+
+    The expected number, rounded half to even; `stochastic`: a binomial draw. Steps that reveal nothing are left out,
+    so that a schedule is front-loaded and ends in zeros; it sums to `masks`.
+    """
+    grid = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    t, s = grid[:-1].float(), grid[1:].float()  # float32, as the reference computes its probabilities
+    reveal = (1 - reverse_mask_prob(s, t, scheduler).double()).to(masks.device)  # (S,)
+    remaining, schedule = masks.double(), []
+    for p in reveal:
+        if stochastic:
+            expected = torch.binomial(remaining, p.expand_as(remaining), generator=generator)
+        else:
+            expected = (remaining * p).round()
+        schedule.append(torch.minimum(remaining, expected))
+        remaining = remaining - schedule[-1]
+    schedule = torch.stack(schedule, dim=-1).long()
+    order = (schedule == 0).to(torch.int8).argsort(dim=-1, stable=True)  # zeros last, the rest in their order
+    return schedule.gather(-1, order)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clean batches and their noise
+
+
+class Batch(NamedTuple):
+    """Clean rows. tokens, document, position (B, T) int64; supervised (B, T) bool: whose loss counts; sample (B,)
+    int64: each row's place in the epoch's order, which its noise depends on, and not on the process or the batch."""
+
+    tokens: Tensor
+    supervised: Tensor
+    document: Tensor
+    position: Tensor
+    sample: Tensor
+    epoch: int = 0
+
+
+class Noise(NamedTuple):
+    """Everything random about an example: level (B, T) float in (0, 1], the time t; masked (B, T) bool."""
+
+    level: Tensor
+    masked: Tensor
+
+
+def draw_noise(
+    batch: Batch,
+    *,
+    block_length: int | None = None,
+    seed: int = 0,
+    noise_type: str = "level",
+    level_per: str = "block",
+    scheduler: str = "linear",
+    time_epsilon: float = 1e-3,
+    time_max: float = 1.0,
+    at_least_one: bool = False,
+) -> Noise:
+    """The noise of a batch, which is a function of seed, epoch and each row's `sample` alone.
+
+    Levels have low discrepancy without coupling rows or processes: sample n has level frac(u + n * golden ratio), its
+    blocks frac(level + a random permutation / blocks), so that every row covers (0, 1] evenly and no stratum is tied to
+    a place. Blocks without a supervised token take no stratum.
+
+    block_length: of the noise; None: one block a document (MDLM). level_per: "block" (BD3LM, arXiv 2503.09573,
+    equation 8), or "sequence": one level a row, as the reference draws. noise_type: "level" masks each token with
+    probability 1 - alpha(t), t in [time_epsilon, time_max]; "count" masks n ~ uniform 1..m of a block's m supervised
+    tokens, its level is n / m. at_least_one: a block whose draw is empty masks one token all the same (it lowers the
+    variance and biases the 1/t weight).
+    """
+    position, supervised = batch.position, batch.supervised
+    B, T = position.shape
+    block = torch.zeros_like(position) if block_length is None else position // block_length
+    changes = (batch.document.diff(dim=1) != 0) | (block.diff(dim=1) != 0)
+    run = F.pad(changes.cumsum(dim=1), (1, 0))  # (B, T): the block's number in its row, over all documents
+    size = torch.zeros_like(run).scatter_add_(1, run, supervised.long())  # (B, T): supervised tokens of run r
+    learned = size > 0
+    strata = learned.sum(dim=1)
+    shared = np.random.Generator(np.random.Philox(key=[(seed << 32) + batch.epoch, 2**64 - 1])).random()
+    base = (shared + batch.sample.numpy() * ((math.sqrt(5) - 1) / 2)) % 1.0  # (B,)
+    level = torch.zeros(B, T, dtype=torch.float64)  # of run r
+    order = torch.empty(B, T, dtype=torch.float64)  # a token's uniform draw
+    for row, n in enumerate(batch.sample.tolist()):
+        generator = np.random.Generator(np.random.Philox(key=[(seed << 32) + batch.epoch, n]))
+        stratum = torch.from_numpy(generator.permutation(int(strata[row])))
+        if level_per == "sequence":
+            stratum = torch.zeros_like(stratum)
+        level[row, learned[row]] = (base[row] + stratum / max(1, len(stratum))) % 1.0
+        order[row] = torch.from_numpy(generator.random(T))
+    # rank (B, T): of a supervised token's draw among its block's
+    key = torch.where(supervised, run + order, math.inf)
+    rank = torch.empty_like(run).scatter_(1, key.argsort(dim=1), torch.arange(T).expand(B, T))
+    rank = rank - (size.cumsum(dim=1) - size).gather(1, run)
+    level, size = level.gather(1, run), size.gather(1, run)
+    if noise_type == "count":
+        count = 1 + (level * size).floor()
+        level, masked = count / size.clamp(min=1), rank < count
+    elif noise_type == "level":
+        level = time_epsilon + (time_max - time_epsilon) * level
+        masked = order < 1 - alpha(level, scheduler)
+        if at_least_one:
+            masked |= rank == 0
+    else:
+        raise ValueError(f"noise_type {noise_type!r} is unknown; expected level or count")
+    return Noise(level.float(), masked & supervised)
+
+
+def with_complement(batch: Batch, noise: Noise) -> tuple[Batch, Noise]:
+    """Batch and noise (2B, T), every row a second time with the complementary mask at level 1 - t."""
+    twice = Batch(*(torch.cat([field, field]) for field in batch[:5]), batch.epoch)
+    level = torch.cat([noise.level, (1 - noise.level).clamp(min=1e-3)])
+    return twice, Noise(level, torch.cat([noise.masked, batch.supervised & ~noise.masked]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objectives
+
+
+class Example(NamedTuple):
+    """What the loss sees. tokens (B, T') int64 and their layout; index (N,): the flat positions in B*T' whose output
+    predicts targets (N,), with weights (N,) float; entries of weight 0 pad N to a multiple of 64, so that shapes recur.
+    denominator: what the weighted sum is divided by, to be summed over the global batch first."""
+
+    tokens: Tensor
+    layout: Layout
+    index: Tensor
+    targets: Tensor
+    weights: Tensor
+    denominator: float
+
+    def to(self, device) -> "Example":
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        layout = self.layout.map(move)._replace(kind=self.layout.kind)
+        rest = (move(x) for x in (self.index, self.targets, self.weights))
+        return Example(move(self.tokens), layout, *rest, self.denominator)
+
+
+def ar_example(batch: Batch, *, norm_type: str = "token") -> Example:
+    """Next-token prediction: every supervised token but a document's first, from the position before it."""
+    document = batch.document if (batch.document > 0).any() else None  # right padding is never seen by a causal query
+    layout = Layout.of(batch.position, document, 1)
+    weight = torch.ones(batch.tokens.shape)
+    return _example(batch, batch.tokens, layout, _columns(batch) - 1, batch.supervised, weight, True, norm_type)
+
+
+def mdlm_example(
+    batch: Batch,
+    noise: Noise,
+    *,
+    mask_id: int,
+    right_shift: bool = False,
+    weight_type: str = "scheduler",
+    norm_type: str = "token",
+    scheduler: str = "linear",
+) -> Example:
+    """Masked diffusion (arXiv 2406.07524, equation 11): masked tokens from the whole row.
+
+    right_shift: a token is predicted at the position before it; a document's first token then has no predictor and no
+    loss.
+    """
+    document = batch.document if (batch.document != 0).any() else None
+    layout = Layout.of(batch.position, document)
+    noised = batch.tokens.masked_fill(noise.masked, mask_id)
+    weight = loss_weight(noise.level, weight_type, scheduler)
+    return _example(
+        batch, noised, layout, _columns(batch) - int(right_shift), noise.masked, weight, right_shift, norm_type
+    )
+
+
+def bd3lm_example(
+    batch: Batch,
+    noise: Noise,
+    *,
+    mask_id: int,
+    block_length: int,
+    right_shift: bool = False,
+    weight_type: str = "scheduler",
+    norm_type: str = "token",
+    scheduler: str = "linear",
+) -> Example:
+    """Block diffusion (arXiv 2503.09573, equation 8): masked tokens from their noisy block and the clean past.
+
+    Two streams in one sequence of 2T: the noisy copy, then the clean one. right_shift: a block's first token is
+    predicted by the clean stream's previous position, the others by the noisy stream's; with block_length 1 and
+    everything masked that is the causal model exactly.
+    """
+    T = batch.tokens.shape[1]
+    layout = Layout.of(batch.position, batch.document, block_length).two_stream()
+    streams = torch.cat([batch.tokens.masked_fill(noise.masked, mask_id), batch.tokens], dim=1)
+    predictor = _columns(batch)
+    if right_shift:
+        predictor = torch.where(batch.position % block_length == 0, predictor + T - 1, predictor - 1)
+    weight = loss_weight(noise.level, weight_type, scheduler)
+    return _example(batch, streams, layout, predictor, noise.masked, weight, right_shift, norm_type)
+
+
+def _columns(batch: Batch) -> Tensor:
+    return torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape)
+
+
+def _example(batch, inputs, layout, predictor, masked, weight, right_shift, norm_type) -> Example:
+    """predictor (B, T): the column of `inputs` (B, T') whose output predicts each token."""
+    supervised = batch.supervised & (batch.position > 0) if right_shift else batch.supervised
+    masked = masked & supervised
+    B = len(inputs)
+    if norm_type == "token":
+        denominator = int(supervised.sum())
+    elif norm_type == "sequence":
+        weight, denominator = weight / supervised.sum(dim=1, keepdim=True).clamp(min=1), B
+    elif norm_type == "batch":
+        denominator = B
+    else:
+        raise ValueError(f"loss_norm_type {norm_type!r} is unknown; expected token, sequence or batch")
+    index = (torch.arange(B)[:, None] * inputs.shape[1] + predictor)[masked]
+    pad = (0, -len(index) % 64 if len(index) else 64)
+    chosen = (F.pad(x, pad) for x in (index, batch.tokens[masked], weight[masked].float()))
+    return Example(inputs, layout, *chosen, denominator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+CHUNK = 128  # rows of logits that exist at a time, each V wide
+
+
+def loss(model: LanguageModel, example: Example) -> tuple[Tensor, float]:
+    """(total, denominator): the sum over masked tokens of weight * cross-entropy in nats, and what to divide it by.
+
+    The two are summed over all micro-batches and ranks of a step before they are divided, so that neither the loss nor
+    its gradient depends on how the global batch is cut.
+    """
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        return _CrossEntropy.apply(hidden, weight, example.targets, example.weights)
+
+    return model(example.tokens, example.layout, index=example.index, head=head), example.denominator
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum of weights * cross-entropy of hidden (N, D) @ weight.T (V, D) against targets (N,).
+
+    The gradients are formed in the forward pass, chunk by chunk: no logits are kept, none larger than a chunk exist.
+    The softmax and the sums over chunks are float32 (float64 for float64 weights).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, weights):
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            operand, matrix = hidden.to(dtype), weight.to(dtype)
+        else:
+            operand, matrix = hidden, weight
+        wide = torch.promote_types(matrix.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
+        for rows in torch.arange(len(hidden)).split(CHUNK):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            target, w = targets[rows, None], weights[rows, None].to(wide)
+            scores = (operand[rows] @ matrix.T).to(wide)  # (chunk, V), turned into its own gradient in place
+            top = scores.amax(dim=1, keepdim=True)
+            scores.sub_(top)
+            chosen = scores.gather(1, target)
+            scores.exp_()
+            norm = scores.sum(dim=1, keepdim=True)
+            total += (w * (norm.log() - chosen)).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            scores.mul_(w / norm)
+            scores.scatter_add_(1, target, -w)
+            gradient = scores.to(matrix.dtype)
+            if needs_hidden:
+                grad_hidden[rows] = gradient @ matrix
+            if needs_weight and wide == matrix.dtype:
+                grad_weight.addmm_(gradient.T, operand[rows])
+            elif needs_weight:
+                grad_weight += gradient.T @ operand[rows]
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(grad)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing tokens, and choosing which of them to keep
+
+
+def gumbel(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """float64 logits - T log(-log uniform): their argmax is a sample from softmax(logits / T). T 0: logits as given.
+
+    The logarithm of the reference's exp(logits) / (-log u)^T, which would overflow.
+    """
+    if temperature == 0:
+        return logits
+    return logits.double() - temperature * torch.log(-torch.log(uniform))
+
+
+def restrict(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits (N, V) with -inf outside the top_k largest, and outside the smallest set of probability >= top_p."""
+    if top_k is not None and top_k < logits.shape[1]:
+        least = logits.topk(top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=1, descending=True)
+        p = ordered.softmax(dim=1)
+        outside = torch.zeros_like(p, dtype=torch.bool).scatter(1, order, p.cumsum(dim=1) - p >= top_p)
+        logits = logits.masked_fill(outside, -math.inf)
+    return logits
+
+
+def ranks(confidence: Tensor, masked: Tensor) -> Tensor:
+    """(B, T): the place of each masked position by falling confidence in its row, ties to the left; the rest after."""
+    order = confidence.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(confidence.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+# A decoding rule: (confidence, token, masked, quota, generator) -> masked'. confidence, token and masked are (B, T),
+# masked being the positions of each row's current block that may still be chosen; quota (B,) is what the schedule would
+# reveal at this step. Every rule reveals at least one position of a row that has any, so that decoding ends.
+
+
+def fixed_count(confidence, token, masked, quota, generator):
+    """Reveals the `quota` most confident positions: the reference's rule."""
+    return masked & (ranks(confidence, masked) >= quota[:, None])
+
+
+def confidence_threshold(threshold: float):
+    """Reveals every position more confident than `threshold`, at least the best one; the schedule is not used."""
+
+    def rule(confidence, token, masked, quota, generator):
+        return masked & (confidence <= threshold) & (ranks(confidence, masked) > 0)
+
+    return rule
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sampler
+
+
+class Step(NamedTuple):
+    """The canvas after a forward. tokens (B, T) int64, the mask id where masked (B, T) bool; a row's columns beyond its
+    own canvas hold 0. done (B,): the row is finished, whatever may still be masked. forwards: model calls so far."""
+
+    tokens: Tensor
+    masked: Tensor
+    done: Tensor
+    forwards: int
+
+
+@torch.no_grad()
+def denoise(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    *,
+    canvas_masks: list[list[bool]] | None = None,
+    max_new_tokens: int = 128,
+    steps: int = 128,
+    block_size: int | None = None,
+    steps_per_block: int | None = None,
+    block_align: str | None = None,
+    scheduler: str = "linear",
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    remasking: str = "low_confidence",
+    stochastic_transfer: bool = False,
+    threshold: float | None = None,
+    cfg_scale: float = 0.0,
+    cfg_keep_tokens: tuple[int, ...] = (),
+    suppress_tokens: tuple[int, ...] = (),
+    begin_suppress_tokens: tuple[int, ...] = (),
+    end_ids: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+) -> Iterator[Step]:
+    """Fills the masks of a batch of canvases, a `Step` at the start and after each forward. Ids in, ids out.
+
+    A row's canvas is its prompt, masked where `canvas_masks` (of the prompts' shape) says so, then `max_new_tokens`
+    masks. The objective, right shift, mask id and BD3LM's block length come from `model.config` (mdlm where it declares
+    none). Rows are decoded block by block, each at its own pace, blocks of `block_size`: for bd3lm also the attention
+    block (default: the checkpoint's), for mdlm only an order of work (default: one block), for ar always 1.
+
+    block_align: "sequence" (bd3lm's default: blocks lie as in training, a prompt's last partial block is denoised with
+    the prompt fixed) or "prompt" (blocks start where the prompt ends; the reference's, and mdlm's default). With
+    canvas_masks blocks always count from the sequence's start. steps: forwards for the whole answer, shared evenly by
+    its blocks (or steps_per_block); each block's reveals follow `reveal_schedule` of its own mask count.
+
+    temperature 0: the likeliest token. remasking: which tokens stay, "low_confidence" (by untempered probability) or
+    "random". threshold: reveal all tokens more confident than this instead of a fixed count. cfg_scale s: logits
+    u + (s + 1)(c - u), u with the given tokens but cfg_keep_tokens masked. suppress_tokens never occur;
+    begin_suppress_tokens count as improbable only when confidence is compared, as in the reference. The mask id is
+    never chosen. end_ids: a row is done at its first generated one with nothing masked before it.
+
+    Raises ValueError for options that contradict the model, the prompts or each other.
+    """
+    config, device = model.config, model.head_weight.device
+    objective = config.objective or "mdlm"
+    cached = objective != "mdlm"
+    right_shift = objective == "ar" or bool(config.right_shift)
+    if not prompts:
+        raise ValueError("no prompts; expected at least one (an empty one generates from scratch)")
+    mask_id = config.mask_token_id
+    if mask_id is None and (cfg_scale or objective != "ar"):
+        raise ValueError("the checkpoint declares no mask_token_id; make a diffusion checkpoint of it with convert.py")
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    B, T = len(prompts), max(lengths)
+    if T > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt and answer of {T} tokens exceed the model's context of {config.max_position_embeddings}; "
+            "shorten the prompt or lower --max_new_tokens"
+        )
+    if objective == "ar":
+        K = 1
+    elif objective == "bd3lm":
+        K = block_size or config.block_length
+        if K is None:
+            raise ValueError("bd3lm needs a block size and the checkpoint declares none; pass --block_size")
+        if config.block_length not in (None, K):
+            raise ValueError(f"block_size {K} is not the checkpoint's {config.block_length}; leave --block_size out")
+    else:
+        K = block_size or max(T, 1)
+    if objective == "ar" and min(map(len, prompts)) == 0:
+        raise ValueError("an empty prompt has nothing to predict from; begin it with the BOS or EOS token")
+    if remasking not in ("low_confidence", "random"):
+        raise ValueError(f"remasking {remasking!r} is unknown; expected low_confidence or random")
+    if block_align not in (None, "sequence", "prompt"):
+        raise ValueError(f"block_align {block_align!r} is unknown; expected sequence or prompt")
+    if min(steps, K, 1 if steps_per_block is None else steps_per_block) < 1:
+        raise ValueError(f"steps {steps}, steps_per_block {steps_per_block}, block_size {K}: expected at least 1 each")
+    if threshold is not None and remasking == "random":
+        raise ValueError("threshold compares confidences, which remasking random does not have; drop one of the two")
+    rule = fixed_count if threshold is None else confidence_threshold(threshold)
+
+    # The canvas. Column = position; rows are padded on the right.
+    column = torch.arange(T, device=device).expand(B, T)
+    length = torch.tensor(lengths, device=device)
+    tokens = torch.zeros(B, T, dtype=torch.int64)
+    masked = torch.zeros(B, T, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        masked[row, len(prompt) : lengths[row]] = True
+        if canvas_masks is not None:
+            masked[row, : len(prompt)] = torch.tensor(canvas_masks[row], dtype=torch.bool)
+    tokens, masked = tokens.to(device), masked.to(device)
+    tokens[masked] = 0 if mask_id is None else mask_id
+    generated = masked
+    # Decoding blocks, their masks and the schedule of each.
+    offset = torch.zeros(B, dtype=torch.int64, device=device)
+    if canvas_masks is None and (block_align or ("sequence" if cached else "prompt")) == "prompt":
+        offset = (max_new_tokens - length) % K
+    block = (column + offset[:, None]) // K
+    last_block = ((length - 1).clamp(min=0) + offset) // K
+    span = T if canvas_masks is not None else max_new_tokens
+    if steps_per_block is None:
+        steps_per_block = math.ceil(steps / max(1, math.ceil(span / K)))
+    masks = torch.zeros(B, int(last_block.max()) + 1, dtype=torch.int64, device=device)
+    masks.scatter_add_(1, block.clamp(max=masks.shape[1] - 1), masked.long())
+    schedule = reveal_schedule(masks, steps_per_block, scheduler, stochastic=stochastic_transfer, generator=generator)
+    # What the model is fed: with guidance, every row a second time with its given tokens masked.
+    copies = 2 if cfg_scale else 1
+    keep = torch.isin(tokens, torch.tensor(cfg_keep_tokens, dtype=torch.int64, device=device))
+    hidden_given = ~generated & ~keep & (column < length[:, None])
+    document = torch.where(column < length[:, None], 0, -1)
+    if cached:
+        layout = Layout.of(column, document, K, offset)
+        cache = KVCache(config, copies * B, T + 1, dtype=model.head_weight.dtype, device=device)  # column T: a dump
+    else:
+        layout = Layout.of(column, None if min(lengths) == T else document)
+    pick = functools.partial(
+        _pick,
+        cfg_scale=cfg_scale,
+        suppress=list(suppress_tokens),
+        begin_suppress=list(begin_suppress_tokens),
+        mask_id=mask_id,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+    )
+    ends = torch.tensor(end_ids, dtype=torch.int64, device=device)
+    filled = torch.zeros(B, dtype=torch.int64, device=device)  # columns before this one are in the cache, clean
+    step = torch.zeros(B, dtype=torch.int64, device=device)  # forwards spent on the row's current block
+    done = ~masked.any(dim=1)
+    forwards = 0
+    yield Step(tokens.clone(), masked.clone(), done.clone(), forwards)
+
+    while not done.all():
+        first_masked = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), length - 1)
+        current = block.gather(1, first_masked[:, None])  # (B, 1)
+        candidates = masked & (block == current) & ~done[:, None]
+        start = (current[:, 0] * K - offset).clamp(min=0)
+        # The window [first, stop) of columns to feed: whatever is clean and not yet in the cache, and the current
+        # block; with right shift also the position before it, which predicts its first token. AR feeds no mask.
+        if cached:
+            first = filled
+            stop = torch.minimum((current[:, 0] + 1) * K - offset, length)
+            if right_shift:
+                first = torch.minimum(filled, (start - 1).clamp(min=0))
+                stop = torch.maximum(start, first + 1) if K == 1 else stop
+            W = int((stop - first).max())
+            columns = first[:, None] + torch.arange(W, device=device)  # (B, W)
+            inside = columns < stop[:, None]
+            fetch = columns.clamp(max=T - 1)
+            columns = torch.where(inside, columns, T)
+            fed = layout.map(lambda field, at=fetch: field.gather(1, at))
+            fed = fed._replace(document=torch.where(inside, fed.document, -1))
+            filled = start
+        else:
+            W, first, fetch, columns, fed = T, torch.zeros_like(start), column, None, layout
+        inputs = tokens.gather(1, fetch)
+        if copies == 2:
+            inputs = torch.cat([inputs, inputs.masked_fill(hidden_given.gather(1, fetch), mask_id)])
+            fed = fed.map(lambda field: torch.cat([field, field]))._replace(kind=fed.kind)
+            columns = columns if columns is None else torch.cat([columns, columns])
+        # The outputs wanted: those that predict a candidate. On CUDA a count that needs no synchronisation.
+        if device.type == "cuda":
+            chosen = torch.nonzero_static(candidates, size=B * min(K, T), fill_value=-1)
+        else:
+            chosen = candidates.nonzero()  # (N, 2)
+        row, place = chosen.clamp(min=0).unbind(dim=1)
+        predictor = (place - int(right_shift)).clamp(min=0) - first[row]
+        index = row * W + predictor
+        if copies == 2:
+            index = torch.cat([index, index + B * W])
+
+        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            pairs = zip(*(half.split(CHUNK) for half in hidden.chunk(copies)))  # conditional with its unconditional
+            picks = [pick([rows @ weight.T for rows in pair]) for pair in pairs]
+            return tuple(torch.cat(column) for column in zip(*picks))
+
+        picked, probability = model(
+            inputs, fed, cache=cache if cached else None, columns=columns, index=index, head=head
+        )
+        forwards += 1
+        if remasking == "random":
+            probability = torch.rand(probability.shape, generator=generator, device=device)
+        # Candidates' tokens and confidences back on the canvas; the padding of `chosen` goes to a column that is cut.
+        place = torch.where(chosen[:, 1] < 0, T, place)
+        token = tokens.new_zeros(B, T + 1).index_put_((row, place), picked)[:, :T]
+        confidence = probability.new_full((B, T + 1), -math.inf).index_put_((row, place), probability)[:, :T]
+        quota = schedule[torch.arange(B, device=device), current[:, 0], step.clamp(max=schedule.shape[-1] - 1)]
+        still = rule(confidence, token, candidates, quota, generator)
+        tokens = torch.where(candidates & ~still, token, tokens)
+        masked = (masked & ~candidates) | still
+        step = torch.where((masked & (block == current)).any(dim=1), step + 1, 0)
+        # A row ends at its first generated end token with nothing masked before it.
+        ended = generated & ~masked & torch.isin(tokens, ends)
+        end = torch.where(ended.any(dim=1), ended.int().argmax(dim=1), T)
+        settled = ~(masked & (column < end[:, None])).any(dim=1)
+        done = done | settled
+        yield Step(tokens.clone(), masked.clone(), done.clone(), forwards)
+
+
+def _pick(scores, *, cfg_scale, suppress, begin_suppress, mask_id, temperature, top_k, top_p, generator):
+    """(token, probability), each (N,), from logits [(N, V)] or, with guidance, [conditional, unconditional]."""
+    logits = scores[0].to(torch.promote_types(scores[0].dtype, torch.float32))
+    if cfg_scale:
+        free = scores[1].to(logits.dtype)
+        logits = free + (cfg_scale + 1) * (logits - free)
+    logits[:, suppress] = -math.inf
+    if mask_id is None:
+        allowed = logits
+    else:  # never chosen, yet its share of the probability counts, as in the reference
+        allowed = logits.index_fill(1, torch.tensor(mask_id, device=logits.device), -math.inf)
+    if temperature:
+        if top_k is not None or top_p is not None:
+            allowed = restrict(allowed / temperature, top_k, top_p) * temperature
+        uniform = torch.rand(allowed.shape, generator=generator, device=allowed.device, dtype=torch.float64)
+        allowed = gumbel(allowed, temperature, uniform)
+    token = allowed.argmax(dim=1)
+    logits[:, begin_suppress] = -math.inf
+    return token, (logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)).exp()
