@@ -1,0 +1,333 @@
+"""Hugging Face directories in and out: config.json, safetensors, and names resolved to directories.
+
+Parameter names equal Hugging Face names, so nothing is mapped: what a file holds is accounted for by name and shape,
+both ways, or refused. Every save is written beside its final name and renamed.
+"""
+
+import json
+import os
+import shutil
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model import Config, LanguageModel
+
+FAMILIES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
+OBJECTIVES = ("ar", "mdlm", "bd3lm")
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # torch's name: safetensors'
+SHARD_BYTES = 5_000_000_000
+OURS = ("objective", "block_length", "mask_token_id", "right_shift")  # what transformers does not know of
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def resolve(path: str | Path) -> Path:
+    """The directory `path` means: itself, `$BASE_MODELS_DIR/path`, or a Hub id's snapshot, fetched if need be."""
+    base = os.environ.get("BASE_MODELS_DIR")
+    for directory in [Path(path).expanduser(), *([Path(base).expanduser() / path] if base else [])]:
+        if directory.is_dir():
+            return directory
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED))
+    except (OSError, ValueError) as error:  # the Hub's own errors are both
+        under = f" (nor one under {base})" if base else ""
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{path} is neither a directory{under} nor a Hub id within reach: {reason}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+
+def load_config(path: str | Path) -> Config:
+    file = resolve(path) / "config.json"
+    if not file.is_file():
+        found = sorted(inner.parent.name for inner in file.parent.glob("*/config.json"))
+        hint = f"; did you mean {file.parent / found[-1]}?" if found else ""
+        raise FileNotFoundError(f"{file.parent} holds no config.json{hint}")
+    try:
+        return read_config(json.loads(file.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_config(raw: dict) -> Config:
+    """A Config of config.json's fields, in the flat dialect or the nested one (rope_parameters, dtype).
+
+    Raises ValueError, naming the field, for whatever would change the computation and is not implemented here.
+    """
+    family = raw.get("model_type", "").removeprefix("a2d-")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"model_type {raw.get('model_type')!r}: expected {', '.join(FAMILIES)}, or one with a2d- before"
+        )
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    legacy_type = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", legacy_type)
+    four = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    known = {"default": set(), "llama3": four}
+    refused = {
+        "use_sliding_window": raw.get("use_sliding_window") is True,
+        "layer_types": set(raw.get("layer_types") or []) - {"full_attention"},
+        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "mlp_bias": raw.get("mlp_bias") is True,
+        "partial_rotary_factor": raw.get("partial_rotary_factor", 1.0) != 1.0,
+        "quantization_config": raw.get("quantization_config") is not None,
+        "num_experts": raw.get("num_experts"),
+        "num_local_experts": raw.get("num_local_experts"),
+        "rope_parameters" if "rope_parameters" in raw else "rope_scaling": set(rope) != known.get(rope_type),
+    }
+    for name, unsupported in refused.items():
+        if unsupported:
+            raise ValueError(f"{name} {json.dumps(raw[name])} is not supported")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [name for name in (*required, "max_position_embeddings", "rms_norm_eps") if raw.get(name) is None]:
+        raise ValueError(f"field missing: {', '.join(missing)}")
+
+    known_fields = {field.name for field in fields(Config)} - {"extra"}
+    given = {name: raw[name] for name in known_fields & raw.keys() if raw[name] is not None}
+    given |= {
+        "model_type": family,
+        "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        "head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        "rope_theta": float(theta),
+        "rope_scaling": {"rope_type": rope_type, **rope} if rope else None,
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        "dtype": (raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+    }
+    written_anew = {"architectures", "transformers_version", "torch_dtype", "rope_parameters"}
+    extra = {name: value for name, value in raw.items() if name not in known_fields | written_anew}
+    config = Config(**given, extra=extra)
+    if config.objective not in (None, *OBJECTIVES):
+        raise ValueError(f"objective {config.objective!r}: expected one of {', '.join(OBJECTIVES)}")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
+    return config
+
+
+def is_diffusion(config: Config) -> bool:
+    """Whether the checkpoint says so: by its objective, or by a mask token where it declares none."""
+    return config.mask_token_id is not None if config.objective is None else config.objective != "ar"
+
+
+def config_dict(config: Config) -> dict:
+    """The fields of config.json, flat dialect; the family is dLLM's a2d-* for diffusion, else the plain causal one."""
+    name, diffusion = FAMILIES[config.model_type], is_diffusion(config)
+    out = {field.name: getattr(config, field.name) for field in fields(Config) if field.name != "extra"}
+    out |= {"architectures": [f"A2D{name}LMHeadModel" if diffusion else f"{name}ForCausalLM"], **config.extra}
+    out["model_type"] = f"a2d-{config.model_type}" if diffusion else config.model_type
+    if config.model_type == "qwen2":
+        del out["attention_bias"]  # its biases are no option
+    return dict(sorted((key, value) for key, value in out.items() if value is not None or key not in OURS))
+
+
+def declare(
+    config: Config,
+    *,
+    objective: str | None = None,
+    block_length: int | None = None,
+    right_shift: bool | None = None,
+    mask_token_id: int | None = None,
+) -> Config:
+    """`config`, with what it does not declare filled in: by the arguments, else mdlm, and a shift for ar alone.
+
+    Raises ValueError where an argument contradicts what the checkpoint declares or what its objective needs.
+    """
+    objective = objective or config.objective or "mdlm"
+    diffusion = objective != "ar"
+    wanted = {
+        "objective": ("--objective", objective),
+        "block_length": ("--block_size", block_length),
+        "right_shift": ("--right_shift_logits", right_shift),
+        "mask_token_id": ("the tokenizer's mask token", mask_token_id if diffusion else None),
+    }
+    if objective not in OBJECTIVES:
+        raise ValueError(f"--objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
+    filled = {}
+    for name, (flag, value) in wanted.items():
+        declared = getattr(config, name)
+        if None not in (declared, value) and declared != value:
+            raise ValueError(
+                f"{flag} {value} contradicts the checkpoint, which declares {name} {declared}; leave it at that, "
+                "or declare it anew with convert.py"
+            )
+        filled[name] = value if declared is None else declared
+    if filled["right_shift"] is None:
+        filled["right_shift"] = not diffusion
+    if not diffusion and not filled["right_shift"]:
+        raise ValueError("--right_shift_logits False: an ar model predicts the next token; leave the flag out")
+    if objective == "bd3lm" and filled["block_length"] is None:
+        raise ValueError("bd3lm needs a block length and the checkpoint declares none; pass --block_size, 32 say")
+    if objective != "bd3lm" and block_length is not None:
+        raise ValueError(f"--block_size {block_length}: only bd3lm has a block length, the objective is {objective}")
+    if filled["block_length"] is not None and filled["block_length"] < 1:
+        raise ValueError(f"--block_size {block_length}: expected at least 1")
+    if diffusion and filled["mask_token_id"] is None:
+        raise ValueError(f"{objective} needs a mask token and the checkpoint declares none; run convert.py on it first")
+    if diffusion and filled["mask_token_id"] >= config.vocab_size:
+        raise ValueError(
+            f"mask token id {filled['mask_token_id']} lies beyond the embedding's {config.vocab_size} rows; "
+            "run convert.py first, which adds some"
+        )
+    for name, value in filled.items():
+        setattr(config, name, value)
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device="cpu") -> LanguageModel:
+    """The model of a directory or a Hub id, in eval mode; dtype None: as stored, which `config.dtype` then tells.
+
+    Tensors are read through a memory map one by one, so the peak is the model itself, in `dtype`.
+    Beside the model's own tensors a file may hold rotary buffers and, under tying, a head equal to the embedding.
+    """
+    path = resolve(path)
+    config = load_config(path)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    with ExitStack() as stack:
+        owner = {}  # tensor name: the open file that holds it
+        for file in _weight_files(path):
+            try:
+                handle = stack.enter_context(safe_open(file, "pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
+            owner |= {name: handle for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
+        found = {name: handle.get_slice(name) for name, handle in owner.items()}
+        shapes = {name: part.get_shape() for name, part in found.items()}
+        if config.tie_word_embeddings and shapes.get(head, []) == shapes.get(embedding):
+            if not torch.equal(owner[head].get_tensor(head), owner[embedding].get_tensor(embedding)):
+                raise ValueError(f"{path}: {head} differs from {embedding}, but config.json says tie_word_embeddings")
+            del shapes[head]
+        problems = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
+        problems += [f"{name} is unexpected" for name in shapes.keys() - expected.keys()]
+        problems += [
+            f"{name} is {shapes[name]}, expected {expected[name]}"
+            for name in expected.keys() & shapes.keys()
+            if shapes[name] != expected[name]
+        ]
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(f"{path}: weights and config.json disagree: {', '.join(sorted(problems)[:3])}{more}")
+        stored = found[embedding].get_dtype()
+        names = {code: name for name, code in DTYPES.items()}
+        if stored not in names:
+            raise ValueError(f"{path}: weights of type {stored}; expected one of {', '.join(names)}")
+        config.dtype = names[stored]
+        dtype = dtype or getattr(torch, config.dtype)
+        tensors = {name: owner[name].get_tensor(name).to(device, dtype) for name in expected}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if not index.is_file():
+        raise FileNotFoundError(f"{path} holds no model.safetensors (other formats of weights are not read)")
+    files = [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}, which {index.name} names, is missing; fetch the model again")
+    return files
+
+
+def save_model(
+    model: LanguageModel,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer=None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes config.json, the weights and the tokenizer's files, all at once or not at all.
+
+    dtype None: `config.dtype`, that of the source. state_dict: the whole tensors, where the model's own are sharded.
+    An existing checkpoint at `path` is replaced; anything else is left alone (ValueError).
+    """
+    path = Path(path)
+    if path.exists() and not _replaceable(path):
+        raise ValueError(f"{path} exists and is no checkpoint, or holds directories; choose another directory")
+    dtype = dtype or getattr(torch, model.config.dtype)
+    config = replace(model.config, dtype=str(dtype).removeprefix("torch."))
+    tensors = model.state_dict() if state_dict is None else state_dict
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        size += tensor.numel() * dtype.itemsize
+        if size > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = tensor.numel() * dtype.itemsize
+        shards[-1].append(name)
+    with replacing(path) as directory:
+        (directory / "config.json").write_text(json.dumps(config_dict(config), indent=2) + "\n")
+        names = {}
+        for n, shard in enumerate(shards, 1):
+            file = f"model-{n:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            part = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in shard}
+            save_file(part, directory / file, metadata={"format": "pt"})
+            (directory / file).chmod((directory / "config.json").stat().st_mode)  # safetensors makes it private
+            names |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+            index = {"metadata": {"total_size": total}, "weight_map": names}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(directory, mask=is_diffusion(config))
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether `path` is an empty directory, or a checkpoint without directories in it: replacing it loses no more."""
+    held = list(path.iterdir()) if path.is_dir() else [path]
+    return not held or ((path / "config.json").is_file() and not any(inner.is_dir() for inner in held))
+
+
+@contextmanager
+def replacing(path: str | Path):
+    """A new directory beside `path` to write into; it takes the name `path` when the block is left, not before.
+
+    On an exception it is removed, and `path` stays as it was. A process killed inside leaves `.NAME.writing` behind;
+    killed between the two renames that replace a directory, the old one as `.NAME.old`.
+    """
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (path.with_name(f".{path.name}.{state}") for state in ("writing", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        for written in (*new.rglob("*"), new):
+            _sync(written)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

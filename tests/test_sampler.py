@@ -1,0 +1,659 @@
+"""The one sampler: the reference's samples token for token, a slow and obvious sampler, and the laws."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAMILIES, MASK, VOCAB, golden_arrays, golden_json, golden_model, positions, random_tokens, tiny
+
+import diffusion
+from diffusion import (
+    Batch,
+    Noise,
+    ar_example,
+    bd3lm_example,
+    confidence_threshold,
+    denoise,
+    fixed_count,
+    gumbel,
+    mdlm_example,
+    ranks,
+    restrict,
+    reveal_schedule,
+)
+from model import Layout
+
+# Every way of decoding: what the config declares, and how denoise is called.
+MODES = {
+    "ar": ({"objective": "ar"}, {}),
+    "mdlm": ({"objective": "mdlm"}, {"block_size": 4}),
+    "mdlm.one_block": ({"objective": "mdlm"}, {}),
+    "mdlm.sequence": ({"objective": "mdlm"}, {"block_size": 4, "block_align": "sequence"}),
+    "mdlm.shift": ({"objective": "mdlm", "right_shift": True}, {"block_size": 4}),
+    "bd3lm": ({"objective": "bd3lm", "block_length": 4}, {}),
+    "bd3lm.odd": ({"objective": "bd3lm", "block_length": 5}, {}),
+    "bd3lm.prompt": ({"objective": "bd3lm", "block_length": 4}, {"block_align": "prompt"}),
+    "bd3lm.shift": ({"objective": "bd3lm", "block_length": 4, "right_shift": True}, {}),
+    "bd3lm.shift.prompt": (
+        {"objective": "bd3lm", "block_length": 4, "right_shift": True},
+        {"block_align": "prompt"},
+    ),
+    "bd3lm.shift.1": ({"objective": "bd3lm", "block_length": 1, "right_shift": True}, {}),
+}
+each_mode = pytest.mark.parametrize("mode", MODES)
+PROMPTS = [random_tokens(n, seed=n).tolist() for n in (6, 1, 9, 4)]
+NEW = 10
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def a_model(mode: str, family: str = "qwen3", **changes):
+    return tiny(family, **MODES[mode][0] | changes)
+
+
+def decode(mode, model, prompts, **options):
+    """All steps, as a list."""
+    return list(denoise(model, prompts, **{"max_new_tokens": NEW} | MODES[mode][1] | options))
+
+
+def history(steps, row: int, length: int) -> list[list[int]]:
+    """A row's canvases, until it is done."""
+    count = next(i for i, step in enumerate(steps) if step.done[row])
+    return [step.tokens[row, :length].tolist() for step in steps[: count + 1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference's samples
+
+SAMPLES = golden_json("samples")
+# Usable: not within rounding of another outcome. Where `departs` is not empty we depart on purpose: the reference lets
+# the mask id be committed, and makes a pad token generated inside an answer invisible to later blocks.
+CASES = [case for case in SAMPLES["cases"] if case.get("usable") and not case["departs"]]
+
+
+def distinct(canvases) -> list[list[int]]:
+    return [canvas for canvas, _ in itertools.groupby(canvases)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_samples_equal_the_reference_token_for_token(case):
+    special = SAMPLES["special_ids"][case["arch"]]
+    mask_id = special["mask_token_id"]
+    infill, bd3lm = case["method"] == "infill", case["sampler"] == "bd3lm"
+    options = {"steps": 128, "block_size": 32 if bd3lm else 128} | case["config"]
+    model = golden_model(
+        case["arch"],
+        objective=case["sampler"],
+        mask_token_id=mask_id,
+        right_shift=options.pop("right_shift_logits", False),
+    )
+    prompts = [prompt or [special["bos_token_id"]] for prompt in case["prompts"]]  # the reference begins with bos
+    longest = max(map(len, prompts))
+    max_length = options.pop("max_length", None)
+    if infill:
+        options |= {"canvas_masks": [[token == mask_id for token in prompt] for prompt in prompts], "max_new_tokens": 0}
+    else:
+        options["block_align"] = "prompt"  # its blocks start where the prompt ends
+        if options["max_new_tokens"] is None:
+            options["max_new_tokens"] = max_length - longest
+    if case["tokenizer_overrides"]:
+        options["end_ids"] = tuple(case["tokenizer_overrides"].values())
+
+    steps = list(denoise(model, prompts, scheduler=case["scheduler"], **options))
+    theirs = golden_arrays("samples")[f"{case['name']}.histories"]  # (n, B, T)
+    for row, prompt in enumerate(prompts):
+        length = len(prompt) + options["max_new_tokens"]
+        # Its canvas: bd3lm's prompts are padded on the left to a multiple of the block, and it grows by one block at a
+        # time (-1: not there yet).
+        left = -longest % options["block_size"] + longest - len(prompt) if bd3lm else 0
+        expected = theirs[:, row, left : left + length]
+        expected = F.pad(expected, (0, length - expected.shape[1]), value=-1)
+        expected = distinct(torch.where(expected == -1, mask_id, expected).tolist())
+        ours = distinct(history(steps, row, length))
+        if "end_ids" in options:  # our row is done at its end token; the reference's goes on with the others
+            ended = set(ours[-1][len(prompt) :]) & set(options["end_ids"])
+            expected = expected[: len(ours)] if ended else expected
+        assert ours == expected
+    if "end_ids" not in options:
+        assert not steps[-1].masked.any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A slow and obvious sampler
+
+
+def slow_sampler(model, canvas, holes, *, attention, K, offset, shift, steps, cfg_scale=0.0, keep=()):
+    """All canvases of one row: no cache, no batch, no window; a whole forward at every step, selection in Python.
+
+    attention: the block length of attention (None: bidirectional); K: of the decoding blocks.
+    """
+    canvas, holes, T = list(canvas), set(holes), len(canvas)
+    given = [i for i in range(T) if i not in holes and canvas[i] not in keep]
+    for i in holes:
+        canvas[i] = MASK
+    canvases = [list(canvas)]
+
+    def forward(ids):
+        layout = Layout.of(positions(1, T), None, attention, torch.tensor([offset]))
+        return model(torch.tensor([ids]), layout)[0]
+
+    while holes:
+        block = (min(holes) + offset) // K
+        todo = {i for i in holes if (i + offset) // K == block}
+        for quota in reveal_schedule(torch.tensor(len(todo)), steps).tolist():
+            if not todo:
+                break
+            logits = forward(canvas)
+            if cfg_scale:
+                free = forward([MASK if i in given else token for i, token in enumerate(canvas)])
+                logits = free + (cfg_scale + 1) * (logits - free)
+            choices = []
+            for i in sorted(todo):
+                scores = logits[max(i - shift, 0)]
+                token = max((v for v in range(VOCAB) if v != MASK), key=scores.tolist().__getitem__)
+                choices.append((scores.softmax(dim=0)[token].item(), i, token))
+            for _, i, token in sorted(choices, key=lambda choice: -choice[0])[:quota]:
+                canvas[i] = token
+                todo.remove(i)
+                holes.remove(i)
+            canvases.append(list(canvas))
+    return canvases
+
+
+def slow(mode, model, prompt, *, canvas_mask=None, new=NEW, steps=128, steps_per_block=None, **guidance):
+    declared, options = MODES[mode]
+    canvas = prompt + [MASK] * new
+    holes = [i for i, hole in enumerate(canvas_mask or []) if hole] + list(range(len(prompt), len(canvas)))
+    objective = declared["objective"]
+    attention = {"ar": 1, "mdlm": None, "bd3lm": declared.get("block_length")}[objective]
+    K = attention or options.get("block_size", len(canvas))
+    align = options.get("block_align", "prompt" if objective == "mdlm" else "sequence")
+    offset = -len(prompt) % K if align == "prompt" and canvas_mask is None else 0
+    shift = int(objective == "ar" or declared.get("right_shift", False))
+    span = len(canvas) if canvas_mask is not None else new
+    steps = steps_per_block or math.ceil(steps / math.ceil(span / K))
+    return slow_sampler(
+        model, canvas, holes, attention=attention, K=K, offset=offset, shift=shift, steps=steps, **guidance
+    )
+
+
+@pytest.mark.parametrize(("family", "steps"), [("qwen3", 1), ("qwen3", 40), *((family, 7) for family in FAMILIES)])
+@each_mode
+def test_cached_windowed_decoding_equals_the_slow_sampler(mode, family, steps):
+    model = a_model(mode, family)
+    for prompt in PROMPTS:
+        ours = history(decode(mode, model, [prompt], steps=steps), 0, len(prompt) + NEW)
+        assert ours == slow(mode, model, prompt, steps=steps)
+
+
+@pytest.mark.parametrize("keep", ((), tuple(PROMPTS[0][:3])))
+@each_mode
+def test_guided_decoding_equals_the_slow_sampler(mode, keep):
+    model = a_model(mode)
+    for prompt in PROMPTS[:2]:
+        ours = decode(mode, model, [prompt], steps=6, cfg_scale=1.5, cfg_keep_tokens=keep)
+        assert history(ours, 0, len(prompt) + NEW) == slow(mode, model, prompt, steps=6, cfg_scale=1.5, keep=keep)
+
+
+HOLES = [[False, True, True, False, False, False, True, False, True, True, True, False, True]]
+HOLES += [[False] * 12 + [True], [False] + [True] * 12]
+
+
+@pytest.mark.parametrize("new", (0, 3))
+@pytest.mark.parametrize("holes", HOLES, ids=("scattered", "last", "all_but_first"))
+@each_mode
+def test_infilling_equals_the_slow_sampler(mode, holes, new):
+    model, prompt = a_model(mode), random_tokens(13).tolist()
+    ours = decode(mode, model, [prompt], canvas_masks=[holes], max_new_tokens=new, steps=9)
+    assert history(ours, 0, 13 + new) == slow(mode, model, prompt, canvas_mask=holes, new=new, steps=9)
+    given = [token for token, hole in zip(prompt, holes) if not hole]
+    assert [token for token, hole in zip(ours[-1].tokens[0].tolist(), holes) if not hole] == given
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ar_decoding_is_the_greedy_argmax_loop(family):
+    model = a_model("ar", family, mask_token_id=None)
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(NEW):
+            logits = model(torch.tensor([tokens]), Layout.of(positions(1, len(tokens)), None, 1))
+            tokens.append(int(logits[0, -1].argmax()))
+        assert decode("ar", model, [prompt])[-1].tokens[0].tolist() == tokens
+
+
+def test_bd3lm_of_block_length_1_with_right_shift_decodes_as_ar():
+    for prompt in PROMPTS:
+        ar, bd3lm = (decode(mode, a_model(mode), [prompt])[-1].tokens for mode in ("ar", "bd3lm.shift.1"))
+        assert torch.equal(ar, bd3lm)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Laws
+
+
+@pytest.mark.parametrize("options", ({}, {"cfg_scale": 1.5}, {"threshold": 0.3}), ids=str)
+@each_mode
+def test_a_batch_of_ragged_prompts_equals_single_rows(mode, options):
+    model = a_model(mode)
+    # mdlm's one block, and with it the steps a block gets, would grow with the batch's longest canvas
+    options = {"steps_per_block": 3} | options
+    together = decode(mode, model, PROMPTS, **options)
+    alone = [decode(mode, model, [prompt], **options) for prompt in PROMPTS]
+    for row, prompt in enumerate(PROMPTS):
+        length = len(prompt) + NEW
+        assert history(together, row, length) == history(alone[row], 0, length)
+        assert not together[-1].tokens[row, length:].any() and not together[-1].masked[row, length:].any()
+    assert together[-1].forwards == max(steps[-1].forwards for steps in alone)
+
+
+@each_mode
+def test_a_batch_of_ragged_canvases_equals_single_rows(mode):
+    model = a_model(mode)
+    canvases = [random_tokens(n, seed=n).tolist() for n in (13, 7, 9)]
+    masks = [[i % 3 == 1 or i > 5 for i in range(len(canvas))] for canvas in canvases]
+    options = {"max_new_tokens": 2, "steps_per_block": 2}
+    together = decode(mode, model, canvases, canvas_masks=masks, **options)
+    for row, canvas in enumerate(canvases):
+        alone = decode(mode, model, [canvas], canvas_masks=[masks[row]], **options)
+        assert history(together, row, len(canvas) + 2) == history(alone, 0, len(canvas) + 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@each_mode
+def test_the_logits_tokens_are_picked_from_are_those_of_training(mode, family, monkeypatch):
+    model, recorded = a_model(mode, family), []
+    pick = diffusion._pick
+
+    def record(scores, **options):
+        recorded.append(scores[0].clone())
+        return pick(scores, **options)
+
+    monkeypatch.setattr(diffusion, "_pick", record)
+    config, prompt = model.config, PROMPTS[0]
+    steps = decode(mode, model, [prompt], steps=12)
+    assert len(recorded) == len(steps) - 1
+    # Training knows no offset: a canvas whose blocks do not begin at 0 is a document whose positions do not.
+    prompt_aligned = config.objective == "bd3lm" and MODES[mode][1].get("block_align") == "prompt"
+    offset = -len(prompt) % config.block_length if prompt_aligned else 0
+    tolerance = 1e-4 if offset else 1e-9  # angles are float32
+    for step, logits in zip(steps, recorded):
+        T = step.tokens.shape[1]
+        looked_at = step.masked & (step.masked.cumsum(dim=1) <= len(logits))  # the current block's masks
+        position, zeros = offset + positions(1, T), torch.zeros_like(step.tokens)
+        batch = Batch(step.tokens, looked_at, zeros, position, zeros[:, 0])
+        noise, options = Noise(torch.ones(1, T), looked_at), {"mask_id": MASK, "right_shift": bool(config.right_shift)}
+        if config.objective == "ar":
+            example = ar_example(batch)
+        elif config.objective == "mdlm":
+            everything = batch._replace(supervised=step.masked)
+            example = mdlm_example(everything, noise._replace(masked=step.masked), **options)
+        else:
+            example = bd3lm_example(batch, noise, block_length=config.block_length, **options)
+        trained = model(example.tokens, example.layout, index=example.index)[: len(logits)]
+        torch.testing.assert_close(logits, trained, rtol=tolerance, atol=tolerance)
+
+
+@each_mode
+def test_generation_is_infilling_of_a_canvas_that_ends_in_masks(mode):
+    model = a_model(mode)
+    options = {"block_align": "sequence", "steps_per_block": 2}
+    if mode == "mdlm.one_block":
+        options["block_size"] = 20
+    generated = decode(mode, model, PROMPTS[:1], **options)
+    canvas, holes = PROMPTS[0] + [7] * NEW, [False] * len(PROMPTS[0]) + [True] * NEW
+    filled = decode(mode, model, [canvas], canvas_masks=[holes], max_new_tokens=0, **options)
+    assert len(generated) == len(filled)
+    for a, b in zip(generated, filled):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.masked, b.masked)
+
+
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+@each_mode
+def test_the_mask_id_is_never_committed(mode, temperature, monkeypatch, rng):
+    model, loved = a_model(mode, tie_word_embeddings=False), []
+    model.lm_head.weight[MASK] *= 50
+    pick = diffusion._pick
+
+    def record(scores, **options):
+        loved.append((scores[0].argmax(dim=1) == MASK).any())
+        return pick(scores, **options)
+
+    monkeypatch.setattr(diffusion, "_pick", record)
+    last = decode(mode, model, PROMPTS, temperature=temperature, generator=rng)[-1]
+    assert any(loved)
+    assert last.done.all() and not last.masked.any() and not (last.tokens == MASK).any()
+
+
+@each_mode
+def test_a_mask_id_in_the_prompt_is_given_like_any_token(mode):
+    prompt = [3, MASK, 5]
+    steps = decode(mode, a_model(mode), [prompt])
+    assert all(step.tokens[0, :3].tolist() == prompt and not step.masked[0, :3].any() for step in steps)
+
+
+@each_mode
+def test_given_and_revealed_tokens_stay(mode):
+    model = a_model(mode)
+    for before, after in itertools.pairwise(decode(mode, model, PROMPTS, steps=8)):
+        assert torch.equal(before.tokens[~before.masked], after.tokens[~before.masked])
+        assert not (after.masked & ~before.masked).any()
+        assert (after.tokens[after.masked] == MASK).all()
+        assert after.forwards == before.forwards + 1
+
+
+@each_mode
+def test_an_end_token_stops_the_row_and_the_loop(mode):
+    model, prompt = a_model(mode), PROMPTS[0]
+    free = decode(mode, model, [prompt], steps_per_block=4)
+    answer = free[-1].tokens[0, len(prompt) :].tolist()
+    at = max(answer.index(token) for token in answer[:6])
+    steps = decode(mode, model, [prompt], steps_per_block=4, end_ids=(answer[at],))
+    place = len(prompt) + at
+    assert steps[-1].done.all() and steps[-1].tokens[0, : place + 1].tolist() == prompt + answer[: at + 1]
+    assert not steps[-1].masked[0, : place + 1].any()
+    for ours, theirs in zip(steps, free):
+        assert torch.equal(ours.tokens, theirs.tokens)
+    # It stops at the very step at which nothing before the end token is masked any more.
+    complete = [not step.masked[0, : place + 1].any().item() for step in free]
+    assert len(steps) == complete.index(True) + 1
+    if mode != "mdlm.one_block":
+        assert steps[-1].forwards < free[-1].forwards
+
+
+@each_mode
+def test_a_row_that_is_done_changes_no_more_and_holds_up_no_other(mode):
+    model = a_model(mode)
+    free = decode(mode, model, PROMPTS, steps_per_block=3)
+    end = int(free[-1].tokens[0, len(PROMPTS[0])])
+    together = decode(mode, model, PROMPTS, steps_per_block=3, end_ids=(end,))
+    assert together[-1].forwards == max(
+        decode(mode, model, [prompt], steps_per_block=3, end_ids=(end,))[-1].forwards for prompt in PROMPTS
+    )
+    for row, prompt in enumerate(PROMPTS):
+        alone = decode(mode, model, [prompt], steps_per_block=3, end_ids=(end,))
+        ours = history(together, row, len(prompt) + NEW)
+        assert ours == history(alone, 0, len(prompt) + NEW)
+        assert together[-1].tokens[row, : len(prompt) + NEW].tolist() == ours[-1]
+
+
+@each_mode
+def test_an_end_token_in_the_prompt_does_not_stop_the_row(mode):
+    model, prompt = a_model(mode), PROMPTS[0]
+    free = decode(mode, model, [prompt])
+    end = next(token for token in prompt if token not in free[-1].tokens[0, len(prompt) :].tolist())
+    assert torch.equal(decode(mode, model, [prompt], end_ids=(end,))[-1].tokens, free[-1].tokens)
+
+
+@each_mode
+def test_an_empty_prompt_generates(mode):
+    if mode == "ar":
+        pytest.skip("an AR model has nothing to predict from")
+    model = a_model(mode)
+    steps = decode(mode, model, [[], PROMPTS[0]], steps_per_block=4)
+    assert steps[-1].done.all() and not steps[-1].masked.any() and not (steps[-1].tokens == MASK).any()
+
+
+@each_mode
+def test_nothing_to_generate_takes_no_forward(mode):
+    (step,) = decode(mode, a_model(mode), PROMPTS, max_new_tokens=0)
+    assert step.done.all() and step.forwards == 0 and step.tokens[0, :6].tolist() == PROMPTS[0]
+
+
+# How many forwards
+
+
+def blocks_of(mode, prompt) -> list[int]:
+    """How many tokens each decoding block generates."""
+    declared, options = MODES[mode]
+    length = len(prompt) + NEW
+    K = {"ar": 1, "mdlm": options.get("block_size", length), "bd3lm": declared.get("block_length")}[
+        declared["objective"]
+    ]
+    aligned = options.get("block_align", "prompt" if declared["objective"] == "mdlm" else "sequence")
+    offset = -len(prompt) % K if aligned == "prompt" else 0
+    return [
+        len(list(block)) for _, block in itertools.groupby(range(len(prompt), length), key=lambda i: (i + offset) // K)
+    ]
+
+
+def test_ar_takes_one_forward_a_token():
+    assert decode("ar", a_model("ar"), PROMPTS)[-1].forwards == NEW
+
+
+@pytest.mark.parametrize("steps_per_block", (1, 3, 50))
+@each_mode
+def test_forwards_are_the_steps_that_reveal_and_no_more(mode, steps_per_block):
+    """Writing a finished block to the cache costs no forward; steps beyond the tokens cost none."""
+    for prompt in PROMPTS:
+        steps = decode(mode, a_model(mode), [prompt], steps_per_block=steps_per_block)
+        expected = sum(
+            int((reveal_schedule(torch.tensor(n), steps_per_block) > 0).sum()) for n in blocks_of(mode, prompt)
+        )
+        assert steps[-1].forwards == expected == len(steps) - 1
+
+
+@each_mode
+def test_each_forward_feeds_no_more_than_it_must(mode):
+    """Cached decoding feeds the prompt once, and then a block, with the one before it to be written back."""
+    if mode.startswith("mdlm"):
+        pytest.skip("not cached")
+    model, widths = a_model(mode), []
+    model.register_forward_pre_hook(lambda module, arguments: widths.append(arguments[0].shape[1]))
+    decode(mode, model, PROMPTS[:1])
+    K = model.config.block_length or 1
+    assert widths[0] <= len(PROMPTS[0]) + K and max(widths[1:]) <= 2 * K + int(model.config.right_shift or 0)
+    if mode == "ar":
+        assert widths == [len(PROMPTS[0])] + [1] * (NEW - 1)
+
+
+@each_mode
+def test_steps_beyond_the_tokens_take_one_forward_a_token(mode):
+    assert decode(mode, a_model(mode), PROMPTS[:1], steps=1000)[-1].forwards == NEW
+
+
+@each_mode
+def test_a_threshold_of_one_takes_a_forward_a_token_and_of_zero_a_forward_a_block(mode):
+    for prompt in PROMPTS:
+        model = a_model(mode)
+        assert decode(mode, model, [prompt], threshold=1.0)[-1].forwards == NEW
+        last = decode(mode, model, [prompt], threshold=0.0)[-1]
+        assert last.forwards == len(blocks_of(mode, prompt)) and not last.masked.any()
+
+
+# Rules
+
+
+def test_fixed_count_reveals_the_most_confident_and_ties_from_the_left():
+    confidence = torch.tensor([[0.5, 0.9, 0.5, 0.1, 0.99], [0.5, 0.5, 0.5, 0.5, 0.5], [0.1, 0.2, 0.3, 0.4, 0.5]])
+    masked = torch.tensor([[True, True, True, True, False], [True] * 5, [False] * 5])
+    left = fixed_count(confidence, None, masked, torch.tensor([2, 2, 0]), None)
+    assert left.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0] * 5]
+    assert ranks(confidence, masked)[0, :4].tolist() == [1, 0, 2, 3]
+
+
+def test_a_threshold_reveals_what_is_above_it_and_at_least_one():
+    confidence = torch.tensor([[0.5, 0.9, 0.8, 0.99], [0.1, 0.3, 0.2, 0.99], [0.9, 0.9, 0.9, 0.9]])
+    masked = torch.tensor([[True, True, True, False], [True, True, True, False], [False] * 4])
+    left = confidence_threshold(0.7)(confidence, None, masked, torch.tensor([1, 1, 0]), None)
+    assert left.int().tolist() == [[1, 0, 0, 0], [1, 0, 1, 0], [0] * 4]
+
+
+@pytest.mark.parametrize("threshold", (0.05, 0.2, 0.5))
+@each_mode
+def test_a_threshold_reveals_something_at_every_forward_and_everything_in_the_end(mode, threshold):
+    steps = decode(mode, a_model(mode), PROMPTS, threshold=threshold)
+    for before, after in itertools.pairwise(steps):
+        assert (before.masked.sum(dim=1) > after.masked.sum(dim=1))[~before.done].all()
+    assert not steps[-1].masked.any()
+
+
+# Choosing tokens
+
+
+@pytest.mark.parametrize("temperature", (0.3, 5.0))
+@pytest.mark.parametrize("options", ({"top_k": 1}, {"top_p": 1e-9}), ids=str)
+@each_mode
+def test_the_likeliest_token_alone_is_greedy_at_any_temperature(mode, options, temperature, rng):
+    model = a_model(mode)
+    greedy = decode(mode, model, PROMPTS, steps=8)
+    sampled = decode(mode, model, PROMPTS, steps=8, temperature=temperature, generator=rng, **options)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(greedy, sampled))
+
+
+def test_gumbel_noise_draws_from_the_tempered_softmax(rng):
+    logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5]), 20000
+    for temperature in (0.5, 1.0, 2.0):
+        uniform = torch.rand(n, 5, generator=rng, dtype=torch.float64)
+        counts = torch.bincount(gumbel(logits.expand(n, 5), temperature, uniform).argmax(dim=1), minlength=5)
+        expected = n * (logits / temperature).softmax(dim=0)
+        assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("top_p", (0.01, 0.3, 0.7, 0.95, 1.0))
+def test_top_p_keeps_the_smallest_set_of_that_probability(top_p, rng):
+    logits = 2 * torch.randn(50, 12, generator=rng, dtype=torch.float64)
+    kept = restrict(logits, None, top_p) > -math.inf
+    assert torch.equal(restrict(logits, None, top_p)[kept], logits[kept])
+    for p, keep in zip(logits.softmax(dim=1), kept):
+        assert top_p == 1.0 or p[keep].sum() >= top_p - 1e-12
+        assert p[keep].sum() - p[keep].min() < top_p  # without its least likely it would not do
+        assert keep.all() or p[keep].min() >= p[~keep].max()
+
+
+@pytest.mark.parametrize("top_k", (1, 3, 11, 12, 100))
+def test_top_k_keeps_the_k_largest(top_k, rng):
+    logits = torch.randn(50, 12, generator=rng)
+    kept = restrict(logits, top_k, None) > -math.inf
+    assert (kept.sum(dim=1) == min(top_k, 12)).all()
+    assert all(keep.all() or row[keep].min() > row[~keep].max() for row, keep in zip(logits, kept))
+
+
+@pytest.mark.parametrize(
+    "options", ({"temperature": 0.8}, {"remasking": "random"}, {"stochastic_transfer": True}), ids=str
+)
+@pytest.mark.parametrize("mode", ("mdlm", "mdlm.one_block", "bd3lm", "bd3lm.shift"))
+def test_random_decoding_is_a_function_of_the_generator(mode, options):
+    model = a_model(mode)
+    runs = []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        steps = decode(mode, model, PROMPTS, steps=9, generator=generator, **options)
+        assert not steps[-1].masked.any()
+        runs.append([step.tokens.tolist() for step in steps])
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("mode", ("mdlm.one_block", "bd3lm"))
+def test_stochastic_transfer_reveals_every_mask_within_the_steps(mode, rng):
+    for _ in range(5):
+        steps = decode(mode, a_model(mode), PROMPTS[:1], steps_per_block=4, stochastic_transfer=True, generator=rng)
+        revealed = [int(a.masked.sum() - b.masked.sum()) for a, b in itertools.pairwise(steps)]
+        assert sum(revealed) == NEW and min(revealed) > 0 and len(revealed) <= 4 * len(blocks_of(mode, PROMPTS[0]))
+
+
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+@each_mode
+def test_suppressed_tokens_never_occur(mode, temperature, rng):
+    model = a_model(mode)
+    free = decode(mode, model, PROMPTS)[-1].tokens
+    suppressed = tuple({int(row[len(prompt)]) for row, prompt in zip(free, PROMPTS)} | set(range(10)))
+    last = decode(mode, model, PROMPTS, suppress_tokens=suppressed, temperature=temperature, generator=rng)[-1].tokens
+    for row, prompt in zip(last, PROMPTS):
+        assert not set(row[len(prompt) : len(prompt) + NEW].tolist()) & set(suppressed)
+
+
+def test_begin_suppressed_tokens_change_the_order_of_revealing_and_not_the_choice():
+    mode, model = "mdlm.one_block", a_model("mdlm.one_block")
+    at_once = decode(mode, model, PROMPTS[:1], steps_per_block=1)[-1].tokens
+    answer = at_once[0, len(PROMPTS[0]) :].tolist()
+    first = decode(mode, model, PROMPTS[:1], steps=NEW)[1]
+    favourite = int(first.tokens[0, len(PROMPTS[0]) :][~first.masked[0, len(PROMPTS[0]) :]])
+    assert favourite in answer
+    options = {"begin_suppress_tokens": (favourite,)}
+    assert torch.equal(decode(mode, model, PROMPTS[:1], steps_per_block=1, **options)[-1].tokens, at_once)
+    second = decode(mode, model, PROMPTS[:1], steps=NEW, **options)[1]
+    assert favourite not in second.tokens[0, len(PROMPTS[0]) :].tolist()
+
+
+# Guidance
+
+
+@each_mode
+def test_guidance_with_every_given_token_kept_changes_nothing(mode):
+    model = a_model(mode)
+    keep = tuple(set(itertools.chain(*PROMPTS)))
+    plain, guided = (
+        decode(mode, model, PROMPTS, steps=8, **options)
+        for options in ({}, {"cfg_scale": 2.0, "cfg_keep_tokens": keep})
+    )
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(plain, guided))
+    other = decode(mode, model, PROMPTS, steps=8, cfg_scale=2.0)
+    assert not torch.equal(plain[-1].tokens, other[-1].tokens)
+
+
+# Precision and chunks
+
+
+@each_mode
+def test_the_heads_chunks_do_not_change_the_sample(mode, monkeypatch):
+    model = a_model(mode)
+    expected = decode(mode, model, PROMPTS, steps=6, cfg_scale=0.5)
+    monkeypatch.setattr(diffusion, "CHUNK", 3)
+    ours = decode(mode, model, PROMPTS, steps=6, cfg_scale=0.5)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(expected, ours))
+
+
+@each_mode
+def test_a_bfloat16_model_decodes(mode):
+    last = decode(mode, a_model(mode, dtype=torch.bfloat16), PROMPTS, steps=8)[-1]
+    assert last.done.all() and not last.masked.any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contradictions
+
+MDLM, BD3LM, AR = ({"objective": name} for name in ("mdlm", "bd3lm", "ar"))
+CONTRADICTIONS = [
+    ({}, [], {}, "no prompts; expected at least one"),
+    ({"mask_token_id": None}, [[1]], {}, "declares no mask_token_id.*convert.py"),
+    (AR | {"mask_token_id": None}, [[1]], {"cfg_scale": 1.0}, "declares no mask_token_id.*convert.py"),
+    (MDLM | {"max_position_embeddings": 8}, [[1]], {}, "11 tokens exceed the model's context of 8; shorten the prompt"),
+    (BD3LM, [[1]], {}, "needs a block size.*pass --block_size"),
+    (
+        BD3LM | {"block_length": 4},
+        [[1]],
+        {"block_size": 8},
+        "block_size 8 is not the checkpoint's 4; leave --block_size out",
+    ),
+    (AR, [[1], []], {}, "an empty prompt has nothing to predict from; begin it with"),
+    (MDLM, [[1]], {"remasking": "lowest"}, "remasking 'lowest' is unknown; expected low_confidence or random"),
+    (MDLM, [[1]], {"block_align": "left"}, "block_align 'left' is unknown; expected sequence or prompt"),
+    (MDLM, [[1]], {"steps": 0}, "steps 0.*expected at least 1"),
+    (MDLM, [[1]], {"block_size": -4}, "block_size -4.*expected at least 1"),
+    (MDLM, [[1]], {"steps_per_block": 0}, "steps_per_block 0.*expected at least 1"),
+    (MDLM, [[1]], {"threshold": 0.5, "remasking": "random"}, "threshold compares confidences.*drop one of the two"),
+    (MDLM, [[1]], {"scheduler": "quadratic"}, "scheduler 'quadratic' is unknown; expected linear or cosine"),
+]
+
+
+@pytest.mark.parametrize(("declared", "prompts", "options", "message"), CONTRADICTIONS, ids=lambda x: None)
+def test_contradictions_are_refused_with_the_way_out(declared, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        next(denoise(tiny(**declared), prompts, **{"max_new_tokens": NEW} | options))
+
+
+def test_a_model_that_declares_nothing_decodes_as_mdlm():
+    undeclared, declared = (decode("mdlm", tiny(objective=name), PROMPTS) for name in (None, "mdlm"))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(undeclared, declared))
+
+
+def test_an_undeclared_block_length_is_taken_from_block_size():
+    given = tiny(objective="bd3lm", block_length=None)
+    ours = list(denoise(given, PROMPTS, max_new_tokens=NEW, block_size=4))[-1].tokens
+    assert torch.equal(ours, decode("bd3lm", a_model("bd3lm"), PROMPTS)[-1].tokens)

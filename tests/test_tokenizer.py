@@ -1,0 +1,220 @@
+"""Special ids and chat rows against the reference's outputs, and the laws of templates, masks and saved files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import FAMILIES, GOLDEN, golden_json
+
+from tokenizer import Tokenizer
+
+QWEN3 = GOLDEN / "models" / "qwen3"
+CHAT = [
+    {"role": "system", "content": "w9"},
+    {"role": "user", "content": "w10 w11"},
+    {"role": "assistant", "content": "w12"},
+    {"role": "user", "content": "w13"},
+    {"role": "assistant", "content": "w14 w15"},
+]
+TEXTS = [
+    "def f(x):\n    return x + 10\n",
+    "The 3rd – naïve — test 🎉, isn't it?\r\n\t\n",
+    "a  b   c",
+    "",
+    "日本 <b>",
+] * 5
+
+
+def copy(source: Path, target: Path, **changes) -> Path:
+    """The directory `source` in `target`, with fields of tokenizer_config.json changed (None: removed)."""
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((target / "tokenizer_config.json").read_text()) | changes
+    kept = {name: value for name, value in config.items() if value is not None}
+    (target / "tokenizer_config.json").write_text(json.dumps(kept))
+    return target
+
+
+def learnt(tokenizer, rendered) -> str:
+    ids, supervised = rendered
+    return tokenizer.decode([i for i, yes in zip(ids, supervised, strict=True) if yes], skip_special_tokens=False)
+
+
+def test_special_ids_equal_the_references():
+    expected = golden_json("data")["special_ids"]
+    tokenizer = Tokenizer(QWEN3)
+    assert (tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id) == tuple(expected[k] for k in ("mask", "pad", "eos"))
+    assert len(tokenizer) == expected["len_tokenizer"]
+    assert tokenizer.mask_added and tokenizer.mask_untrained
+    assert tokenizer.end_ids == [500, 502]
+    assert tokenizer.bos_id is None
+
+
+def test_rendering_equals_the_references_sft_rows():
+    tokenizer = Tokenizer(QWEN3)
+    cases = [case for case in golden_json("data")["sft"] if case["mask_prompt_loss"]]
+    for case in cases:
+        ids, supervised = tokenizer.render(case["messages"])
+        assert ids == case["out"]["input_ids"]
+        labels = [i if learnt else -100 for i, learnt in zip(ids, supervised)]
+        assert labels == case["out"]["labels"]
+        prompt, nothing = tokenizer.render(case["messages"][:-1], reply=True)
+        assert prompt == ids[: case["out"]["prompt_len"]]
+        assert not any(nothing)
+    assert cases
+
+
+def test_all_assistant_turns_are_learnt_where_the_template_keeps_them():
+    tokenizer = Tokenizer(QWEN3)
+    assert learnt(tokenizer, tokenizer.render(CHAT)) == "w14 w15 <|im_end|>"
+    assert learnt(tokenizer, tokenizer.render(CHAT, train_on="all")) == "w12 <|im_end|> w14 w15 <|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_cannot_train_on_all(tmp_path):
+    """As Qwen3's does: thinking stands in the last assistant turn and is dropped from the others."""
+    rewrites = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if loop.last and m.role == 'assistant' %}{{ '<think>\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if not enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
+    )
+    Tokenizer.train(TEXTS, 300, template=rewrites).save(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert learnt(tokenizer, tokenizer.render(CHAT)) == "w14 w15<|im_end|>\n"
+    assert learnt(tokenizer, tokenizer.render(CHAT, thinking=True)) == "<think>\nw14 w15<|im_end|>\n"
+    with pytest.raises(ValueError, match=r"turn 3 otherwise.*last turn only"):
+        tokenizer.render(CHAT, train_on="all")
+
+
+def test_a_prompt_in_training_is_the_prompt_in_sampling_even_where_a_token_would_span_its_end():
+    tokenizer = Tokenizer.train(["\n\n", "x\n\ny"] * 9 + TEXTS, 300)
+    assert len(tokenizer.encode("\n\n")) == 1
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\ny"}]
+    ids, supervised = tokenizer.render(chat)
+    prompt, _ = tokenizer.render(chat[:-1], reply=True)
+    assert ids[: len(prompt)] == prompt
+    assert supervised == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+    text = tokenizer._fill(chat, False, False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.encode(text)[: len(prompt)] != prompt  # the token does span it
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "words"),
+    [
+        (CHAT[:-1], {}, "do not end with an assistant turn"),
+        ([], {}, "do not end with an assistant turn"),
+        (CHAT, {"train_on": "most"}, "most"),
+        ([{"role": "user", "content": None}], {"reply": True}, "refuses these messages"),
+        ([{"role": "user"}], {"reply": True}, "refuses these messages"),
+    ],
+)
+def test_unusable_messages_are_refused(messages, options, words):
+    with pytest.raises(ValueError, match=words):
+        Tokenizer(QWEN3).render(messages, **options)
+
+
+def test_templates_see_what_transformers_gives_them(tmp_path):
+    template = (
+        "  {% if true %}\n"
+        "{{ bos_token is defined }} {{ eos_token }} {{ {'a': '<é>'} | tojson }} {{ strftime_now('%Y') | length }}\n"
+        "  {% endif %}\n"
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}"
+    )
+    (copy(QWEN3, tmp_path) / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer._fill(CHAT[:2], False, False) == 'False <|im_end|> {"a": "<é>"} 4\nw9'
+    with pytest.raises(ValueError, match="too long"):
+        tokenizer.render(CHAT)
+
+
+def test_the_template_comes_from_a_file_a_string_or_a_list(tmp_path):
+    text = (QWEN3 / "chat_template.jinja").read_text()
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": text}]
+    for form in (text, named):
+        (copy(QWEN3, tmp_path, chat_template=form) / "chat_template.jinja").unlink()
+        assert Tokenizer(tmp_path).render(CHAT) == Tokenizer(QWEN3).render(CHAT)
+    copy(QWEN3, tmp_path, chat_template=None)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        Tokenizer(tmp_path).render(CHAT)
+
+
+def test_saved_equals_loaded_and_the_source_is_kept(tmp_path):
+    (tmp_path / "source").mkdir()
+    source = copy(QWEN3, tmp_path / "source", padding_side="left")
+    (source / "generation_config.json").write_text('{"eos_token_id": [502, 503, 7]}')
+    tokenizer = Tokenizer(source)
+    assert tokenizer.end_ids == [500, 502, 503]  # 7 is a word
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    again = Tokenizer(tmp_path / "saved")
+    assert not again.mask_added and not again.mask_untrained
+    for name in ("mask_id", "mask_token", "end_ids", "eos_id", "pad_id", "bos_id", "template", "special"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert again.render(CHAT) == tokenizer.render(CHAT)
+    saved = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert saved.pop("mask_token") == "<|mask|>"
+    assert saved["added_tokens_decoder"].pop("504")["special"]
+    assert saved == json.loads((source / "tokenizer_config.json").read_text())
+
+    tokenizer.save(tmp_path / "saved", mask=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        saved, read = (json.loads((directory / name).read_text()) for directory in (tmp_path / "saved", source))
+        assert saved == read, name
+
+
+def test_the_mask_is_the_declared_token_or_the_one_asked_for(tmp_path):
+    declared = Tokenizer(copy(QWEN3, tmp_path, mask_token="w7"))
+    assert (declared.mask_id, declared.mask_added, declared.mask_untrained) == (7, False, False)
+    assert len(declared) == 504
+    asked = Tokenizer(tmp_path, mask_token="w8")
+    assert (asked.mask_id, asked.mask_added, asked.mask_untrained) == (8, False, True)
+    assert not Tokenizer(tmp_path, mask_token="w7").mask_untrained
+    with pytest.raises(ValueError, match="'<none>' is not in the vocabulary"):
+        Tokenizer(tmp_path, mask_token="<none>")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+        Tokenizer(GOLDEN)
+
+
+def test_special_tokens_are_decoded_only_when_asked_for():
+    tokenizer = Tokenizer(QWEN3)
+    ids = tokenizer.encode("w1 <|mask|> w2 <|im_end|>")
+    assert ids == [1, tokenizer.mask_id, 2, 502]
+    assert tokenizer.decode(ids) == "w1 w2"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "w1 <|mask|> w2 <|im_end|>"
+
+
+def test_a_trained_tokenizer_is_lossless_deterministic_and_splits_digits():
+    tokenizer = Tokenizer.train(TEXTS, 320)
+    assert tokenizer.core.to_str() == Tokenizer.train(iter(TEXTS), 320).core.to_str()
+    for text in [*TEXTS, "\x00 \ufeff any bytes ÿ 𝔘"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("1010")) == 4
+    assert tokenizer.mask_id == len(tokenizer) - 1 <= 320  # not counted in vocab_size
+    assert tokenizer.end_ids == [0, 2] and (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id) == (0, 0, 2)
+    with pytest.raises(ValueError, match="vocab_size 100"):
+        Tokenizer.train(TEXTS, 100)
+
+
+def test_a_rare_pair_is_not_merged():
+    texts = ["common"] * 500 + ["rare"] * 4  # 504 texts: a merge needs 5 occurrences
+    tokenizer = Tokenizer.train(texts, 400)
+    assert (len(tokenizer.encode("common")), len(tokenizer.encode("rare"))) == (1, 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_and_chats_equal_transformers(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(GOLDEN / "models" / family)
+    theirs.add_special_tokens({"mask_token": "<|mask|>"})
+    ours = Tokenizer(GOLDEN / "models" / family)
+    ours.save(tmp_path)
+    for other in (theirs, transformers.AutoTokenizer.from_pretrained(tmp_path)):
+        assert (other.mask_token_id, other.eos_token_id, len(other)) == (ours.mask_id, ours.eos_id, len(ours))
+        assert other.apply_chat_template(CHAT, return_dict=False) == ours.render(CHAT)[0]
+        prompt = other.apply_chat_template(CHAT[:-1], add_generation_prompt=True, return_dict=False)
+        assert prompt == ours.render(CHAT[:-1], reply=True)[0]

@@ -1,0 +1,252 @@
+"""Text to ids and back, and a chat to ids and what of it is learnt: `tokenizers` and the model's own jinja template.
+
+Reads and writes the files of a Hugging Face directory; no tensors, no Hub, no transformers.
+"""
+
+import functools
+import json
+import tempfile
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+import tokenizers
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MASK = "<|mask|>"
+END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")  # ends of a turn or a text, in Qwen and Llama
+JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+SPLIT = (  # Qwen's: contractions, words, single digits, punctuation, line ends, spaces
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class Tokenizer:
+    """The tokenizer of a directory.
+
+    The mask token is `mask_token`, which must be in the vocabulary (a reserved token, say); else the one that
+    tokenizer_config.json names; else `<|mask|>`, which is added under the next free id where the vocabulary lacks it
+    (`mask_added`; that id may lie beyond the model's embedding, see convert.py). `mask_untrained`: it was added, or it
+    is a `mask_token` that was no mask in these files.
+    """
+
+    def __init__(self, path: str | Path, mask_token: str | None = None):
+        path = Path(path)
+        if not (path / "tokenizer.json").is_file():
+            raise FileNotFoundError(
+                f"{path} holds no tokenizer.json; transformers writes one: "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        self.files = {name: json.loads((path / name).read_bytes()) for name in JSON_FILES if (path / name).is_file()}
+        config = self.files.setdefault("tokenizer_config.json", {})
+        template = path / "chat_template.jinja"
+        self.template_file = template.read_text(encoding="utf-8") if template.is_file() else None
+        self.template = self.template_file or config.get("chat_template")
+        if isinstance(self.template, list):
+            self.template = {named["name"]: named["template"] for named in self.template}.get("default")
+
+        self.core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        self.core.no_truncation()
+        self.core.no_padding()
+        self.special = {}  # what a template knows of: bos_token, eos_token and the like, as strings
+        for name, token in {**self.files.get("special_tokens_map.json", {}), **config}.items():
+            token = token["content"] if isinstance(token, dict) and "content" in token else token
+            if name.endswith("_token") and isinstance(token, str):
+                self.special[name] = token
+        self._choose_mask(mask_token)
+
+        added = self.core.get_added_tokens_decoder()
+        specials = {token.content: i for i, token in added.items() if token.special}
+        self.eos_id = self._id("eos_token")
+        declared = self.files.get("generation_config.json", {}).get("eos_token_id")
+        declared = declared if isinstance(declared, list) else [declared]
+        found = [self.eos_id, *(specials.get(token) for token in END), *(i for i in declared if i in added)]
+        self.end_ids = sorted({i for i in found if i is not None})
+        self.bos_id = self._id("bos_token")
+        pad = self._id("pad_token")
+        self.pad_id = self.eos_id if pad is None else pad
+
+    def _id(self, name: str) -> int | None:
+        return self.core.token_to_id(self.special[name]) if name in self.special else None
+
+    def _choose_mask(self, token: str | None) -> None:
+        if token is not None and self.core.token_to_id(token) is None:
+            raise ValueError(f"mask token {token!r} is not in the vocabulary; name one that is, or none to add {MASK}")
+        declared = self.special.get("mask_token")
+        self.mask_token = token or declared or MASK
+        self.mask_added = self.core.token_to_id(self.mask_token) is None
+        if self.mask_added:
+            self.core.add_special_tokens([tokenizers.AddedToken(self.mask_token, special=True, normalized=False)])
+        self.mask_untrained = self.mask_added or token not in (None, declared)
+        self.special["mask_token"] = self.mask_token
+        self.mask_id = self.core.token_to_id(self.mask_token)
+
+    @property
+    def ids(self) -> list[int]:
+        """Every id the vocabulary gives a meaning; a model's embedding often has more rows."""
+        return list(self.core.get_vocab().values())
+
+    def __len__(self) -> int:
+        return self.core.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; special tokens that it spells out become theirs, none is added."""
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return self.core.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def save(self, directory: str | Path, *, mask: bool = True) -> None:
+        """Writes the files that were read, with the mask token in them; mask False: without one that was added here.
+
+        An AR checkpoint is saved without: else its untrained row would pass for a trained one when it is converted.
+        """
+        core, files = json.loads(self.core.to_str()), json.loads(json.dumps(self.files))
+        if self.mask_added and not mask:
+            core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] != self.mask_id]
+        elif mask:
+            config = files["tokenizer_config.json"]
+            for name in files.keys() & {"tokenizer_config.json", "special_tokens_map.json"}:
+                files[name]["mask_token"] = self.mask_token
+            if self.mask_added and "added_tokens_decoder" in config:
+                token = next(token for token in core["added_tokens"] if token["id"] == self.mask_id)
+                config["added_tokens_decoder"][str(self.mask_id)] = {k: v for k, v in token.items() if k != "id"}
+        text = {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in files.items()}
+        text["tokenizer.json"] = json.dumps(core, ensure_ascii=False)
+        if self.template_file is not None:
+            text["chat_template.jinja"] = self.template_file
+        for name, content in text.items():
+            Path(directory, name).write_text(content, encoding="utf-8")
+
+    def render(
+        self, messages: list[dict], *, reply: bool = False, thinking: bool = False, train_on: str = "last"
+    ) -> tuple[list[int], list[bool]]:
+        """The chat as ids by the checkpoint's template, and for each id whether it is learnt.
+
+        reply: end with the prompt for the assistant's next turn (nothing is learnt then). thinking: the template's
+        `enable_thinking`. train_on: "last" assistant turn or "all"; a turn reaches from its prompt's end to the end
+        of the chat up to it, so it includes its end token. Raises ValueError where the template rewrites earlier
+        turns so that these are no prefixes of the whole (Qwen3 drops thinking: "all" cannot be told apart there).
+        """
+        if train_on not in ("last", "all"):
+            raise ValueError(f"train_on {train_on!r}: expected last or all")
+        whole = self._fill(messages, reply, thinking)
+        if reply:
+            ids = self.encode(whole)
+            return ids, [False] * len(ids)
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError("the messages do not end with an assistant turn; nothing in them is learnt")
+        last = len(messages) - 1
+        turns = [i for i in range(last) if messages[i]["role"] == "assistant"] if train_on == "all" else []
+        prefixes = []
+        for i in [*turns, last]:
+            prompt, turn = self._fill(messages[:i], True, thinking), whole
+            if i < last:
+                turn = self._fill(messages[: i + 1], False, thinking)
+            if not (whole.startswith(prompt) and whole.startswith(turn)):
+                way_out = (
+                    "train on the last turn only" if i < last else "is the answer written for the other `thinking`?"
+                )
+                raise ValueError(
+                    f"the chat template renders turn {i + 1} otherwise inside the whole chat (its prompt ends in "
+                    f"{prompt[-40:]!r}); {way_out}"
+                )
+            prefixes += [prompt, turn]
+        ids, heads = self.encode(whole), [self.encode(prefix) for prefix in prefixes]
+        if any(ids[: len(head)] != head for head in heads):
+            # A token spans the border of a turn. Encode the parts alone: sampling has the prompt alone, too.
+            ids, heads = [], []
+            for a, b in pairwise([0, *map(len, prefixes)]):
+                ids = ids + self.encode(whole[a:b])
+                heads.append(ids)
+        supervised = [False] * len(ids)
+        for prompt, turn in zip(heads[::2], heads[1::2]):
+            supervised[len(prompt) : len(turn)] = [True] * (len(turn) - len(prompt))
+        return ids, supervised
+
+    def _fill(self, messages: list[dict], reply: bool, thinking: bool) -> str:
+        if self.template is None:
+            raise ValueError("the tokenizer has no chat template; use plain text (--stage pt, --chat_template False)")
+        try:
+            return compiled(self.template).render(
+                messages=messages, add_generation_prompt=reply, enable_thinking=thinking, **self.special
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    @classmethod
+    def train(cls, texts, vocab_size: int, template: str = CHATML) -> "Tokenizer":
+        """A byte-level BPE of `texts` (an iterable of str), at most `vocab_size` tokens; the same texts give the same.
+
+        Every digit is a token. Merges need max(2, texts / 100) occurrences, so that what is frequent in one text alone
+        is not learnt by heart. End of text is <|endoftext|>, end of turn <|im_end|>; no mask token is counted.
+        """
+        texts = list(texts)
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        smallest = len(special) + 256
+        if vocab_size < smallest:
+            raise ValueError(f"vocab_size {vocab_size}: bytes and special tokens alone are {smallest}")
+        core = tokenizers.Tokenizer(tokenizers.models.BPE())
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated")
+        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+        core.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=max(2, len(texts) // 100),
+            special_tokens=special,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        core.train_from_iterator(texts, trainer)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "eos_token": "<|im_end|>",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": template,
+        }
+        with tempfile.TemporaryDirectory() as directory:
+            core.save(str(Path(directory, "tokenizer.json")))
+            Path(directory, "tokenizer_config.json").write_text(json.dumps(config))
+            return cls(directory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates: the environment transformers gives them
+
+
+class Generation(Extension):
+    """`{% generation %}`, by which some templates mark what the assistant says: rendered as if it were not there."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True)).set_lineno(line)
+
+
+@functools.lru_cache
+def compiled(template: str):
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        # jinja's own filter escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
