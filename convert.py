@@ -7,23 +7,15 @@ from pathlib import Path
 import torch
 
 from checkpoint import OBJECTIVES, load_config, load_model, resolve, save_model
+from cli import Parser, boolean, one_line_errors, switch
 from model import Config, LanguageModel
 from tokenizer import Tokenizer
 
-BOOL = "True|False"
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected True or False")
-    return text.lower() == "true"
-
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convert.py",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="""\
+    parser = Parser(
+        "convert.py",
+        """\
 Turn an autoregressive Qwen3, Qwen2, Qwen2.5 or Llama checkpoint into a diffusion checkpoint, or back.
 
 The weights stay what they are: a diffusion checkpoint is the same network with a mask token and a config.json that
@@ -34,14 +26,11 @@ something else or to go back to a plain causal checkpoint (--to ar).""",
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="source: a directory (also under $BASE_MODELS_DIR) or a Hub id")
     add("--output_dir", required=True, help="directory to write; it appears when it is complete, not before")
-    add(
+    switch(
+        add,
         "--overwrite",
-        nargs="?",
-        type=boolean,
-        const=True,
-        default=False,
-        metavar=BOOL,
-        help="replace the checkpoint in --output_dir (default: False, a non-empty directory is an error)",
+        False,
+        "replace the checkpoint in --output_dir (default: False, a non-empty directory is an error)",
     )
     add(
         "--to",
@@ -49,14 +38,11 @@ something else or to go back to a plain causal checkpoint (--to ar).""",
         default="diffusion",
         help="ar: a plain causal checkpoint with the same weights, for transformers (default: diffusion)",
     )
-    add(
+    switch(
+        add,
         "--random_init",
-        nargs="?",
-        type=boolean,
-        const=True,
-        default=False,
-        metavar=BOOL,
-        help="random weights, N(0, initializer_range), in the source's shape, whose own are not read (default: False)",
+        False,
+        "random weights, N(0, initializer_range), in the source's shape, whose own are not read",
     )
     add("--seed", type=int, default=42, help="of the random weights (default: 42)")
     add("--objective", choices=OBJECTIVES[1:], help="declare this objective (default: what the source declares)")
@@ -64,7 +50,7 @@ something else or to go back to a plain causal checkpoint (--to ar).""",
     add(
         "--right_shift_logits",
         type=boolean,
-        metavar=BOOL,
+        metavar="True|False",
         help="declare whether position i predicts token i + 1, as in the AR model (default: what the source declares)",
     )
     add(
@@ -172,10 +158,8 @@ def convert(args: argparse.Namespace) -> list[tuple[str, str]]:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors(parser.prog):
         summary = convert(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"convert.py: {error}\n")
     for what, value in summary:
         print(f"{what:<15} {value}")
 

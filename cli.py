@@ -1,0 +1,152 @@
+"""What the programs' command lines share: flags and their manual, mistakes told in one line, the sampler's options.
+
+A mistake of the user's ends a program with one line and exit status 2 (`one_line_errors`); under `python -X dev` it
+shows where it was raised instead.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+from contextlib import contextmanager
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected True or False")
+    return text.lower() == "true"
+
+
+def ids(text: str) -> tuple[int, ...]:
+    """Token ids separated by commas, with or without brackets around them."""
+    parts = [part for part in re.split(r"[\s,]+", text.strip("[]() ")) if part]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected token ids separated by commas, such as 151643,151645")
+    return tuple(map(int, parts))
+
+
+class _Manual(argparse.RawDescriptionHelpFormatter):
+    """Names every flag's default at the end of its help, unless the help speaks of it or there is none to name."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        if "default" in text or action.required or action.default in (None, argparse.SUPPRESS):
+            return text
+        return text + " (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole flags only, a mistake in one line, and the nearest name for a flag that does not exist."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, formatter_class=_Manual, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for flag in (argument.partition("=")[0] for argument in args if argument.startswith("--")):
+            if flag not in self._option_string_actions:
+                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                way = f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists them"
+                self.error(f"unknown flag {flag}; {way}")
+        return super().parse_args(args, namespace)
+
+
+def switch(add, name: str, default: bool, help: str) -> None:
+    """A flag that takes True or False; alone it means True."""
+    add(name, nargs="?", type=boolean, const=True, default=default, metavar="True|False", help=help)
+
+
+@contextmanager
+def one_line_errors(prog: str):
+    """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sampler's options, under the reference's names: those of diffusion.denoise.
+
+SAMPLING = (
+    *("max_new_tokens", "steps", "block_size", "steps_per_block", "block_align", "scheduler"),
+    *("temperature", "top_k", "top_p", "remasking", "stochastic_transfer", "threshold"),
+    *("cfg_scale", "cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens"),
+)
+
+
+def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
+    """Adds a flag for each of SAMPLING; `defaults` replace those that fit a short answer."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max_new_tokens", type=int, default=128, metavar="TOKENS", help="masks that follow each prompt")
+    add(
+        "--steps",
+        type=int,
+        default=128,
+        metavar="N",
+        help="forwards for the whole answer, shared evenly by its blocks; fewer steps reveal more tokens each. More "
+        "steps than tokens are allowed; those that would reveal nothing are left out",
+    )
+    add(
+        "--block_size",
+        type=int,
+        metavar="TOKENS",
+        help="tokens of a decoding block; blocks are decoded from left to right. For bd3lm the checkpoint's block "
+        "length, where it declares one (default: bd3lm that, mdlm 32; ar has none)",
+    )
+    add("--steps_per_block", type=int, metavar="N", help="forwards for one block; replaces --steps")
+    add(
+        "--block_align",
+        choices=["sequence", "prompt"],
+        help="where blocks start. sequence: multiples of the block size from the first token of the prompt, as in "
+        "training, so the prompt's last partial block is denoised with the prompt fixed. prompt: where the prompt "
+        "ends, as dLLM does (default: bd3lm sequence, mdlm prompt)",
+    )
+    add(
+        "--scheduler", choices=["linear", "cosine"], default="linear", help="alpha(t), which spreads reveals over steps"
+    )
+    add("--temperature", type=float, default=0.0, help="of the Gumbel noise on the logits; 0 takes the likeliest token")
+    add("--top_k", type=int, metavar="K", help="choose among the K likeliest tokens (needs --temperature above 0)")
+    add("--top_p", type=float, metavar="P", help="choose among the smallest set of tokens of probability at least P")
+    add(
+        "--remasking",
+        choices=["low_confidence", "random"],
+        default="low_confidence",
+        help="which of a step's tokens stay: the most probable ones, or random ones",
+    )
+    switch(add, "--stochastic_transfer", False, "draw how many tokens a step reveals, instead of the expected number")
+    add(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="reveal every token of probability above P at each step, at least one, instead of a fixed number; "
+        "0.9 takes several times fewer forwards",
+    )
+    add(
+        "--cfg_scale",
+        type=float,
+        default=0.0,
+        help="classifier-free guidance s: logits u + (s + 1)(c - u), u with the prompt masked; doubles the work",
+    )
+    add("--cfg_keep_tokens", type=ids, default=(), metavar="IDS", help="prompt tokens that u keeps (default: none)")
+    add("--suppress_tokens", type=ids, default=(), metavar="IDS", help="tokens never generated (default: none)")
+    add(
+        "--begin_suppress_tokens",
+        type=ids,
+        default=(),
+        metavar="IDS",
+        help="tokens that count as improbable when confidences are compared, though they may be chosen, as in dLLM "
+        "(default: none)",
+    )
+    parser.set_defaults(**defaults)
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """The keyword arguments of diffusion.denoise that the flags of `add_sampling` gave."""
+    return {name: getattr(args, name) for name in SAMPLING}
