@@ -9,8 +9,10 @@ alpha(t) is the probability that a token is still clean. Letters as in model.py;
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -429,12 +431,27 @@ def confidence_threshold(threshold: float):
 
 class Step(NamedTuple):
     """The canvas after a forward. tokens (B, T) int64, the mask id where masked (B, T) bool; a row's columns beyond its
-    own canvas hold 0. done (B,): the row is finished, whatever may still be masked. forwards: model calls so far."""
+    own canvas hold 0. done (B,): the row is finished, whatever may still be masked. forwards: model calls so far.
+    confidence (B, T): the untempered probability a settled token had when it was chosen; 0 where masked or given."""
 
     tokens: Tensor
     masked: Tensor
     done: Tensor
     forwards: int
+    confidence: Tensor
+
+
+@dataclass
+class Kept:
+    """What one call of `denoise` leaves for the next, of the same model: a row's clean tokens and the cache with them.
+
+    It is right at every step, so that a call may be abandoned. Guidance and blocks that begin where the prompt ends
+    change what earlier columns see: they take none.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    block_size: int = 0  # of the attention blocks
+    cache: KVCache | None = None
 
 
 @torch.no_grad()
@@ -460,6 +477,7 @@ def denoise(
     suppress_tokens: tuple[int, ...] = (),
     begin_suppress_tokens: tuple[int, ...] = (),
     end_ids: tuple[int, ...] = (),
+    kept: Kept | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Step]:
     """Fills the masks of a batch of canvases, a `Step` at the start and after each forward. Ids in, ids out.
@@ -467,30 +485,63 @@ def denoise(
     A row's canvas is its prompt, masked where `canvas_masks` (of the prompts' shape) says so, then `max_new_tokens`
     masks. The objective, right shift, mask id and BD3LM's block length come from `model.config` (mdlm where it declares
     none). Rows are decoded block by block, each at its own pace, blocks of `block_size`: for bd3lm also the attention
-    block (default: the checkpoint's), for mdlm only an order of work (default: one block), for ar always 1.
+    block (default: the checkpoint's), for mdlm only an order of work (default: one block), for ar always 1
+    (it takes none).
 
     block_align: "sequence" (bd3lm's default: blocks lie as in training, a prompt's last partial block is denoised with
     the prompt fixed) or "prompt" (blocks start where the prompt ends; the reference's, and mdlm's default). With
-    canvas_masks blocks always count from the sequence's start. steps: forwards for the whole answer, shared evenly by
-    its blocks (or steps_per_block); each block's reveals follow `reveal_schedule` of its own mask count.
+    canvas_masks blocks always count from the sequence's start. steps: forwards for the whole answer (with canvas_masks:
+    for the row's whole canvas, where the reference counts the batch's longest), shared evenly by its blocks; or
+    steps_per_block. Each block's reveals follow `reveal_schedule` of its own mask count.
 
     temperature 0: the likeliest token. remasking: which tokens stay, "low_confidence" (by untempered probability) or
-    "random". threshold: reveal all tokens more confident than this instead of a fixed count. cfg_scale s: logits
-    u + (s + 1)(c - u), u with the given tokens but cfg_keep_tokens masked. suppress_tokens never occur;
-    begin_suppress_tokens count as improbable only when confidence is compared, as in the reference. The mask id is
-    never chosen. end_ids: a row is done at its first generated one with nothing masked before it.
+    "random". threshold: reveal all tokens more confident than this instead of a fixed count; steps then goes unused.
+    cfg_scale s: logits u + (s + 1)(c - u), u with the given tokens but cfg_keep_tokens masked. suppress_tokens never
+    occur; begin_suppress_tokens count as improbable only when confidence is compared, as in the reference. The mask id
+    is never chosen. end_ids: a row is done at its first generated one with nothing masked before it.
+
+    kept: for a single row of ar or bd3lm. The complete blocks of the prompt's longest common prefix with kept.tokens
+    are taken from its cache instead of being computed again, with the same outcome; it then holds this row's.
 
     Raises ValueError for options that contradict the model, the prompts or each other.
     """
     config, device = model.config, model.head_weight.device
     objective = config.objective or "mdlm"
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}")
     cached = objective != "mdlm"
     right_shift = objective == "ar" or bool(config.right_shift)
     if not prompts:
         raise ValueError("no prompts; expected at least one (an empty one generates from scratch)")
-    mask_id = config.mask_token_id
+    V, mask_id = config.vocab_size, config.mask_token_id
     if mask_id is None and (cfg_scale or objective != "ar"):
         raise ValueError("the checkpoint declares no mask_token_id; make a diffusion checkpoint of it with convert.py")
+    for name, given in {
+        "mask_token_id": () if mask_id is None else (mask_id,),
+        "prompts": itertools.chain(*prompts),
+        "cfg_keep_tokens": cfg_keep_tokens,
+        "suppress_tokens": suppress_tokens,
+        "begin_suppress_tokens": begin_suppress_tokens,
+        "end_ids": end_ids,
+    }.items():
+        for token in given:
+            if not 0 <= token < V:
+                raise ValueError(
+                    f"{name}: token id {token} is outside the vocabulary; expected 0 to {V - 1}, as this model's "
+                    "tokenizer gives them"
+                )
+    if len({*suppress_tokens} | ({mask_id} - {None})) == V:
+        raise ValueError(f"suppress_tokens names all {V} tokens, so that none is left to choose; name fewer")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 0")
+    if canvas_masks is not None:
+        expected, found = list(map(len, prompts)), list(map(len, canvas_masks))
+        if found != expected:
+            raise ValueError(f"canvas_masks of lengths {found}: expected a bool for each prompt token, {expected}")
+        if block_align == "prompt":
+            raise ValueError("block_align prompt: masks inside a canvas have no prompt's end to count from; drop it")
+        if objective == "ar" and any(mask[:1] == [True] for mask in canvas_masks):
+            raise ValueError("an ar model cannot fill in the first token; begin the canvas with the BOS or EOS token")
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     B, T = len(prompts), max(lengths)
     if T > config.max_position_embeddings:
@@ -498,26 +549,49 @@ def denoise(
             f"prompt and answer of {T} tokens exceed the model's context of {config.max_position_embeddings}; "
             "shorten the prompt or lower --max_new_tokens"
         )
+    for name, value in {"steps": steps, "steps_per_block": steps_per_block, "block_size": block_size}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value}: expected at least 1")
     if objective == "ar":
         K = 1
+        if block_size is not None:
+            raise ValueError(f"block_size {block_size}: an ar model decodes token by token; leave --block_size out")
     elif objective == "bd3lm":
-        K = block_size or config.block_length
+        K = config.block_length if block_size is None else block_size
         if K is None:
             raise ValueError("bd3lm needs a block size and the checkpoint declares none; pass --block_size")
         if config.block_length not in (None, K):
             raise ValueError(f"block_size {K} is not the checkpoint's {config.block_length}; leave --block_size out")
     else:
-        K = block_size or max(T, 1)
+        K = max(T, 1) if block_size is None else block_size
     if objective == "ar" and min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt has nothing to predict from; begin it with the BOS or EOS token")
     if remasking not in ("low_confidence", "random"):
         raise ValueError(f"remasking {remasking!r} is unknown; expected low_confidence or random")
     if block_align not in (None, "sequence", "prompt"):
         raise ValueError(f"block_align {block_align!r} is unknown; expected sequence or prompt")
-    if min(steps, K, 1 if steps_per_block is None else steps_per_block) < 1:
-        raise ValueError(f"steps {steps}, steps_per_block {steps_per_block}, block_size {K}: expected at least 1 each")
-    if threshold is not None and remasking == "random":
-        raise ValueError("threshold compares confidences, which remasking random does not have; drop one of the two")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: expected 0 (the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k}: expected at least 1; leave it out to choose among all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p}: expected above 0 and at most 1; leave it out to choose among all tokens")
+    if temperature == 0 and (top_k, top_p) != (None, None):
+        option = f"top_p {top_p}" if top_k is None else f"top_k {top_k}"
+        raise ValueError(f"{option} changes nothing at temperature 0; raise --temperature or leave it out")
+    if threshold is not None:
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold {threshold}: expected a probability between 0 and 1, 0.9 say")
+        if remasking == "random":
+            raise ValueError("threshold compares confidences, remasking random does not have any; drop one of the two")
+        if stochastic_transfer or steps_per_block is not None:
+            option = "stochastic_transfer" if stochastic_transfer else "steps_per_block"
+            raise ValueError(f"threshold replaces the schedule, which {option} is about; drop one of the two")
+    if kept is not None:
+        if not cached or len(prompts) > 1:
+            raise ValueError(f"kept: {len(prompts)} rows of {objective}; expected one of ar or bd3lm, or leave it out")
+        if cfg_scale or block_align == "prompt":
+            raise ValueError("kept: guidance and block_align prompt change what earlier tokens see; leave it out")
     rule = fixed_count if threshold is None else confidence_threshold(threshold)
 
     # The canvas. Column = position; rows are padded on the right.
@@ -539,12 +613,16 @@ def denoise(
         offset = (max_new_tokens - length) % K
     block = (column + offset[:, None]) // K
     last_block = ((length - 1).clamp(min=0) + offset) // K
-    span = T if canvas_masks is not None else max_new_tokens
-    if steps_per_block is None:
-        steps_per_block = math.ceil(steps / max(1, math.ceil(span / K)))
+    spans = lengths if canvas_masks is not None else [max_new_tokens] * B
+    budgets = [steps_per_block or math.ceil(steps / max(1, math.ceil(span / K))) for span in spans]
     masks = torch.zeros(B, int(last_block.max()) + 1, dtype=torch.int64, device=device)
     masks.scatter_add_(1, block.clamp(max=masks.shape[1] - 1), masked.long())
-    schedule = reveal_schedule(masks, steps_per_block, scheduler, stochastic=stochastic_transfer, generator=generator)
+    schedule = masks.new_zeros(*masks.shape, max(budgets))
+    for budget in set(budgets):
+        rows = [row for row in range(B) if budgets[row] == budget]
+        schedule[rows, :, :budget] = reveal_schedule(
+            masks[rows], budget, scheduler, stochastic=stochastic_transfer, generator=generator
+        )
     # What the model is fed: with guidance, every row a second time with its given tokens masked.
     copies = 2 if cfg_scale else 1
     keep = torch.isin(tokens, torch.tensor(cfg_keep_tokens, dtype=torch.int64, device=device))
@@ -568,10 +646,14 @@ def denoise(
     )
     ends = torch.tensor(end_ids, dtype=torch.int64, device=device)
     filled = torch.zeros(B, dtype=torch.int64, device=device)  # columns before this one are in the cache, clean
+    if kept is not None:
+        _reuse(kept, cache, layout, tokens[0], masked[0], K)
+        filled += len(kept.tokens)
     step = torch.zeros(B, dtype=torch.int64, device=device)  # forwards spent on the row's current block
     done = ~masked.any(dim=1)
     forwards = 0
-    yield Step(tokens.clone(), masked.clone(), done.clone(), forwards)
+    confidence = torch.zeros(B, T, dtype=torch.promote_types(model.head_weight.dtype, torch.float32), device=device)
+    yield Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence)
 
     while not done.all():
         first_masked = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), length - 1)
@@ -622,15 +704,20 @@ def denoise(
             inputs, fed, cache=cache if cached else None, columns=columns, index=index, head=head
         )
         forwards += 1
-        if remasking == "random":
-            probability = torch.rand(probability.shape, generator=generator, device=device)
-        # Candidates' tokens and confidences back on the canvas; the padding of `chosen` goes to a column that is cut.
+        if kept is not None:
+            kept.tokens = tokens[0, : int(filled)].tolist()
+        # Candidates' tokens and probabilities back on the canvas; the padding of `chosen` goes to a column that is cut.
         place = torch.where(chosen[:, 1] < 0, T, place)
         token = tokens.new_zeros(B, T + 1).index_put_((row, place), picked)[:, :T]
-        confidence = probability.new_full((B, T + 1), -math.inf).index_put_((row, place), probability)[:, :T]
+        score = probability.new_full((B, T + 1), -math.inf).index_put_((row, place), probability)[:, :T]
+        likely = score
+        if remasking == "random":
+            drawn = torch.rand(probability.shape, generator=generator, device=device)
+            score = drawn.new_full((B, T + 1), -math.inf).index_put_((row, place), drawn)[:, :T]
         quota = schedule[torch.arange(B, device=device), current[:, 0], step.clamp(max=schedule.shape[-1] - 1)]
-        still = rule(confidence, token, candidates, quota, generator)
+        still = rule(score, token, candidates, quota, generator)
         tokens = torch.where(candidates & ~still, token, tokens)
+        confidence = torch.where(candidates & ~still, likely, confidence)
         masked = (masked & ~candidates) | still
         step = torch.where((masked & (block == current)).any(dim=1), step + 1, 0)
         # A row ends at its first generated end token with nothing masked before it.
@@ -638,7 +725,21 @@ def denoise(
         end = torch.where(ended.any(dim=1), ended.int().argmax(dim=1), T)
         settled = ~(masked & (column < end[:, None])).any(dim=1)
         done = done | settled
-        yield Step(tokens.clone(), masked.clone(), done.clone(), forwards)
+        yield Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence)
+
+
+def _reuse(kept: Kept, cache: KVCache, layout: Layout, tokens: Tensor, masked: Tensor, K: int) -> None:
+    """Cuts `kept` to the complete blocks of what it shares with tokens (T,) and moves these to `cache`, its new one."""
+    known = len(kept.tokens) if kept.block_size == K else 0
+    ours = tokens.masked_fill(masked, -1)[:known]  # no token equals a mask
+    agree = ours == torch.tensor(kept.tokens[: len(ours)], dtype=torch.int64, device=tokens.device)
+    n = int(agree.int().cumprod(dim=0).sum()) // K * K
+    kept.tokens, kept.block_size = kept.tokens[:n], K
+    if n:
+        cache.keys[:, :, :n] = kept.cache.keys[:, :, :n]
+        cache.values[:, :, :n] = kept.cache.values[:, :, :n]
+        cache.write_layout(torch.arange(n, device=tokens.device)[None], layout.map(lambda field: field[:, :n]))
+    kept.cache = cache
 
 
 def _pick(scores, *, cfg_scale, suppress, begin_suppress, mask_id, temperature, top_k, top_p, generator):

@@ -43,6 +43,7 @@ MODES = {
     "bd3lm.shift.1": ({"objective": "bd3lm", "block_length": 1, "right_shift": True}, {}),
 }
 each_mode = pytest.mark.parametrize("mode", MODES)
+each_infilling_mode = pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.endswith(".prompt")])
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (6, 1, 9, 4)]
 NEW = 10
 
@@ -97,6 +98,9 @@ def test_samples_equal_the_reference_token_for_token(case):
     longest = max(map(len, prompts))
     max_length = options.pop("max_length", None)
     if infill:
+        # The reference counts blocks over the longest canvas of a batch, we over each row's own.
+        blocks = -(-longest // (options["block_size"] or longest))
+        options["steps_per_block"] = -(-options.pop("steps") // blocks)
         options |= {"canvas_masks": [[token == mask_id for token in prompt] for prompt in prompts], "max_new_tokens": 0}
     else:
         options["block_align"] = "prompt"  # its blocks start where the prompt ends
@@ -207,7 +211,7 @@ HOLES += [[False] * 12 + [True], [False] + [True] * 12]
 
 @pytest.mark.parametrize("new", (0, 3))
 @pytest.mark.parametrize("holes", HOLES, ids=("scattered", "last", "all_but_first"))
-@each_mode
+@each_infilling_mode
 def test_infilling_equals_the_slow_sampler(mode, holes, new):
     model, prompt = a_model(mode), random_tokens(13).tolist()
     ours = decode(mode, model, [prompt], canvas_masks=[holes], max_new_tokens=new, steps=9)
@@ -241,8 +245,7 @@ def test_bd3lm_of_block_length_1_with_right_shift_decodes_as_ar():
 @each_mode
 def test_a_batch_of_ragged_prompts_equals_single_rows(mode, options):
     model = a_model(mode)
-    # mdlm's one block, and with it the steps a block gets, would grow with the batch's longest canvas
-    options = {"steps_per_block": 3} | options
+    options = {"steps": 11} | options
     together = decode(mode, model, PROMPTS, **options)
     alone = [decode(mode, model, [prompt], **options) for prompt in PROMPTS]
     for row, prompt in enumerate(PROMPTS):
@@ -252,12 +255,12 @@ def test_a_batch_of_ragged_prompts_equals_single_rows(mode, options):
     assert together[-1].forwards == max(steps[-1].forwards for steps in alone)
 
 
-@each_mode
+@each_infilling_mode
 def test_a_batch_of_ragged_canvases_equals_single_rows(mode):
     model = a_model(mode)
-    canvases = [random_tokens(n, seed=n).tolist() for n in (13, 7, 9)]
+    canvases = [random_tokens(n, seed=n).tolist() for n in (13, 6, 9)]
     masks = [[i % 3 == 1 or i > 5 for i in range(len(canvas))] for canvas in canvases]
-    options = {"max_new_tokens": 2, "steps_per_block": 2}
+    options = {"max_new_tokens": 2, "steps": 6}
     together = decode(mode, model, canvases, canvas_masks=masks, **options)
     for row, canvas in enumerate(canvases):
         alone = decode(mode, model, [canvas], canvas_masks=[masks[row]], **options)
@@ -383,6 +386,79 @@ def test_a_row_that_is_done_changes_no_more_and_holds_up_no_other(mode):
 
 
 @each_mode
+def test_confidence_is_the_probability_of_a_token_when_it_was_chosen(mode):
+    model = a_model(mode)
+    steps = decode(mode, model, PROMPTS, steps=8)
+    given = [len(prompt) for prompt in PROMPTS]
+    for before, after in itertools.pairwise(steps):
+        settled = before.masked & ~after.masked
+        assert (after.confidence[settled] > 0).all() and (after.confidence <= 1).all()
+        assert torch.equal(after.confidence[~settled], before.confidence[~settled])
+        assert not after.confidence[after.masked].any()
+    assert not any(steps[-1].confidence[row, :n].any() for row, n in enumerate(given))
+    random = decode(mode, model, PROMPTS[:1], remasking="random", generator=torch.Generator().manual_seed(0))
+    first = next(step for step in random if step.forwards == 1)
+    settled = (first.confidence > 0)[0].nonzero()[0, 0]
+    if mode == "mdlm.one_block":  # its first forward looks at everything, whatever stays
+        layout = Layout.of(positions(1, random[0].tokens.shape[1]))
+        probability = model(random[0].tokens, layout).softmax(dim=-1)[0, settled, first.tokens[0, settled]]
+        torch.testing.assert_close(first.confidence[0, settled], probability)
+
+
+# A cache kept from call to call
+
+
+CONVERSATIONS = {  # each prompt: what it makes of the canvas before it, (prompt, answer)
+    "longer": lambda prompt, answer: prompt + answer + [5, 6, 7],
+    "cut": lambda prompt, answer: prompt + answer[:3] + [8],
+    "the same": lambda prompt, answer: prompt,
+    "shorter": lambda prompt, answer: prompt[:-2],
+    "another": lambda prompt, answer: [9, *prompt],
+}
+
+
+@pytest.mark.parametrize("options", ({}, {"threshold": 0.3}, {"end_ids": (3, 4, 5, 6, 7, 8)}), ids=str)
+@pytest.mark.parametrize("mode", ("ar", "bd3lm", "bd3lm.odd", "bd3lm.shift", "bd3lm.shift.1"))
+def test_a_kept_cache_gives_what_a_fresh_one_gives(mode, options):
+    model, kept, prompt, widths = a_model(mode), diffusion.Kept(), PROMPTS[0], []
+    model.register_forward_pre_hook(lambda module, arguments: widths.append(arguments[0].shape[1]))
+    K = model.config.block_length or 1
+    for turn in (*CONVERSATIONS, "longer", "longer"):
+        fresh = decode(mode, model, [prompt], **options)
+        widths.clear()
+        again = decode(mode, model, [prompt], kept=kept, **options)
+        assert len(fresh) == len(again)
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(fresh, again))
+        canvas = again[-1].tokens[0].tolist()
+        assert kept.tokens == canvas[: len(kept.tokens)] and len(kept.tokens) % K == 0
+        before, prompt = kept.tokens, CONVERSATIONS[turn](prompt, canvas[len(prompt) :])
+    assert len(before) > 2 * K and widths[0] <= len(prompt) - len(before) + 2 * K
+
+
+@pytest.mark.parametrize("mode", ("ar", "bd3lm", "bd3lm.shift"))
+def test_a_kept_cache_is_right_after_an_answer_that_was_broken_off(mode):
+    model, kept = a_model(mode), diffusion.Kept()
+    for forwards in (0, 1, 4, 7):
+        for step in denoise(model, PROMPTS[:1], max_new_tokens=NEW, kept=kept):
+            if step.forwards == forwards:
+                break
+        prompt = step.tokens[0, : len(PROMPTS[0]) + forwards // 2].tolist()
+        fresh, again = (decode(mode, model, [prompt], kept=cache)[-1].tokens for cache in (None, kept))
+        assert torch.equal(fresh, again)
+
+
+def test_a_kept_cache_fills_in_masks_and_forgets_another_block_size():
+    model = tiny(objective="bd3lm", block_length=None)
+    for K in (4, 3, 4):
+        kept, prompt, holes = diffusion.Kept(), random_tokens(14).tolist(), [6 < i < 10 for i in range(14)]
+        list(denoise(model, [prompt], max_new_tokens=NEW, block_size=K + 1, kept=kept))
+        for _ in range(2):
+            options = {"canvas_masks": [holes], "max_new_tokens": 2, "block_size": K}
+            fresh, again = (list(denoise(model, [prompt], kept=cache, **options)) for cache in (None, kept))
+            assert torch.equal(fresh[-1].tokens, again[-1].tokens)
+
+
+@each_mode
 def test_an_end_token_in_the_prompt_does_not_stop_the_row(mode):
     model, prompt = a_model(mode), PROMPTS[0]
     free = decode(mode, model, [prompt])
@@ -458,11 +534,11 @@ def test_steps_beyond_the_tokens_take_one_forward_a_token(mode):
 
 
 @each_mode
-def test_a_threshold_of_one_takes_a_forward_a_token_and_of_zero_a_forward_a_block(mode):
+def test_a_threshold_near_one_takes_a_forward_a_token_and_near_zero_a_forward_a_block(mode):
     for prompt in PROMPTS:
         model = a_model(mode)
-        assert decode(mode, model, [prompt], threshold=1.0)[-1].forwards == NEW
-        last = decode(mode, model, [prompt], threshold=0.0)[-1]
+        assert decode(mode, model, [prompt], threshold=1 - 1e-15)[-1].forwards == NEW
+        last = decode(mode, model, [prompt], threshold=1e-300)[-1]
         assert last.forwards == len(blocks_of(mode, prompt)) and not last.masked.any()
 
 
@@ -634,9 +710,45 @@ CONTRADICTIONS = [
     (AR, [[1], []], {}, "an empty prompt has nothing to predict from; begin it with"),
     (MDLM, [[1]], {"remasking": "lowest"}, "remasking 'lowest' is unknown; expected low_confidence or random"),
     (MDLM, [[1]], {"block_align": "left"}, "block_align 'left' is unknown; expected sequence or prompt"),
-    (MDLM, [[1]], {"steps": 0}, "steps 0.*expected at least 1"),
-    (MDLM, [[1]], {"block_size": -4}, "block_size -4.*expected at least 1"),
-    (MDLM, [[1]], {"steps_per_block": 0}, "steps_per_block 0.*expected at least 1"),
+    ({"objective": "gpt"}, [[1]], {}, "objective 'gpt' is unknown; expected one of ar, mdlm, bd3lm"),
+    (
+        MDLM | {"mask_token_id": VOCAB},
+        [[1]],
+        {},
+        "mask_token_id: token id 40 is outside the vocabulary; expected 0 to 39",
+    ),
+    (MDLM, [[1], [2, VOCAB]], {}, "prompts: token id 40 is outside the vocabulary; expected 0 to 39"),
+    (MDLM, [[-1]], {}, "prompts: token id -1 is outside the vocabulary; expected 0 to 39"),
+    *(
+        (MDLM, [[1]], {name: (1, 99)}, f"{name}: token id 99 is outside the vocabulary; expected 0 to 39")
+        for name in ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens", "end_ids")
+    ),
+    (MDLM, [[1]], {"suppress_tokens": tuple(range(MASK))}, "suppress_tokens names all 40 tokens.*name fewer"),
+    (AR | {"mask_token_id": None}, [[1]], {"suppress_tokens": tuple(range(VOCAB))}, "suppress_tokens names all 40"),
+    (MDLM, [[1]], {"max_new_tokens": -1}, "max_new_tokens -1: expected at least 0"),
+    (MDLM, [[1, 2]], {"canvas_masks": [[True]]}, r"canvas_masks of lengths \[1\].*expected a bool for each.*\[2\]"),
+    (MDLM, [[1]], {"canvas_masks": [[True], []]}, "canvas_masks of lengths"),
+    (MDLM, [[1]], {"canvas_masks": [[True]], "block_align": "prompt"}, "block_align prompt.*drop it"),
+    (AR, [[1, 2]], {"canvas_masks": [[True, False]]}, "ar model cannot fill in the first token; begin the canvas with"),
+    (AR, [[1]], {"block_size": 4}, "block_size 4: an ar model decodes token by token; leave --block_size out"),
+    (MDLM, [[1]], {"temperature": -0.5}, "temperature -0.5: expected 0"),
+    (MDLM, [[1]], {"temperature": math.nan}, "temperature nan: expected 0"),
+    (MDLM, [[1]], {"temperature": 1.0, "top_k": 0}, "top_k 0: expected at least 1; leave it out"),
+    (MDLM, [[1]], {"temperature": 1.0, "top_p": 0.0}, "top_p 0.0: expected above 0 and at most 1; leave it out"),
+    (MDLM, [[1]], {"temperature": 1.0, "top_p": 1.5}, "top_p 1.5: expected above 0 and at most 1; leave it out"),
+    (MDLM, [[1]], {"top_k": 5}, "top_k 5 changes nothing at temperature 0; raise --temperature or leave it out"),
+    (MDLM, [[1]], {"top_p": 0.9}, "top_p 0.9 changes nothing at temperature 0; raise --temperature or leave it out"),
+    *((MDLM, [[1]], {"threshold": p}, f"threshold {p}: expected a probability between") for p in (0.0, 1.0, -1.0)),
+    (MDLM, [[1]], {"threshold": 0.5, "stochastic_transfer": True}, "which stochastic_transfer is about; drop one"),
+    (MDLM, [[1]], {"threshold": 0.5, "steps_per_block": 2}, "which steps_per_block is about; drop one of the two"),
+    (MDLM, [[1]], {"kept": diffusion.Kept()}, "kept: 1 rows of mdlm; expected one of ar or bd3lm"),
+    (AR, [[1], [2]], {"kept": diffusion.Kept()}, "kept: 2 rows of ar; expected one of ar or bd3lm"),
+    (AR, [[1]], {"kept": diffusion.Kept(), "cfg_scale": 1.0}, "kept: guidance.*leave it out"),
+    (MDLM, [[1]], {"steps": 0}, "steps 0: expected at least 1"),
+    (MDLM, [[1]], {"block_size": 0}, "block_size 0: expected at least 1"),
+    (BD3LM | {"block_length": 4}, [[1]], {"block_size": 0}, "block_size 0: expected at least 1"),
+    (MDLM, [[1]], {"block_size": -4}, "block_size -4: expected at least 1"),
+    (MDLM, [[1]], {"steps_per_block": 0}, "steps_per_block 0: expected at least 1"),
     (MDLM, [[1]], {"threshold": 0.5, "remasking": "random"}, "threshold compares confidences.*drop one of the two"),
     (MDLM, [[1]], {"scheduler": "quadratic"}, "scheduler 'quadratic' is unknown; expected linear or cosine"),
 ]
