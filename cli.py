@@ -116,9 +116,10 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--top_p", type=float, metavar="P", help="choose among the smallest set of tokens of probability at least P")
     add(
         "--remasking",
-        choices=["low_confidence", "random"],
+        choices=["low_confidence", "random", "p2"],
         default="low_confidence",
-        help="which of a step's tokens stay: the most probable ones, or random ones",
+        help="which of a step's tokens stay: the most probable ones, or random ones; p2: the most probable ones of the "
+        "block's whole answer, so that earlier ones may be masked again (path planning, Open-dLLM's rule)",
     )
     switch(add, "--stochastic_transfer", False, "draw how many tokens a step reveals, instead of the expected number")
     add(

@@ -409,7 +409,7 @@ def ranks(confidence: Tensor, masked: Tensor) -> Tensor:
 
 # A decoding rule: (confidence, token, masked, quota, generator) -> masked'. confidence, token and masked are (B, T),
 # masked being the positions of each row's current block that may still be chosen; quota (B,) is what the schedule would
-# reveal at this step. Every rule reveals at least one position of a row that has any, so that decoding ends.
+# reveal at this step. Every rule leaves fewer masked of a row that has any, so that decoding ends.
 
 
 def fixed_count(confidence, token, masked, quota, generator):
@@ -424,6 +424,17 @@ def confidence_threshold(threshold: float):
         return masked & (confidence <= threshold) & (ranks(confidence, masked) > 0)
 
     return rule
+
+
+def path_planning(confidence, token, masked, quota, generator):
+    """Masks the least confident of the block's answer, revealed ones included, `quota` fewer than there were.
+
+    P2 with self-planning (arXiv 2502.03540), as Open-dLLM decodes: a revealed position's confidence is that of the
+    token now predicted there, yet it keeps the one it has until it is masked again. confidence is -inf elsewhere.
+    """
+    answer = confidence > -math.inf
+    keep = answer.sum(dim=1) - (masked.sum(dim=1) - quota.clamp(min=1)).clamp(min=0)
+    return answer & (ranks(confidence, answer) >= keep[:, None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,11 +506,12 @@ def denoise(
     for the row's whole canvas, where the reference counts the batch's longest), shared evenly by its blocks; or
     steps_per_block. Each block's reveals follow `reveal_schedule` of its own mask count.
 
-    temperature 0: the likeliest token. remasking: which tokens stay, "low_confidence" (by untempered probability) or
-    "random". threshold: reveal all tokens more confident than this instead of a fixed count; steps then goes unused.
-    cfg_scale s: logits u + (s + 1)(c - u), u with the given tokens but cfg_keep_tokens masked. suppress_tokens never
-    occur; begin_suppress_tokens count as improbable only when confidence is compared, as in the reference. The mask id
-    is never chosen. end_ids: a row is done at its first generated one with nothing masked before it.
+    temperature 0: the likeliest token. remasking: which tokens stay, "low_confidence" (by untempered probability),
+    "random", or "p2" (`path_planning`: what the current block has revealed may be masked again). threshold: reveal all
+    tokens more confident than this instead of a fixed count; steps then goes unused. cfg_scale s: logits
+    u + (s + 1)(c - u), u with the given tokens but cfg_keep_tokens masked. suppress_tokens never occur;
+    begin_suppress_tokens count as improbable only when confidence is compared, as in the reference. The mask id is
+    never chosen. end_ids: a row is done at its first generated one with nothing masked before it (p2: in its block).
 
     kept: for a single row of ar or bd3lm. The complete blocks of the prompt's longest common prefix with kept.tokens
     are taken from its cache instead of being computed again, with the same outcome; it then holds this row's.
@@ -567,8 +579,8 @@ def denoise(
         K = max(T, 1) if block_size is None else block_size
     if objective == "ar" and min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt has nothing to predict from; begin it with the BOS or EOS token")
-    if remasking not in ("low_confidence", "random"):
-        raise ValueError(f"remasking {remasking!r} is unknown; expected low_confidence or random")
+    if remasking not in ("low_confidence", "random", "p2"):
+        raise ValueError(f"remasking {remasking!r} is unknown; expected low_confidence, random or p2")
     if block_align not in (None, "sequence", "prompt"):
         raise ValueError(f"block_align {block_align!r} is unknown; expected sequence or prompt")
     if not 0 <= temperature < math.inf:
@@ -585,6 +597,8 @@ def denoise(
             raise ValueError(f"threshold {threshold}: expected a probability between 0 and 1, 0.9 say")
         if remasking == "random":
             raise ValueError("threshold compares confidences, remasking random does not have any; drop one of the two")
+        if remasking == "p2":
+            raise ValueError("threshold replaces the schedule, by which remasking p2 masks again; drop one of the two")
         if stochastic_transfer or steps_per_block is not None:
             option = "stochastic_transfer" if stochastic_transfer else "steps_per_block"
             raise ValueError(f"threshold replaces the schedule, which {option} is about; drop one of the two")
@@ -594,6 +608,7 @@ def denoise(
         if cfg_scale or block_align == "prompt":
             raise ValueError("kept: guidance and block_align prompt change what earlier tokens see; leave it out")
     rule = fixed_count if threshold is None else confidence_threshold(threshold)
+    rule = path_planning if remasking == "p2" else rule
 
     # The canvas. Column = position; rows are padded on the right.
     column = torch.arange(T, device=device).expand(B, T)
@@ -660,6 +675,9 @@ def denoise(
         first_masked = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), length - 1)
         current = block.gather(1, first_masked[:, None])  # (B, 1)
         candidates = masked & (block == current) & ~done[:, None]
+        asked = candidates  # p2 also compares what it has revealed
+        if remasking == "p2":
+            asked = generated & (block == current) & ~done[:, None]
         start = (current[:, 0] * K - offset).clamp(min=0)
         # The window [first, stop) of columns to feed: whatever is clean and not yet in the cache, and the current
         # block; with right shift also the position before it, which predicts its first token. AR feeds no mask.
@@ -686,9 +704,9 @@ def denoise(
             columns = columns if columns is None else torch.cat([columns, columns])
         # The outputs wanted: those that predict a candidate. On CUDA a count that needs no synchronisation.
         if device.type == "cuda":
-            chosen = torch.nonzero_static(candidates, size=B * min(K, T), fill_value=-1)
+            chosen = torch.nonzero_static(asked, size=B * min(K, T), fill_value=-1)
         else:
-            chosen = candidates.nonzero()  # (N, 2)
+            chosen = asked.nonzero()  # (N, 2)
         row, place = chosen.clamp(min=0).unbind(dim=1)
         predictor = (place - int(right_shift)).clamp(min=0) - first[row]
         index = row * W + predictor
@@ -719,12 +737,17 @@ def denoise(
         still = rule(score, token, candidates, quota, generator)
         tokens = torch.where(candidates & ~still, token, tokens)
         confidence = torch.where(candidates & ~still, likely, confidence)
+        if remasking == "p2" and mask_id is not None:
+            tokens = tokens.masked_fill(still, mask_id)
         masked = (masked & ~candidates) | still
         step = torch.where((masked & (block == current)).any(dim=1), step + 1, 0)
         # A row ends at its first generated end token with nothing masked before it.
         ended = generated & ~masked & torch.isin(tokens, ends)
         end = torch.where(ended.any(dim=1), ended.int().argmax(dim=1), T)
-        settled = ~(masked & (column < end[:, None])).any(dim=1)
+        before = column < end[:, None]
+        if remasking == "p2":  # which may mask the end token again until its block is finished
+            before = block <= block.gather(1, end.clamp(max=T - 1)[:, None])
+        settled = ~(masked & before).any(dim=1)
         done = done | settled
         yield Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence)
 

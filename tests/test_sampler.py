@@ -708,7 +708,7 @@ CONTRADICTIONS = [
         "block_size 8 is not the checkpoint's 4; leave --block_size out",
     ),
     (AR, [[1], []], {}, "an empty prompt has nothing to predict from; begin it with"),
-    (MDLM, [[1]], {"remasking": "lowest"}, "remasking 'lowest' is unknown; expected low_confidence or random"),
+    (MDLM, [[1]], {"remasking": "lowest"}, "remasking 'lowest' is unknown; expected low_confidence, random or p2"),
     (MDLM, [[1]], {"block_align": "left"}, "block_align 'left' is unknown; expected sequence or prompt"),
     ({"objective": "gpt"}, [[1]], {}, "objective 'gpt' is unknown; expected one of ar, mdlm, bd3lm"),
     (
