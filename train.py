@@ -571,13 +571,6 @@ def train(args: argparse.Namespace) -> None:
         sums["seconds"] += time.perf_counter() - step_began
 
         last = step == steps or (args.max_minutes is not None and minutes() >= args.max_minutes)
-        if step % args.logging_steps == 0 or last:
-            metrics = {"loss": sums["loss"] / max(1, sums["denominator"]), "learning_rate": rate, "grad_norm": norm}
-            metrics["tokens_per_second"] = sums["tokens"] / sums["seconds"]
-            counts = {"tokens": sums["tokens"], "supervised_tokens": sums["supervised"], "minutes": minutes()}
-            log.write(step, epoch=epoch + 1, **metrics, **counts)
-            log.show(step, **metrics)
-            sums.clear()
         if step % save_every == 0 and not last:
             save(output / f"checkpoint-{step}")
             for old in checkpoints(output)[: -args.save_total_limit] if args.save_total_limit else []:
@@ -590,6 +583,13 @@ def train(args: argparse.Namespace) -> None:
                 log.tell(f"step {step}: the evaluated bound is at most {args.stop_at_eval_loss}; the run ends")
                 save(output / "checkpoint-final")
                 last = True
+        if step % args.logging_steps == 0 or last:
+            metrics = {"loss": sums["loss"] / max(1, sums["denominator"]), "learning_rate": rate, "grad_norm": norm}
+            metrics["tokens_per_second"] = sums["tokens"] / sums["seconds"]
+            counts = {"tokens": sums["tokens"], "supervised_tokens": sums["supervised"], "minutes": minutes()}
+            log.write(step, epoch=epoch + 1, **metrics, **counts)
+            log.show(step, **metrics)
+            sums.clear()
         if last:
             break
     log.close()
