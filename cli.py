@@ -6,9 +6,11 @@ shows where it was raised instead.
 
 import argparse
 import difflib
+import itertools
 import re
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def boolean(text: str) -> bool:
@@ -44,14 +46,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        for flag in (argument.partition("=")[0] for argument in args if argument.startswith("--")):
+        flags = itertools.takewhile(lambda argument: argument != "--", args)
+        for flag in (argument.partition("=")[0] for argument in flags if argument.startswith("--")):
             if flag not in self._option_string_actions:
                 near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 way = f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists them"
                 self.error(f"unknown flag {flag}; {way}")
-        return super().parse_args(args, namespace)
+        return super().parse_known_args(args, namespace)
 
 
 def switch(add, name: str, default: bool, help: str) -> None:
@@ -69,6 +72,95 @@ def one_line_errors(prog: str):
             raise
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def replacing_file(path: str | Path):
+    """A path beside `path` to write to; it takes the name `path` when the block is left, and is removed on an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.writing")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model to sample from
+
+MDLM_BLOCK = 32  # tokens of a decoding block, where a program is told none
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model_name_or_path",
+        required=True,
+        help="a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id",
+    )
+    add(
+        "--objective",
+        choices=["ar", "mdlm", "bd3lm"],
+        help="what the checkpoint was trained as, where it does not say (default: what it declares, else mdlm)",
+    )
+    add(
+        "--right_shift_logits",
+        type=boolean,
+        metavar="True|False",
+        help="position i predicts token i + 1, as in the AR model (default: what the checkpoint declares, else False; "
+        "ar True)",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "float64"],
+        help="of the weights and the computation (default: as stored)",
+    )
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda if there is one")
+    add("--seed", type=int, default=42, help="of everything random")
+
+
+def open_model(args: argparse.Namespace):
+    """(model, tokenizer) of the flags of `add_model` and --block_size; the config declares everything afterwards."""
+    import torch
+
+    from checkpoint import declare, load_config, load_model, resolve
+    from tokenizer import Tokenizer
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {device} is not to be had here; expected cpu, or cuda where there is one"
+        ) from error
+    path = resolve(args.model_name_or_path)
+    config, tokenizer = load_config(path), Tokenizer(path)
+    if config.mask_token_id is None and tokenizer.mask_added and (args.objective or config.objective) != "ar":
+        raise ValueError(
+            f"{args.model_name_or_path} has no mask token; make a diffusion checkpoint of it with convert.py, or pass "
+            "--objective ar if it is autoregressive"
+        )
+    objective = args.objective or config.objective or "mdlm"
+    declared = {
+        "objective": args.objective,
+        "block_length": args.block_size if objective == "bd3lm" else None,
+        "right_shift": args.right_shift_logits,
+        "mask_token_id": None if tokenizer.mask_added else tokenizer.mask_id,
+    }
+    declare(config, **declared)  # refuses before the weights are read
+    unfit = [i for i in tokenizer.ids if i >= config.vocab_size and (i != tokenizer.mask_id or objective != "ar")]
+    if unfit:
+        raise ValueError(
+            f"{path}: the tokenizer has token id {max(unfit)} and the embedding {config.vocab_size} rows; they are not "
+            "of one model"
+        )
+    model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device)
+    declare(model.config, **declared)
+    return model, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

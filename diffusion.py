@@ -736,7 +736,7 @@ def denoise(
         quota = schedule[torch.arange(B, device=device), current[:, 0], step.clamp(max=schedule.shape[-1] - 1)]
         still = rule(score, token, candidates, quota, generator)
         tokens = torch.where(candidates & ~still, token, tokens)
-        confidence = torch.where(candidates & ~still, likely, confidence)
+        confidence = torch.where(candidates & ~still, likely, confidence).masked_fill(still, 0.0)
         if remasking == "p2" and mask_id is not None:
             tokens = tokens.masked_fill(still, mask_id)
         masked = (masked & ~candidates) | still
