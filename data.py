@@ -1,23 +1,33 @@
 """Data: a dataset spec in, padded batches of tokens out. Knows nothing of noise, objectives or models.
 
-    parse_specs -> load_split -> tokenize (chat or plain text) -> Rows -> Loader, which collates
+    parse_specs -> load_split -> tokenize (chat or plain text) -> Rows (-> Packed) -> Loader, which collates
+    parse_specs -> Stream, whose rows are read and tokenised while training runs -> StreamLoader, which collates
 
 A dataset spec is `name[key:value,...]`, several of them joined by `+` or `|`. A name is a dataset on the Hub, a local
 file (.jsonl .json .txt .parquet) or directory, looked up as it stands and under $BASE_DATASETS_DIR, or a builtin set,
-which needs no network: `builtin/sums` (chat), `builtin/stdlib` (plain text). Keys:
+which needs no network: `builtin/sums` (chat), `builtin/stdlib` (plain text). A name or value that holds one of
+`+ | [ ] ,` is put in quotes: `'runs/a+b.jsonl'[train:10]`. Keys:
 
     train:5000       at most so many rows of a split (train, validation, test); without a number all of them
     name:CONFIG      the configuration of a Hub dataset
-    lang:LANGUAGE    rows in this programming language
+    lang:LANGUAGE    chat rows whose answer contains this word, as an answer with a ```python block does
+
+`python data.py --help`: tokenise a set once, for many runs, and look at it.
 """
 
 import inspect
+import itertools
+import multiprocessing
 import os
+import queue
 import random
 import re
 import sysconfig
+import threading
+import traceback
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,21 +48,31 @@ class Spec(NamedTuple):
     limits: dict[str, int | None]  # split -> row limit; None: all rows
 
 
+QUOTED = r"""(?:"[^"]*"|'[^']*')"""
+PART = re.compile(  # a name, perhaps items in brackets, and what follows it: a sign that joins, or the end
+    rf"""\s*({QUOTED}|[^\[\]+|\s"'](?:[^\[\]+|]*[^\[\]+|\s])?)\s*(?:\[((?:{QUOTED}|[^\[\]"'])*)\]\s*)?([+|]|$)"""
+)
+
+
 def parse_specs(text: str) -> list[Spec]:
     """The sets that a dataset spec names, in its order. ValueError on bad grammar."""
-    specs = []
-    for part in re.split(r"[+|](?![^\[]*\])", text):  # not where the next bracket closes: that is inside [...]
-        match = re.fullmatch(r"\s*([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]*)\]\s*)?", part)
+    specs, joined, end = [], True, 0
+    while joined:
+        match = PART.match(text, end)
         if not match:
-            raise ValueError(f"dataset spec {part!r} in {text!r} is not of the form name[key:value,...]")
-        name, items = match[1], [item.strip() for item in match[2].split(",")] if match[2] else []
+            raise ValueError(
+                f"dataset spec {text[end:]!r} in {text!r} is not of the form name[key:value,...]; a name that holds "
+                "one of + | [ ] goes in quotes"
+            )
+        part, joined, end = match[0], match[3], match.end()
+        items = [item.strip() for item in re.split(rf",(?=(?:{QUOTED}|[^\"'])*$)", match[2])] if match[2] else []
         options, limits = {}, {}
         for item in items:
             key, _, value = (piece.strip() for piece in item.partition(":"))
             if key in options or key in limits:
                 raise ValueError(f"{key!r} occurs twice in dataset spec {part!r}")
-            if key in ("name", "lang") and value:
-                options[key] = value
+            if key in ("name", "lang") and _unquoted(value):
+                options[key] = _unquoted(value)
             elif key in SPLITS and item == key:
                 limits[key] = None
             elif key in SPLITS and re.fullmatch(r"[1-9](_?[0-9])*", value):
@@ -62,75 +82,162 @@ def parse_specs(text: str) -> list[Spec]:
                     f"{item!r} in dataset spec {part!r}: expected train, validation or test, alone or with :ROWS "
                     "(at least 1), or name:CONFIG, or lang:LANGUAGE"
                 )
+        if not (name := _unquoted(match[1])):
+            raise ValueError(f"dataset spec {part!r} has an empty name")
         specs.append(Spec(name, options.get("name"), options.get("lang"), limits))
     return specs
 
 
+def _unquoted(text: str) -> str:
+    return text[1:-1] if re.fullmatch(QUOTED, text) else text
+
+
 # ---------------------------------------------------------------- row sources: a list of dicts or a datasets.Dataset
 
+BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+# Of sets with several configurations, by the last part of their names: what is read where a spec names none.
+DEFAULT_CONFIG = {"smoltalk": "all"}
+ALL_CONFIGS = ("opc-sft-stage1", "opc-sft-stage2")
 
-def load_split(spec: Spec, split: str):
+
+def load_split(spec: Spec, split: str, *, num_proc: int = 1):
     """The rows of one split: a list of dicts (builtin sets) or a `datasets.Dataset`, cut to the spec's limit.
 
     validation and test stand in for each other. Where a set has neither, a random 5 % of its training rows are both,
     and are held out of train. The draw is part of the set's identity: no seed of a run enters, so what one program
-    trained on no other takes for test. Limits apply after it.
+    trained on no other takes for test. lang filters what is left, and limits apply after that.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
-    if spec.lang is not None:
-        raise ValueError(f"{spec.name}[lang:{spec.lang}]: the lang filter is not supported yet; leave it out")
     found = split
     if spec.name.startswith("builtin/"):
-        if spec.name not in BUILTIN:
-            raise ValueError(f"unknown dataset {spec.name}; the builtin sets are {', '.join(BUILTIN)}")
-        if spec.config is not None:
-            raise ValueError(f"{spec.name} has no configurations; leave name:{spec.config} out")
-        rows = BUILTIN[spec.name](split)
+        rows = _builtin(spec, split)
     else:
-        splits = _load_dataset(spec)
-        if "train" in splits and splits.keys().isdisjoint(SPLITS[1:]):
+        import datasets  # here, not above: it takes a second, and the builtin sets do not need it
+
+        parts = _load_dataset(spec, streaming=False)
+        splits = {name: datasets.concatenate_datasets(sets) for name, sets in parts.items()}
+        if _one_split(splits):
             if len(splits["train"]) < 2:
                 raise ValueError(f"{spec.name} has no test split, and with {len(splits['train'])} row none can be made")
             splits = splits["train"].train_test_split(test_size=0.05, seed=42)
-        candidates = ("train",) if split == "train" else (split, "validation", "test")
-        found = next((name for name in candidates if name in splits), None)
-        if found is None:
-            raise ValueError(f"{spec.name} has no split {split} (it has {', '.join(splits)})")
+        found = _find(spec, splits, split)
         rows = splits[found]
     if len(rows) == 0:
         raise ValueError(f"{spec.name} has no rows in its split {found}")
-    limit = spec.limits.get(split, spec.limits.get(found))
+    if spec.lang is not None:
+        says = _answer_filter(spec, _columns(rows))
+        if isinstance(rows, list):
+            rows = [row for row in rows if says(row)]
+        else:
+            rows = rows.filter(says, num_proc=num_proc if num_proc > 1 else None, desc=f"lang:{spec.lang}")
+        if len(rows) == 0:
+            raise ValueError(f"{spec.name}[lang:{spec.lang}] has no rows: no answer in {found} contains {spec.lang!r}")
+    limit = _limit(spec, split, found)
     if limit is None or limit >= len(rows):
         return rows
     return rows[:limit] if isinstance(rows, list) else rows.select(range(limit))
 
 
-def _load_dataset(spec: Spec):
-    """datasets.DatasetDict of all splits of a Hub dataset, a local file (one split, train) or a local directory."""
-    import datasets  # here, not above: it takes a second, and the builtin sets do not need it
+def _builtin(spec: Spec, split: str) -> list[dict]:
+    if spec.name not in BUILTIN:
+        raise ValueError(f"unknown dataset {spec.name}; the builtin sets are {', '.join(BUILTIN)}")
+    if spec.config is not None:
+        raise ValueError(f"{spec.name} has no configurations; leave name:{spec.config} out")
+    return BUILTIN[spec.name](split)
 
-    builders = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+
+def _one_split(splits) -> bool:
+    """Whether rows must be held out: there is train, and nothing to test on."""
+    return "train" in splits and splits.keys().isdisjoint(SPLITS[1:])
+
+
+def _find(spec: Spec, splits, split: str) -> str:
+    """The split of a set that serves as `split`."""
+    candidates = ("train",) if split == "train" else (split, "validation", "test")
+    found = next((name for name in candidates if name in splits), None)
+    if found is None:
+        raise ValueError(f"{spec.name} has no split {split} (it has {', '.join(splits)})")
+    return found
+
+
+def _limit(spec: Spec, split: str, found: str) -> int | None:
+    return spec.limits.get(split, spec.limits.get(found))
+
+
+def _load_dataset(spec: Spec, *, streaming: bool) -> dict[str, list]:
+    """The splits of a Hub dataset, a local file (one split, train) or directory: of each, what `datasets` loads of
+    every configuration asked for. Splits that are named train_sft and test_sft are train and test."""
+    import datasets
+
     places = [Path(root, spec.name).expanduser() for root in ("", os.environ.get("BASE_DATASETS_DIR", ""))]
     path = next((place for place in places if place.exists()), None)
-    if path is None and (Path(spec.name).suffix in builders or spec.name[0] in "./~"):
+    if path is None and (Path(spec.name).suffix in BUILDERS or spec.name[0] in "./~"):
         raise FileNotFoundError(f"no data at {' or '.join(dict.fromkeys(map(str, places)))}")
+    load = partial(datasets.load_dataset, streaming=streaming)
     if path is not None and path.is_file():
-        if path.suffix not in builders:
-            raise ValueError(f"cannot read {path}: expected one of {' '.join(builders)}")
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"cannot read {path}: expected one of {' '.join(BUILDERS)}")
         if spec.config is not None:
             raise ValueError(f"{path} is a file and has no configurations; leave name:{spec.config} out")
-        lines = {"keep_linebreaks": True} if path.suffix == ".txt" else {}  # a row is a line, with its end
-        return datasets.load_dataset(builders[path.suffix], data_files=str(path), **lines)
+        load, configs = partial(load, BUILDERS[path.suffix], data_files=str(path)), [None]
+    elif path is not None and spec.config is None and _suffixes(path) == {".txt"}:
+        load, configs = partial(load, "text", data_dir=str(path)), [None]
+    else:
+        source, short = str(path or spec.name), Path(spec.name).name
+        load, configs = partial(load, source), [spec.config or DEFAULT_CONFIG.get(short)]
+        if spec.config is None and short in ALL_CONFIGS:
+            with _told(spec.name):
+                configs = datasets.get_dataset_config_names(source)
+    if load.args[0] == "text":
+        load = partial(load, keep_linebreaks=True)  # a row is a line, with its end
+    with _told(spec.name):
+        loaded = [load(name=config) for config in configs]
+        if len(loaded) > 1:  # configurations differ in their columns
+            shared = set.intersection(*(set(_columns(rows)) for part in loaded for rows in part.values()))
+            loaded = [{name: rows.select_columns(sorted(shared)) for name, rows in part.items()} for part in loaded]
+    splits = {}
+    for part in loaded:
+        for name, rows in part.items():
+            splits.setdefault(name.removesuffix("_sft"), []).append(rows)
+    return splits
+
+
+def _suffixes(directory: Path) -> set[str]:
+    return {file.suffix for file in directory.rglob("*")} & BUILDERS.keys()
+
+
+@contextmanager
+def _told(name: str):
+    """Tells what `datasets` and what it calls raise while they read a set as one line that names the set."""
     try:
-        return datasets.load_dataset(str(path or spec.name), spec.config)
-    except ValueError as error:  # such as a configuration that is missing or unknown
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load {spec.name}: {reason}; a config is named by {spec.name}[name:CONFIG]") from error
+        yield
+    except StopIteration:
+        raise ValueError(f"{name} has no rows") from None
+    except Exception as error:
+        cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+        reason = " ".join(str(cause).split())
+        if isinstance(cause, UnicodeDecodeError):
+            raise ValueError(f"{name} is not UTF-8 text: {reason}; write it anew as UTF-8") from error
+        if isinstance(cause, FileNotFoundError):
+            base = os.environ.get("BASE_DATASETS_DIR")
+            under = f" or under {base}" if base else ""
+            raise FileNotFoundError(f"{name}: no such file or directory here{under}, and {reason}") from error
+        if isinstance(cause, ConnectionError):
+            raise ConnectionError(
+                f"cannot load {name}: {reason}; a local path or a builtin set needs no network"
+            ) from error
+        if isinstance(cause, ValueError) and "onfig" in reason:  # a configuration that is missing or unknown
+            reason += f"; a config is named by {name}[name:CONFIG]"
+        elif not isinstance(cause, (ValueError, OSError)):
+            reason = f"{type(cause).__name__}: {reason}"
+        raise ValueError(f"cannot load {name}: {reason}") from error
 
 
 def _columns(rows) -> list[str]:
-    return list(rows[0]) if isinstance(rows, list) else rows.column_names
+    """Column names of a list of rows or a `datasets` set; of a stream that declares none, those of its first row."""
+    names = None if isinstance(rows, list) else rows.column_names
+    return list(next(iter(rows))) if names is None else names
 
 
 # ---------------------------------------------------------------- builtin sets
@@ -227,36 +334,90 @@ def _exchange(user: str, assistant: str) -> list[dict]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def _alpaca(row) -> list[dict]:
-    instruction, context, output = ((row[key] or "").strip() for key in ("instruction", "input", "output"))
-    return _exchange(f"{instruction}\n\n{context}" if context else instruction, output)
+def _of_messages(row) -> list[dict]:
+    return row.get("messages")
+
+
+def _of_alpaca(row) -> list[dict]:
+    fields = [row.get(key) for key in ("instruction", "input", "output")]
+    instruction, context, output = (field.strip() if isinstance(field, str) else field for field in fields)
+    both = isinstance(instruction, str) and context
+    return _exchange(f"{instruction}\n\n{context}" if both else instruction, output)
+
+
+def _of_instruction(row) -> list[dict]:
+    return _exchange(row.get("instruction"), row.get("output"))
+
+
+def _of_question(row) -> list[dict]:
+    return _exchange(row.get("question"), row.get("answer"))
 
 
 # By the columns they need; the first that a set has all of is its format.
 TO_MESSAGES = {
-    ("messages",): lambda row: row["messages"],
-    ("instruction", "input", "output"): _alpaca,
-    ("instruction", "output"): lambda row: _exchange(row["instruction"], row["output"]),
-    ("question", "answer"): lambda row: _exchange(row["question"], row["answer"]),
+    ("messages",): _of_messages,
+    ("instruction", "input", "output"): _of_alpaca,
+    ("instruction", "output"): _of_instruction,
+    ("question", "answer"): _of_question,
 }
+ROLES = ("system", "user", "assistant", "tool")
 
 
-def _to_messages(rows):
+def _to_messages(columns: list[str]):
     """The function from a row to its messages, or None where the set is no chat."""
-    return next((to for needed, to in TO_MESSAGES.items() if set(needed) <= set(_columns(rows))), None)
+    return next((to for needed, to in TO_MESSAGES.items() if set(needed) <= set(columns)), None)
 
 
-def _content(spec: Spec, rows, stage: str, text_field: str):
+def _mistake(messages) -> str | None:
+    """Why nothing can be learnt from a row's messages, if that is so."""
+    if not isinstance(messages, list) or not messages:
+        return "no messages"
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            return f"unknown role {role!r:.40}"
+        if not isinstance(message.get("content"), str):
+            return "content that is no string"
+    return None if messages[-1]["role"] == "assistant" else "no assistant turn at the end"
+
+
+def _answer_filter(spec: Spec, columns: list[str]):
+    """The predicate of a row that the spec's lang means."""
+    to_messages = _to_messages(columns)
+    if to_messages is None:
+        raise ValueError(
+            f"{spec.name}[lang:{spec.lang}]: lang looks into the answers of a chat, and this set is none (it has "
+            f"{', '.join(columns)}); leave it out"
+        )
+    return partial(_answer_contains, to_messages=to_messages, word=spec.lang, sources=_sources())
+
+
+def _answer_contains(row, *, to_messages, word: str, sources) -> bool:
+    messages = to_messages(row)
+    return _mistake(messages) is None and word in messages[-1]["content"]
+
+
+def _sources(*others) -> list[str]:
+    """The source of this module and those of `others`. The cache of `datasets` knows functions by name alone; given
+    their source as an argument, it notices an edit."""
+    return [inspect.getsource(inspect.getmodule(thing)) for thing in (_sources, *others)]
+
+
+def _text(row, *, field: str):
+    return row.get(field)
+
+
+def _content(spec: Spec, columns: list[str], stage: str, text_field: str):
     """The function from a row to what `stage` trains on: text (pt) or messages (sft)."""
-    present = ", ".join(_columns(rows))
+    present = ", ".join(columns)
+    to_messages = _to_messages(columns)
     if stage == "pt":
-        if text_field not in _columns(rows):
-            way = "it is chat, for --stage sft" if _to_messages(rows) else "name one by --text_field"
+        if text_field not in columns:
+            way = "it is chat, for --stage sft" if to_messages else "name one by --text_field"
             raise ValueError(f"{spec.name} has no column {text_field!r} (it has {present}); {way}")
-        return lambda row: row[text_field]
+        return partial(_text, field=text_field)
     if stage != "sft":
         raise ValueError(f"stage {stage!r}: expected pt (plain text) or sft (chat)")
-    to_messages = _to_messages(rows)
     if to_messages is None:
         known = " or ".join("/".join(needed) for needed in TO_MESSAGES)
         raise ValueError(
@@ -269,18 +430,21 @@ def raw(dataset_args: str, split: str):
     """Iterator over a split's rows as dicts: chat with `messages`, whatever its columns were, plain text as it is."""
     for spec in parse_specs(dataset_args):
         rows = load_split(spec, split)
-        to_messages = _to_messages(rows)
+        to_messages = _to_messages(_columns(rows))
         for row in rows:
             yield {**row, "messages": to_messages(row)} if to_messages else dict(row)
 
 
 def texts(dataset_args: str, stage: str, text_field: str = "text"):
-    """Iterator over the training split's strings, texts (pt) or messages' contents (sft), to train a tokenizer on."""
+    """Iterator over the training split's strings, texts (pt) or roles and contents (sft), to train a tokenizer on."""
     for spec in parse_specs(dataset_args):
         rows = load_split(spec, "train")
-        content = _content(spec, rows, stage, text_field)
-        for row in rows:
-            yield from [content(row)] if stage == "pt" else (message["content"] for message in content(row))
+        content = _content(spec, _columns(rows), stage, text_field)
+        for found in map(content, rows):
+            if stage == "pt" and isinstance(found, str):
+                yield found
+            elif stage == "sft" and _mistake(found) is None:
+                yield from (text for message in found for text in (message["role"], message["content"]))
 
 
 # ---------------------------------------------------------------- tokens
@@ -292,15 +456,21 @@ class Encoded(NamedTuple):
     outcome: str  # kept, cut, or dropped:REASON
 
 
-def tokenize_chat(messages, tokenizer, *, max_length, truncation="right", mask_prompt_loss=True) -> Encoded:
-    """One conversation under the chat template; only the last assistant turn is supervised, or everything.
+def tokenize_chat(
+    messages, tokenizer, *, max_length, truncation="right", mask_prompt_loss=True, train_on="last"
+) -> Encoded:
+    """One conversation under the chat template; the last or all assistant turns are supervised, or everything.
 
     A row longer than max_length is cut on the right, or dropped (truncation filter). One that then has nothing to
-    learn, because its prompt alone fills max_length, is dropped.
+    learn, because its prompt alone fills max_length, is dropped, and so is one that the template does not take.
     """
-    if not messages or messages[-1]["role"] != "assistant":
-        return Encoded([], [], "dropped:no assistant turn at the end")
-    tokens, supervised = tokenizer.render(messages)
+    if mistake := _mistake(messages):
+        return Encoded([], [], f"dropped:{mistake}")
+    try:
+        tokens, supervised = tokenizer.render(messages, train_on=train_on)
+    except ValueError as error:
+        reason = re.sub(r" \(.*?\)(?=;|$)", "", str(error))  # what is in brackets differs from row to row
+        return Encoded([], [], f"dropped:{reason:.100}")
     if not mask_prompt_loss:
         supervised = [True] * len(tokens)
     if len(tokens) <= max_length:
@@ -314,12 +484,56 @@ def tokenize_chat(messages, tokenizer, *, max_length, truncation="right", mask_p
 
 def tokenize_text(text, tokenizer, *, insert_eos=True) -> Encoded:
     """One text, all of it supervised, ending in EOS if wanted (not in two, where the text ends in one itself)."""
-    if text is None:
-        return Encoded([], [], "dropped:no text")
+    if not isinstance(text, str):
+        return Encoded([], [], "dropped:no text" if text is None else "dropped:not text")
     tokens = tokenizer.encode(text)
     if insert_eos and tokens[-1:] != [tokenizer.eos_id]:
         tokens.append(tokenizer.eos_id)
-    return Encoded(tokens, [True] * len(tokens), "kept")
+    return Encoded(tokens, [True] * len(tokens), "kept" if text else "empty")
+
+
+PROBE = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+
+
+def _encoder(*, stage, tokenizer, max_length, insert_eos, truncation, mask_prompt_loss, train_on):
+    """The function from what a row holds, text (pt) or messages (sft), to Encoded. ValueError on settings that no row
+    could satisfy."""
+    if max_length < 1:
+        raise ValueError(f"max_length {max_length}: expected at least 1")
+    if truncation not in ("right", "filter"):
+        raise ValueError(f"truncation {truncation!r}: expected right (cut) or filter (drop)")
+    if train_on not in ("last", "all"):
+        raise ValueError(f"train_on {train_on!r}: expected last or all (assistant turns)")
+    if stage == "pt":
+        if insert_eos and tokenizer.eos_id is None:
+            raise ValueError("the tokenizer has no EOS token to put between texts; pass --insert_eos False")
+        return partial(tokenize_text, tokenizer=tokenizer, insert_eos=insert_eos)
+    if tokenizer.template is None or train_on == "all":
+        try:
+            tokenizer.render(PROBE, train_on=train_on)
+        except ValueError as error:
+            raise ValueError(f"--stage sft --train_on {train_on}: {error}") from error
+    return partial(
+        tokenize_chat,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        truncation=truncation,
+        mask_prompt_loss=mask_prompt_loss,
+        train_on=train_on,
+    )
+
+
+def _tally(outcomes: Counter) -> Counter:
+    """Outcomes of rows as counts: rows read and kept besides."""
+    counts = Counter(outcomes)
+    counts["read"] = outcomes.total()
+    counts["kept"] += outcomes["cut"] + outcomes["empty"]
+    return counts
+
+
+def _nothing_learnt(name: str, split: str, max_length: int, counts: Counter) -> ValueError:
+    why = ", ".join(f"{reason} {n}" for reason, n in counts.items())
+    return ValueError(f"{name} leaves no row to {split} with max_length {max_length}: {why}")
 
 
 class Rows:
@@ -327,13 +541,14 @@ class Rows:
 
     All rows are slices of one stream, whose chunks lie where they were read (for a `datasets.Dataset` in its
     memory-mapped cache); a chat row is a whole conversation, a row of plain text a piece across the texts' borders.
-    `lengths` (n,) int64. `counts`: read, kept, cut and dropped:REASON in rows of the source; tail tokens dropped.
+    `lengths` (n,) int64. `counts`: read, kept, cut, empty (kept, though it held no text) and dropped:REASON in rows of
+    the source; tail tokens dropped. `useful`: tokens in all.
     """
 
     def __init__(self, tokens: list[np.ndarray], supervised: list[np.ndarray], bounds: np.ndarray, counts: Counter):
         """tokens, supervised: the stream's chunks; bounds (n + 1,): row i is stream[bounds[i]:bounds[i + 1]]."""
         self.tokens, self.supervised, self.bounds, self.counts = tokens, supervised, bounds, counts
-        self.lengths = np.diff(bounds)
+        self.lengths, self.useful = np.diff(bounds), int(bounds[-1] - bounds[0])
         self.starts = np.cumsum([0, *map(len, tokens)])[:-1]  # where in the stream each chunk starts
 
     def __len__(self) -> int:
@@ -361,41 +576,42 @@ def load(
     drop_tail: bool = True,
     truncation: str = "right",
     mask_prompt_loss: bool = True,
+    train_on: str = "last",
     num_proc: int = 1,
+    streaming: bool = False,
 ) -> Rows:
     """The rows of one split of all sets of a spec, one after another, none longer than max_length.
 
     pt reads plain text (text_field, insert_eos, drop_tail): texts are joined over the whole spec and cut into pieces of
-    max_length; only the last may be shorter, and drop_tail drops it. sft reads chat (truncation, mask_prompt_loss).
-    num_proc processes tokenise what comes through `datasets`, which keeps the result in its cache.
+    max_length; only the last may be shorter, and drop_tail drops it. sft reads chat (truncation, mask_prompt_loss,
+    train_on). num_proc processes tokenise what comes through `datasets`, which keeps the result in its cache.
+    streaming: the rows that a `stream` of the same spec leaves for evaluation; where the spec sets no limit, the first
+    STREAMED_TEST of each set.
     """
-    if max_length < 1:
-        raise ValueError(f"max_length {max_length}: expected at least 1")
-    if truncation not in ("right", "filter"):
-        raise ValueError(f"truncation {truncation!r}: expected right (cut) or filter (drop)")
-    if stage == "pt" and insert_eos and tokenizer.eos_id is None:
-        raise ValueError("the tokenizer has no EOS token to put between texts; pass --insert_eos False")
-
-    if stage == "pt":
-        encode = partial(tokenize_text, tokenizer=tokenizer, insert_eos=insert_eos)
-    else:
-        options = {"max_length": max_length, "truncation": truncation, "mask_prompt_loss": mask_prompt_loss}
-        encode = partial(tokenize_chat, tokenizer=tokenizer, **options)
-    # The cache of `datasets` knows functions by name alone; given their source as an argument, it notices an edit.
-    sources = [inspect.getsource(inspect.getmodule(thing)) for thing in (load, type(tokenizer))]
-
-    counts, tokens, supervised, lengths = Counter(), [], [], []
+    encode = _encoder(
+        stage=stage,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        insert_eos=insert_eos,
+        truncation=truncation,
+        mask_prompt_loss=mask_prompt_loss,
+        train_on=train_on,
+    )
+    outcomes, tokens, supervised, lengths = Counter(), [], [], []
     for spec in parse_specs(dataset_args):
-        rows = load_split(spec, split)
-        content = _content(spec, rows, stage, text_field)
-        whole = partial(_encode, content=content, encode=encode, sources=sources)
-        for chunk, mask, sizes, outcomes in _encoded(rows, whole, num_proc):
+        rows = _streamed(spec, split) if streaming else load_split(spec, split, num_proc=num_proc)
+        content = _content(spec, _columns(rows), stage, text_field)
+        whole = partial(_encode, content=content, encode=encode, sources=_sources(type(tokenizer)))
+        of_set = Counter()
+        for chunk, mask, sizes, ends in _encoded(rows, whole, num_proc):
             tokens.append(chunk)
             supervised.append(mask)
             lengths.append(sizes)
-            counts.update(outcomes)
-    counts["read"] = counts.total()
-    counts["kept"] += counts["cut"]
+            of_set.update(ends)
+        if not of_set["kept"] + of_set["cut"]:
+            raise _nothing_learnt(spec.name, split, max_length, _tally(of_set))
+        outcomes += of_set
+    counts = _tally(outcomes)
 
     lengths = np.concatenate(lengths)
     bounds = np.cumsum([0, *lengths[lengths > 0]])
@@ -406,12 +622,11 @@ def load(
             counts["tail tokens dropped"] = int(total - bounds[-2])
             bounds = bounds[:-1]
     if len(bounds) == 1:
-        why = ", ".join(f"{reason} {n}" for reason, n in counts.items())
-        raise ValueError(f"{dataset_args} leaves no row to {split} with max_length {max_length}: {why}")
+        raise _nothing_learnt(dataset_args, split, max_length, counts)
     return Rows(tokens, supervised, bounds, counts)
 
 
-def _encode(row, *, content, encode, sources) -> dict:
+def _encode(row, *, content, encode, sources=None) -> dict:
     tokens, supervised, outcome = encode(content(row))
     return {"tokens": np.array(tokens, np.int32), "supervised": np.array(supervised, np.uint8), "outcome": outcome}
 
@@ -439,44 +654,154 @@ def _encoded(rows, encode, num_proc: int):
         yield tokens.flatten().to_numpy(), supervised.flatten().to_numpy(), sizes, outcomes.to_pylist()
 
 
+# ---------------------------------------------------------------- packing
+
+
+def pack(lengths, room: int) -> list[list[int]]:
+    """Groups of numbers of rows whose lengths fit into `room` together: best fit, long rows first. O(rows).
+
+    ValueError where a row is longer than that.
+    """
+    if len(lengths) and max(lengths) > room:
+        raise ValueError(f"a row of {max(lengths)} tokens exceeds the canvas of {room}; lower max_length or raise it")
+    groups, by_room, open_rooms = [], {}, 0  # open_rooms: bit r is set where a group has r tokens of room left
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[i])
+        fitting = open_rooms >> length
+        if fitting:
+            left = length + (fitting & -fitting).bit_length() - 1  # the least room that is enough
+            group = by_room[left].pop()
+            open_rooms ^= (not by_room[left]) << left
+        else:
+            left, group = room, len(groups)
+            groups.append([])
+        groups[group].append(i)
+        by_room.setdefault(left - length, []).append(group)
+        open_rooms |= 1 << (left - length)
+    return groups
+
+
+def filled(lengths, block_length: int | None):
+    """Lengths, an int or an array, rounded up to full blocks."""
+    return -(-lengths // block_length) * block_length if block_length else lengths
+
+
+def join(rows: list[dict], block_length: int | None = None, eos_id: int | None = None) -> dict[str, np.ndarray]:
+    """Several rows as one: besides tokens and supervised, "document" numbers them, and "position" restarts at each.
+
+    block_length: every row is extended by supervised eos_id to a multiple of it, as collate extends a single one.
+    """
+    parts = {"tokens": [], "supervised": [], "document": [], "position": []}
+    for number, row in enumerate(rows):
+        size = len(row["tokens"])
+        end = filled(size, block_length)
+        parts["tokens"] += row["tokens"], np.full(end - size, eos_id if end > size else 0)
+        parts["supervised"] += row["supervised"], np.ones(end - size, bool)
+        parts["document"].append(np.full(end, number))
+        parts["position"].append(np.arange(end))
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+class Packed:
+    """Rows of several `rows` each, which do not see each other; as Rows, with "document" and "position" in a row.
+
+    For an objective that does not train on padding: bd3lm (block_length, eos_id: see join) and ar. Which rows share a
+    canvas is set by their lengths alone. `counts` adds the number of canvases.
+    """
+
+    def __init__(self, rows: Rows, length: int, *, block_length: int | None = None, eos_id: int | None = None):
+        """length: of the canvas."""
+        self.rows, self.block_length, self.eos_id = rows, block_length, eos_id
+        lengths = filled(rows.lengths, block_length)
+        self.groups = pack(lengths, length)
+        self.lengths = np.array([lengths[group].sum() for group in self.groups])
+        self.useful = rows.useful
+        self.counts = Counter(rows.counts)
+        self.counts["packed canvases"] = len(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return join([self.rows[n] for n in self.groups[i]], self.block_length, self.eos_id)
+
+
 # ---------------------------------------------------------------- batches
 
 
 def collate(
-    rows, *, pad_id: int, train_on_padding=False, block_length=None, eos_id=None, length=None
+    rows, *, pad_id: int, train_on_padding=False, block_length=None, eos_id=None, length=None, longest=0
 ) -> dict[str, torch.Tensor]:
     """Rows side by side, padded on the right: tokens, document, position (B, T) int64, supervised (B, T) bool.
 
-    T: the longest row, or `length`. document: 0, padding -1. Padding is not supervised, but for
+    T: that of the longest row, be it among these or one of `longest` tokens elsewhere in the global batch; or `length`.
+    document: 0, or what a packed row says, padding -1. Padding is not supervised, but for
     train_on_padding: padding is supervised and visible (document 0), which teaches where in a canvas an answer ends;
     block_length: each row is first extended by supervised eos_id to a multiple of it.
     """
     assert not (train_on_padding and block_length), "padding is trained on, or rows fill their blocks: not both"
+    assert not (train_on_padding and any("document" in row for row in rows)), "packed rows have no padding to train on"
     sizes = [len(row["tokens"]) for row in rows]
-    filled = [-(-size // block_length) * block_length for size in sizes] if block_length else sizes
-    T = max(filled) if length is None else length
-    if max(filled) > T:
-        raise ValueError(f"a row of {max(filled)} tokens exceeds the canvas of {T}; lower max_length or raise --pad_to")
+    ends = [filled(size, block_length) for size in sizes]
+    T = max(*ends, filled(longest, block_length)) if length is None else length
+    if max(ends) > T:
+        raise ValueError(f"a row of {max(ends)} tokens exceeds the canvas of {T}; lower max_length or raise --pad_to")
     tokens = torch.full((len(rows), T), pad_id)  # (B, T)
     supervised = torch.full((len(rows), T), train_on_padding)  # (B, T)
     document = torch.full((len(rows), T), 0 if train_on_padding else -1)  # (B, T)
-    for b, (row, size, end) in enumerate(zip(rows, sizes, filled)):
+    position = torch.arange(T).repeat(len(rows), 1)  # (B, T)
+    for b, (row, size, end) in enumerate(zip(rows, sizes, ends)):
         tokens[b, :size] = torch.from_numpy(row["tokens"])
         supervised[b, :size] = torch.from_numpy(row["supervised"])
         document[b, :end] = 0
+        if "document" in row:
+            document[b, :size] = torch.from_numpy(row["document"])
+            position[b, :size] = torch.from_numpy(row["position"])
         if end > size:
             tokens[b, size:end] = eos_id
             supervised[b, size:end] = True
-    position = torch.arange(T).repeat(len(rows), 1)  # (B, T)
     return {"tokens": tokens, "supervised": supervised, "document": document, "position": position}
 
 
-class Loader:
+class _Batches:
+    """How a global batch is cut, the same for both loaders.
+
+    It has micro_batch_size * accumulation * world_size slots. In every round of micro-batches rank 0 takes the first
+    micro_batch_size slots that are left, rank 1 the next, and so on. Every rank has the same number of micro-batches.
+    """
+
+    def __init__(self, micro_batch_size: int, accumulation: int, rank: int, world_size: int):
+        if micro_batch_size < 1 or accumulation < 1:
+            raise ValueError(f"batch size {micro_batch_size}, accumulation {accumulation}: both must be at least 1")
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
+        self.global_batch_size = micro_batch_size * accumulation * world_size
+
+    def own(self, slots: int) -> list[range]:
+        """This rank's micro-batches of the first `slots` slots; some may be empty."""
+        B = self.micro_batch_size
+        rounds = -(-slots // (B * self.world_size))
+        firsts = ((turn * self.world_size + self.rank) * B for turn in range(rounds))
+        return [range(first, max(first, min(first + B, slots))) for first in firsts]
+
+    def _check(self, saved: dict, now: dict) -> None:
+        for name, value in now.items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"the data's {name.replace('_', ' ')} is {value}, but the state to resume from was saved with "
+                    f"{saved.get(name)}; resume with the settings of the run that saved it"
+                )
+
+
+class Loader(_Batches):
     """Batches of `rows`, epoch by epoch. Its whole state is (epoch, step): nothing else is needed to resume.
 
-    An optimizer step takes a global batch of micro_batch_size * accumulation rows, the epoch's last step what is left.
-    The global batch is collated at once, so that its canvas does not depend on how it is cut into micro-batches (nor
-    will it on how many ranks share them). group_by_length: within stretches of 50 global batches, long rows come first.
+    An optimizer step takes a global batch of rows, the epoch's last step what is left; of that, each of world_size
+    ranks reads its own share (see _Batches). The canvas is that of the global batch's longest row, so it does not
+    depend on how the batch is cut. Where the epoch's last rows leave a rank without any, its micro-batch repeats one of
+    them with nothing supervised: it weighs nothing, and must not be counted as a row.
+
+    group_by_length: within stretches of 50 global batches, long rows come first.
     """
 
     def __init__(
@@ -489,14 +814,17 @@ class Loader:
         shuffle: bool = True,
         group_by_length: bool = False,
         collate,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 0,
     ):
-        """collate: a function of a list of rows, such as functools.partial(data.collate, pad_id=...)."""
-        if micro_batch_size < 1 or accumulation < 1:
-            raise ValueError(f"batch size {micro_batch_size}, accumulation {accumulation}: both must be at least 1")
-        self.rows, self.collate = rows, collate
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, micro_batch_size * accumulation
+        """collate: a function of a list of rows and `longest`, such as functools.partial(data.collate, pad_id=...).
+        prefetch: steps that a thread makes ahead for `batches`."""
+        super().__init__(micro_batch_size, accumulation, rank, world_size)
+        self.rows, self.collate, self.prefetch = rows, collate, prefetch
         self.seed, self.shuffle, self.group_by_length = seed, shuffle, group_by_length
         self.steps_per_epoch = -(-len(rows) // self.global_batch_size)
+        self.at = (0, 0)  # epoch, steps of it that `batches` has given
 
     def order(self, epoch: int) -> np.ndarray:
         """(n,) The rows' numbers as that epoch visits them."""
@@ -517,11 +845,450 @@ class Loader:
         order = self.order(epoch)
         for begin in range(start * self.global_batch_size, len(order), self.global_batch_size):
             picked = order[begin : begin + self.global_batch_size]
-            batch = self.collate([self.rows[i] for i in picked])
-            batch["sample"] = torch.arange(begin, begin + len(picked))
-            cuts = range(0, len(picked), self.micro_batch_size)
-            yield [{k: v[i : i + self.micro_batch_size] for k, v in batch.items()} | {"epoch": epoch} for i in cuts]
+            longest = int(self.rows.lengths[picked].max())
+            step = []
+            for slots in self.own(len(picked)):
+                batch = self.collate([self.rows[picked[slot]] for slot in slots or [0]], longest=longest)
+                batch["supervised"] &= len(slots) > 0
+                step.append(batch | {"sample": begin + torch.tensor(slots or [0]), "epoch": epoch})
+            yield step
 
     def __iter__(self):
         """One pass: epoch 0."""
         return self.epoch(0)
+
+    def batches(self):
+        """Endless iterator over optimizer steps, epoch after epoch, from `state` on, which it moves along."""
+        for at, step in ahead(self._numbered, self.prefetch):
+            self.at = at
+            yield step
+
+    def _numbered(self):
+        first, start = self.at
+        for epoch in itertools.count(first):
+            for done, step in enumerate(self.epoch(epoch, start), start + 1):
+                yield (epoch, done), step
+            start = 0
+
+    @property
+    def state(self) -> dict:
+        """All it takes to go on after the last step that `batches` gave, on any number of ranks; JSON."""
+        return {"epoch": self.at[0], "step": self.at[1]} | self._settings()
+
+    def _settings(self) -> dict:
+        return {"rows": len(self.rows), "global_batch_size": self.global_batch_size, "seed": self.seed}
+
+    def load_state(self, state: dict | list[dict]) -> None:
+        """Takes a rank's `state`, or those of all ranks, which for this loader are the same."""
+        state = state[0] if isinstance(state, list) else state
+        self._check(state, self._settings())
+        self.at = state["epoch"], state["step"]
+
+    def useful_share(self, block_length: int | None = None) -> float:
+        """Of the cells of the first epoch's canvases, the share that holds the rows' own tokens; the rest is padding,
+        or fills a row's last block."""
+        order, G = self.order(0), self.global_batch_size
+        batches = [self.rows.lengths[order[begin : begin + G]] for begin in range(0, len(order), G)]
+        return self.rows.useful / sum(len(lengths) * int(filled(lengths.max(), block_length)) for lengths in batches)
+
+
+def ahead(make, depth: int, *, process: bool = False):
+    """Iterator over the items of the iterator `make()`, of which a thread, or a process, has up to `depth` ready."""
+    if depth < 1:
+        yield from make()
+        return
+    if process:
+        context = multiprocessing.get_context("spawn")  # a fork of a process that runs CUDA or threads is not safe
+        box, stop, kind = context.Queue(depth), context.Event(), context.Process
+    else:
+        box, stop, kind = queue.Queue(depth), threading.Event(), threading.Thread
+    worker = kind(target=_make_ahead, args=(make, box, stop, process), daemon=True)
+    worker.start()
+    try:
+        while True:
+            try:
+                what, item = box.get(timeout=1)
+            except queue.Empty:
+                if not worker.is_alive() and box.empty():
+                    raise RuntimeError("the process that reads the data has died; was it killed for memory?") from None
+                continue
+            if what == "error":
+                raise item
+            if what == "end":
+                return
+            yield item
+    finally:
+        stop.set()
+        worker.join(5)
+        if process:
+            worker.terminate()
+
+
+def _make_ahead(make, box, stop, process: bool) -> None:
+    parent = multiprocessing.parent_process() if process else None
+
+    def put(what, item=None) -> bool:
+        while not stop.is_set() and (parent is None or parent.is_alive()):
+            try:
+                box.put((what, item), timeout=1)
+                return True
+            except queue.Full:
+                pass
+        if parent is not None:
+            box.cancel_join_thread()  # nobody reads what is left
+        return False
+
+    try:
+        if all(put("item", item) for item in make()):
+            put("end")
+    except Exception as error:
+        known = type(error) in (ValueError, FileNotFoundError, ConnectionError) or parent is None
+        put("error", error if known else RuntimeError(traceback.format_exc()))
+
+
+# ---------------------------------------------------------------- streams
+
+STREAMED_TEST = 1000  # rows of a set that are evaluated on, where its spec does not say
+
+
+class Source(NamedTuple):
+    """A set as a stream reads it."""
+
+    name: str
+    shards: list  # each a list of rows, or (datasets.IterableDataset, the number of its shard)
+    limit: int | None  # rows in one pass
+    held: bool | None  # None: all rows; else which side of the hold-out
+    says: partial | None  # predicate of rows: the spec's lang
+    content: partial | None  # from a row to what _encoder takes
+
+
+class Pass:
+    """Iterator over a source's rows, once, its shards in the order given; `state` is where it is, `done` at the end."""
+
+    def __init__(self, source: Source, order: list[int], state: list | None = None):
+        self.source, self.order, self.rows, self.done = source, order, None, False
+        self.place, self.row, self.given, self.inner = state or (0, 0, 0, None)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        while not self.done:
+            if self.given == self.source.limit or self.place == len(self.order):
+                self.done = True
+                break
+            shard = self.order[self.place]
+            if self.rows is None:
+                self.rows = self._open(self.source.shards[shard])
+            with _told(self.source.name):
+                row = next(self.rows, None)
+            if row is None:
+                self.place, self.row, self.rows, self.inner = self.place + 1, 0, None, None
+                continue
+            number, self.row = self.row, self.row + 1
+            # A row's number decides whether it is held out, not a draw: nobody knows how many there will be.
+            held = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
+            if self.source.held in (None, held) and (self.source.says is None or self.source.says(row)):
+                self.given += 1
+                return row
+        raise StopIteration
+
+    def _open(self, shard):
+        if isinstance(shard, list):
+            return itertools.islice(shard, self.row, None)
+        dataset, index = shard
+        self.dataset = dataset.shard(num_shards=dataset.num_shards, index=index)
+        if self.inner is not None:
+            self.dataset.load_state_dict(self.inner)
+        return iter(self.dataset)
+
+    @property
+    def state(self) -> list:
+        shard_read = self.rows is not None and not isinstance(self.source.shards[self.order[self.place]], list)
+        return [self.place, self.row, self.given, self.dataset.state_dict() if shard_read else self.inner]
+
+
+def _source(spec: Spec, split: str) -> Source:
+    """Where a set has no test split, every 20th row or so is held out of train, by a hash of its number."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    found, held = split, None
+    if spec.name.startswith("builtin/"):
+        shards = [_builtin(spec, split)]
+    else:
+        splits = _load_dataset(spec, streaming=True)
+        if _one_split(splits):
+            found, held = "train", split != "train"
+        else:
+            found = _find(spec, splits, split)
+        with _told(spec.name):
+            shards = [(rows, i) for rows in splits[found] for i in range(rows.num_shards)]
+    return Source(spec.name, shards, _limit(spec, split, "test" if held else found), held, None, None)
+
+
+def _first_columns(source: Source) -> list[str]:
+    row = next(Pass(source._replace(limit=1), range(len(source.shards))), None)
+    if row is None:
+        raise ValueError(f"{source.name} has no rows")
+    return list(row)
+
+
+def _streamed(spec: Spec, split: str) -> list[dict]:
+    """The rows of a split that a stream leaves for evaluation: at most its limit, or STREAMED_TEST."""
+    assert split != "train", "a stream's training rows are no list"
+    source = _source(spec, split)
+    if spec.lang is not None:
+        source = source._replace(says=_answer_filter(spec, _first_columns(source)))
+    rows = list(Pass(source._replace(limit=source.limit or STREAMED_TEST), range(len(source.shards))))
+    if not rows:
+        raise ValueError(f"{spec.name} has no rows to {split}; name a set with more rows, or pass --eval_strategy no")
+    return rows
+
+
+class Stream:
+    """The training rows of a spec's sets, read and tokenised while training runs; pass after pass, without end.
+
+    As `load` reads them, but: the sets give rows in turn, until the longest is read to its end, and then all begin
+    again; of a set without a test split a hash of each row's number holds out 5 %, other rows than `load` does.
+    pack_length: chat rows are packed into canvases of that length (block_length, eos_id: as in Packed).
+    """
+
+    def __init__(
+        self,
+        dataset_args: str,
+        *,
+        stage: str,
+        tokenizer,
+        max_length: int,
+        text_field: str = "text",
+        insert_eos: bool = True,
+        truncation: str = "right",
+        mask_prompt_loss: bool = True,
+        train_on: str = "last",
+        pack_length: int | None = None,
+        block_length: int | None = None,
+        eos_id: int | None = None,
+    ):
+        self.encode = _encoder(
+            stage=stage,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            insert_eos=insert_eos,
+            truncation=truncation,
+            mask_prompt_loss=mask_prompt_loss,
+            train_on=train_on,
+        )
+        self.name, self.stage, self.max_length = dataset_args, stage, max_length
+        self.pack_length, self.block_length, self.eos_id = pack_length, block_length, eos_id
+        self.longest = pack_length or max_length  # of its canvases
+        self.sources = []
+        for spec in parse_specs(dataset_args):
+            source = _source(spec, "train")
+            columns = _first_columns(source)
+            says = None if spec.lang is None else _answer_filter(spec, columns)
+            self.sources.append(source._replace(says=says, content=_content(spec, columns, stage, text_field)))
+
+    def pieces(self, rows: list, rest: list[int]) -> tuple[list[dict], list[int], Counter]:
+        """Rows to train on, of raw (source, row) and what was left of the tokens before; what is left; outcomes."""
+        encoded = [self.encode(self.sources[source].content(row)) for source, row in rows]
+        outcomes = Counter(row.outcome for row in encoded)
+        if self.stage == "pt":
+            tokens, T = np.array([*rest, *itertools.chain(*(row.tokens for row in encoded))], np.int64), self.max_length
+            full = len(tokens) // T * T
+            pieces = [{"tokens": piece, "supervised": np.ones(T, bool)} for piece in tokens[:full].reshape(-1, T)]
+            return pieces, tokens[full:].tolist(), outcomes
+        pieces = [
+            {"tokens": np.array(row.tokens, np.int64), "supervised": np.array(row.supervised, bool)}
+            for row in encoded
+            if row.tokens
+        ]
+        if self.pack_length:
+            lengths = [filled(len(piece["tokens"]), self.block_length) for piece in pieces]
+            groups = pack(lengths, self.pack_length)
+            pieces = [join([pieces[n] for n in group], self.block_length, self.eos_id) for group in groups]
+        return pieces, [], outcomes
+
+
+class Reader:
+    """The raw rows of a stream's sources in turn, pass after pass, as (number of the source, row).
+
+    Between passes the order of a source's shards changes, if shuffled and the source has no limit.
+    """
+
+    def __init__(self, sources: list[Source], seed: int, shuffle: bool, state: dict | None = None):
+        self.sources, self.seed, self.shuffle = sources, seed, shuffle
+        state = state or {"epoch": 0, "count": 0, "turn": 0, "passes": [None] * len(sources)}
+        self.epoch, self.count, self.turn = state["epoch"], state["count"], state["turn"]
+        self._begin(state["passes"])
+
+    def _begin(self, states: list) -> None:
+        self.passes = []
+        for n, (source, state) in enumerate(zip(self.sources, states)):
+            order = list(range(len(source.shards)))
+            if self.shuffle and source.limit is None:
+                order = np.random.default_rng((self.seed, self.epoch, n)).permutation(order).tolist()
+            self.passes.append(Pass(source, order, state))
+
+    def take(self, most: int) -> list[tuple[int, dict]]:
+        """The next rows, `most` of them, or fewer where the pass ends; then the next pass has begun."""
+        rows = []
+        while len(rows) < most:
+            if all(reading.done for reading in self.passes):
+                self.epoch, self.turn = self.epoch + 1, 0
+                self._begin([None] * len(self.sources))
+                break
+            n, self.turn = self.turn, (self.turn + 1) % len(self.passes)
+            row = next(self.passes[n], None)
+            if row is not None:
+                rows.append((n, row))
+        self.count += len(rows)
+        return rows
+
+    @property
+    def state(self) -> dict:
+        passes = [reading.state for reading in self.passes]
+        return {"epoch": self.epoch, "count": self.count, "turn": self.turn, "passes": passes}
+
+
+def deal(stream: Stream, slots: list[int], total: int, *, seed: int, shuffle: bool, window: int, state: dict):
+    """Endless iterator over (rows for some slots of a global batch of `total`, one each; state; outcomes so far).
+
+    Row i of the stream goes to slot i mod total, whatever process serves that slot: each slot packs its own rows and
+    has its own state, so any division of the slots among processes gives the same batches, and each process tokenises
+    its own rows only (it does read all of them). Raw rows are dealt by windows. A window's rows are shuffled before
+    they are dealt, and a slot's pieces of them after, so its state is its window, its place in that, and the tokens
+    left over before. state: "windows", where in the sources those in use begin, and "slots".
+    """
+    at = {slot: state["slots"].get(str(slot), [0, 0, []]) for slot in slots}
+    starts, dealt, pieces, outcomes, barren = {}, {}, {}, Counter(), Counter()
+    first = min(number for number, _, _ in at.values())
+    reader = Reader(stream.sources, seed, shuffle, state["windows"].get(str(first)))
+    read = first  # windows before this one are read
+
+    def mixed(items: list, *key: int) -> list:
+        if not shuffle:
+            return items
+        return [items[i] for i in np.random.default_rng((seed, *key)).permutation(len(items))]
+
+    def row_of(slot: int) -> dict:
+        nonlocal read
+        while True:
+            number, place, rest = at[slot]
+            if slot not in pieces:
+                while read <= number:
+                    starts[read], dealt[read], begin = reader.state, {slot: [] for slot in slots}, reader.count
+                    for i, row in enumerate(mixed(reader.take(window), read, total), begin):
+                        if i % total in dealt[read]:
+                            dealt[read][i % total].append(row)
+                    read += 1
+                made, left, ends = stream.pieces(dealt[number].pop(slot), rest)
+                pieces[slot] = mixed(made, number, slot), left
+                outcomes.update(ends)
+                barren[slot] = 0 if ends["kept"] + ends["cut"] else barren[slot] + ends.total()
+                if barren[slot] > 1000 or (reader.epoch > 1 and not outcomes["kept"] + outcomes["cut"]):
+                    raise _nothing_learnt(stream.name, "train", stream.max_length, _tally(outcomes))
+            made, left = pieces[slot]
+            if place < len(made):
+                at[slot] = [number, place + 1, rest]
+                return made[place]
+            del pieces[slot]
+            at[slot] = [number + 1, 0, left]
+
+    while True:
+        rows = {slot: row_of(slot) for slot in slots}
+        oldest = min(number for number, _, _ in at.values())
+        for number in [number for number in starts if number < oldest]:
+            del starts[number], dealt[number]
+        windows = {str(number): start for number, start in starts.items()}
+        yield rows, {"windows": windows, "slots": {str(slot): held for slot, held in at.items()}}, Counter(outcomes)
+
+
+class StreamLoader(_Batches):
+    """Batches of a Stream, without end; `batches`, `state` and `load_state` as Loader has them.
+
+    A canvas is as long as max_length (or pack_length) says, full or not, so that no rank asks another for its longest
+    row. A stream has no epochs: "sample" counts on, "epoch" is 0, steps_per_epoch is None. `state` speaks of this
+    rank's slots alone; load_state takes the states of all ranks, and then on another number of them.
+    """
+
+    steps_per_epoch = None
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        micro_batch_size: int,
+        accumulation: int,
+        seed: int,
+        shuffle: bool = True,
+        shuffle_buffer: int = 2000,
+        collate,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 2,
+        workers: int = 0,
+    ):
+        """shuffle_buffer: raw rows of a window (see deal), over all ranks. prefetch: steps that are made ahead, by a
+        thread, or by `workers` processes that share this rank's slots. None of the three changes what a step holds,
+        but for shuffle_buffer."""
+        super().__init__(micro_batch_size, accumulation, rank, world_size)
+        if shuffle_buffer < 1:
+            raise ValueError(f"shuffle buffer {shuffle_buffer}: expected at least 1 row")
+        self.stream, self.seed, self.collate, self.prefetch, self.workers = stream, seed, collate, prefetch, workers
+        self.shuffle, self.shuffle_buffer = shuffle, shuffle_buffer
+        self.step, self.at = 0, {"windows": {}, "slots": {}}
+        self.counts = Counter()  # of the rows that this rank has read since it started
+
+    def batches(self):
+        """Endless iterator over optimizer steps, as Loader's, from `state` on, which it moves along."""
+        micro_batches = self.own(self.global_batch_size)
+        slots = list(itertools.chain(*micro_batches))
+        shares = min(self.workers, len(slots)) or 1
+        parts = []
+        for n in range(shares):
+            options = {"seed": self.seed, "shuffle": self.shuffle, "window": self.shuffle_buffer, "state": self.at}
+            make = partial(deal, self.stream, slots[n::shares], self.global_batch_size, **options)
+            parts.append(ahead(make, max(self.prefetch, int(self.workers > 0)), process=self.workers > 0))
+        for part in zip(*parts):
+            rows, at, outcomes = {}, {"windows": {}, "slots": {}}, Counter()
+            for of_slots, state, ends in part:
+                rows |= of_slots
+                outcomes += ends
+                for name in at:
+                    at[name] |= state[name]
+            step = []
+            for own in micro_batches:
+                sample = self.step * self.global_batch_size + torch.tensor(own)
+                batch = self.collate([rows[slot] for slot in own], longest=self.stream.longest)
+                step.append(batch | {"sample": sample, "epoch": 0})
+            self.step, self.at, self.counts = self.step + 1, at, _tally(outcomes)
+            yield step
+
+    @property
+    def state(self) -> dict:
+        """What this rank adds to what it takes to go on after the last step that `batches` gave; JSON."""
+        return {"step": self.step, **self.at, **self._settings()}
+
+    def _settings(self) -> dict:
+        return {
+            "set": self.stream.name,
+            "stage": self.stream.stage,
+            "max_length": self.stream.max_length,
+            "packing": [self.stream.pack_length, self.stream.block_length],
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+            "shuffle_buffer": self.shuffle_buffer if self.shuffle else None,
+        }
+
+    def load_state(self, states: dict | list[dict]) -> None:
+        """Takes the `state` of every rank of the run to go on with, however many there are now."""
+        states = states if isinstance(states, list) else [states]
+        at = {"windows": {}, "slots": {}}
+        for state in states:
+            self._check(state, self._settings() | {"step": states[0]["step"]})
+            for name in at:
+                at[name] |= state[name]
+        missing = [slot for own in self.own(self.global_batch_size) for slot in own if str(slot) not in at["slots"]]
+        if states[0]["step"] and missing:
+            raise ValueError(f"the state of a stream lacks slots {missing[:4]}: load the states of all its ranks")
+        self.step, self.at = states[0]["step"], at

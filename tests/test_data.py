@@ -172,7 +172,8 @@ def test_mistakes_in_naming_a_set_name_the_way_out(tmp_path):
     for text, message in {
         "builtin/sum": "unknown dataset builtin/sum; the builtin sets are builtin/sums, builtin/stdlib",
         "builtin/sums[name:x]": "no configurations",
-        "builtin/sums[lang:python]": "not supported yet",
+        "builtin/sums[lang:python]": "no answer in train contains 'python'",
+        "builtin/stdlib[lang:python]": "this set is none",
         f"{tmp_path}/one.jsonl": "no test split",
         f"{tmp_path}/one.jsonl[name:x]": "is a file",
         f"{tmp_path}/a.csv": "expected one of .jsonl",
