@@ -159,7 +159,8 @@ class A2D(TemplateLM):
         self.room = 131072 if on_gpu else 8192  # tokens of a forward; halved where memory does not suffice
         self.max_length = min(self.options.max_length or 2**62, self.model.config.max_position_embeddings)
         self.started = time.time()
-        self.counts = Counter()  # of all processes: requests, tokens, forwards (of a sequence), seconds
+        # What this process did: requests, tokens, forwards (a sequence each) and seconds, of "generated" and "scored".
+        self.counts = Counter()
         self.prompts = defaultdict(set)  # task: a hash of each of its requests
         self.standard_errors = []  # of each likelihood request, a dict
 
@@ -304,7 +305,7 @@ class A2D(TemplateLM):
             batches[-1] += members
         results = [None] * len(requests)
         bar = self._bar(len(requests), "log-likelihood", disable_tqdm)
-        hook = self.model.register_forward_pre_hook(lambda _, inputs: self.counts.update(forwards=len(inputs[0])))
+        hook = self.model.register_forward_pre_hook(lambda _, inputs: self._count("scored", forwards=len(inputs[0])))
         for batch in batches if requests else []:
             contexts = [requests[i][1][-(room - len(requests[i][2])) :] for i in batch]
             continuations = [requests[i][2] for i in batch]
@@ -326,7 +327,8 @@ class A2D(TemplateLM):
                 results[i] = values[n], errors[n], bool(verdict[0][n]) if verdict else False
                 if requests[i][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i][::2])
-            self._count(bar, len(batch), sum(map(len, continuations)), began)
+            spent = {"requests": len(batch), "tokens": sum(map(len, continuations)), "seconds": time.time() - began}
+            self._count("scored", bar, **spent)
         hook.remove()
         bar.close()
         if instances is not None:
@@ -363,7 +365,8 @@ class A2D(TemplateLM):
                 for i, text in zip(batch, texts):
                     answers[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                self._count(bar, len(batch), tokens, began)
+                spent = {"requests": len(batch), "tokens": tokens, "seconds": time.time() - began}
+                self._count("generated", bar, **spent)
         bar.close()
         self._record(requests)
         return answers
@@ -404,8 +407,8 @@ class A2D(TemplateLM):
         from diffusion import denoise
 
         prompts = [prompt or [self.prefix_token_id] for prompt in prompts]
-        special = {stop: self.tokenizer.core.token_to_id(stop) for stop in until}
-        ends = {*self.tokenizer.end_ids, *(i for i in special.values() if i is not None)}
+        added = self.tokenizer.core.get_added_tokens_decoder()
+        ends = {*self.tokenizer.end_ids, *(i for i, token in added.items() if token.special and token.content in until)}
         # Nothing random depends on what else is evaluated.
         digest = hashlib.sha256(json.dumps(prompts).encode()).digest()
         generator = torch.Generator(self._device).manual_seed(self.options.seed + int.from_bytes(digest[:4]))
@@ -423,7 +426,7 @@ class A2D(TemplateLM):
 
         running = len(prompts)
         for step in denoise(self.model, prompts, **sampling, end_ids=tuple(sorted(ends)), generator=generator):
-            self.counts["forwards"] += running if step.forwards else 0
+            self._count("generated", forwards=running if step.forwards else 0)
             running = int((~step.done).sum())
             if until and running and step.forwards % 16 == 0:
                 texts = map(self.tokenizer.decode, answers(step))
@@ -459,11 +462,14 @@ class A2D(TemplateLM):
 
         return tqdm(total=total, desc=what, disable=disable or self.rank != 0, unit="request")
 
-    def _count(self, bar, requests: int, tokens: int, began: float) -> None:
-        self.counts.update(requests=requests, tokens=tokens, seconds=time.time() - began)
-        rate = {"tokens/s": f"{self.counts['tokens'] / max(self.counts['seconds'], 1e-9):.0f}"}
-        bar.set_postfix(rate | {"tokens/forward": f"{self.counts['tokens'] / max(self.counts['forwards'], 1):.2f}"})
-        bar.update(requests)
+    def _count(self, kind: str, bar=None, **spent: float) -> None:
+        self.counts.update({(kind, name): value for name, value in spent.items()})
+        if bar is not None:
+            tokens, forwards, seconds = (self.counts[kind, name] for name in ("tokens", "forwards", "seconds"))
+            bar.set_postfix(
+                {"tokens/s": f"{tokens / max(seconds, 1e-9):.0f}", "tokens/forward": f"{tokens / forwards:.2f}"}
+            )
+            bar.update(spent["requests"])
 
     def _record(self, requests, values=(), errors=()) -> None:
         """Keeps what the manifest tells of these requests, on all processes."""
@@ -562,10 +568,9 @@ def manifest(lm: A2D, counts: Counter, results: dict, argv: list[str], seconds: 
         "hardware": hardware,
         "packages": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
-        "requests": counts["requests"],
-        "tokens": counts["tokens"],
-        "tokens_per_forward": counts["tokens"] / counts["forwards"] if counts["forwards"] else None,
         "seconds": seconds,
+        **{kind: {name: n for (of, name), n in counts.items() if of == kind} for kind in ("generated", "scored")},
+        "tokens_per_forward": counts["generated", "tokens"] / max(1, counts["generated", "forwards"]) or None,
         "tasks": {
             name: {
                 "results": {metric: value for metric, value in scores.items() if isinstance(value, int | float | str)},

@@ -1,0 +1,575 @@
+"""Evaluation: what lm-eval is told and hears, the tasks in tasks/, the sandbox, manifests and their table."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN
+
+pytest.importorskip("lm_eval", reason="needs lm-eval[math]==0.4.13")
+
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+import evaluate
+from checkpoint import load_model, save_model
+from diffusion import log_likelihood
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(name: str):
+    """A module of tasks/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tasks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sandbox = load("sandbox")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, str]:
+    """The golden qwen3 as ar, mdlm and bd3lm, directories."""
+    made = {}
+    for objective in ("ar", "mdlm", "bd3lm"):
+        path = tmp_path_factory.mktemp("checkpoints") / objective
+        model = load_model(GOLDEN / "models" / "qwen3")
+        tokenizer = Tokenizer(GOLDEN / "models" / "qwen3")
+        model.config.objective = objective
+        if objective != "ar":
+            model.config.mask_token_id = tokenizer.mask_id
+        if objective == "bd3lm":
+            model.config.block_length = 4
+        save_model(model, path, tokenizer=tokenizer)
+        made[objective] = str(path)
+    return made
+
+
+def lm(checkpoints, objective: str, batch_size=4, **model_args):
+    return evaluate.MODELS[f"a2d_{objective}"](batch_size=batch_size, pretrained=checkpoints[objective], **model_args)
+
+
+def words(n: int, seed: int = 0) -> str:
+    return " ".join(
+        f"w{i}" for i in torch.randint(0, 500, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    )
+
+
+def requests(kind: str, arguments: list[tuple], task: str = "t") -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=args, idx=0, metadata=(task, i, 1))
+        for i, args in enumerate(arguments)
+    ]
+
+
+PAIRS = [(words(n, n), " " + words(m, 50 + m)) for n, m in [(3, 1), (9, 3), (9, 3), (1, 5), (6, 2)]]
+OBJECTIVES = ["ar", "mdlm", "bd3lm"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihood
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loglikelihood_is_diffusions_in_any_batch(checkpoints, objective):
+    expected = None
+    for batch_size in (1, 3, "auto"):
+        model = lm(checkpoints, objective, batch_size, mc_num=16)
+        found = model.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+        expected = expected or found
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+    tokenizer = model.tokenizer
+    contexts, continuations = ([tokenizer.encode(text) for text in side] for side in zip(*PAIRS))
+    generator = torch.Generator().manual_seed(42)
+    estimate, error = log_likelihood(model.model, contexts, continuations, draws=16, generator=generator)
+    assert [value for value, _ in found] == pytest.approx(estimate.tolist(), abs=1e-3)
+    assert [row["error"] for row in model.standard_errors] == pytest.approx(error.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_empty_contexts_and_continuations_are_scored_as_lm_evals_own_models_do(checkpoints, objective):
+    model = lm(checkpoints, objective, mc_num=16)
+    pairs = [("", "w1 w2"), ("w1", ""), ("", "")]
+    (first, _), second, third = model.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    prefix = [[model.prefix_token_id]]
+    generator = torch.Generator().manual_seed(42)
+    assert first == pytest.approx(
+        log_likelihood(model.model, prefix, [[1, 2]], draws=16, generator=generator)[0].item()
+    )
+    assert second[0] == third[0] == 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_long_contexts_are_cut_on_the_left_and_hopeless_requests_refused(checkpoints, objective):
+    model = lm(checkpoints, objective, max_length=8, mc_num=16)
+    room = 8 + (objective == "ar")
+    context, continuation = words(20, 1), " " + words(3, 2)
+    cut = " ".join(context.split()[-(room - 3) :])
+    a, b = model.loglikelihood(requests("loglikelihood", [(context, continuation), (cut, continuation)]), True)
+    assert a[0] == pytest.approx(b[0], abs=1e-4)
+    with pytest.raises(ValueError, match="leaves no room"):
+        model.loglikelihood(requests("loglikelihood", [("w1", " " + words(12))]), True)
+    with pytest.raises(ValueError, match="leaves no room"):
+        model.generate_until(requests("generate_until", [("w1", {"until": [], "max_gen_toks": 8})]), True)
+    answers = model.generate_until(requests("generate_until", [(context, {"until": [], "max_gen_toks": 4})]), True)
+    assert answers == model.generate_until(
+        requests("generate_until", [(" ".join(context.split()[-4:]), {"until": [], "max_gen_toks": 4})]), True
+    )
+
+
+def test_rolling_is_the_sum_over_windows_and_ar_without_windows_is_the_whole_text(checkpoints):
+    text = words(13, 5)
+    whole = lm(checkpoints, "ar")
+    (value,) = whole.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]), True)
+    ids = whole.tokenizer.encode(text)
+    exact, _ = log_likelihood(whole.model, [[whole.prefix_token_id]], [ids])
+    assert value == pytest.approx(exact.item(), abs=1e-4)
+    for objective in OBJECTIVES:
+        model = lm(checkpoints, objective, max_length=6, mc_num=16)
+        short, empty = model.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,), ("",)]), True)
+        assert short < 0 and empty == 0
+        assert len(model.standard_errors) == 2
+
+
+def test_greedy_verdicts_on_request(checkpoints):
+    context = words(5, 3)
+    for objective in OBJECTIVES:
+        model = lm(checkpoints, objective, is_check_greedy=True, mc_num=4, block_size=None)
+        gen = {"until": [], "max_gen_toks": 3}
+        # as the verdict decodes: one block, the whole answer
+        arguments = {} if objective == "ar" else {"block_size": 4 if objective == "bd3lm" else 64}
+        answer = lm(checkpoints, objective, **arguments).generate_until(
+            requests("generate_until", [(context, gen)]), True
+        )
+        pairs = [(context, " " + answer[0]), (context, " w7 w8 w9")]
+        verdicts = [greedy for _, greedy in model.loglikelihood(requests("loglikelihood", pairs), True)]
+        assert verdicts == [True, False]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_answers_do_not_depend_on_the_batch_and_end_at_a_stop_string(checkpoints, objective):
+    prompts = [words(n, n) for n in (5, 2, 9, 5, 1)]
+    gen = {"until": [], "max_gen_toks": 12}
+    single = lm(checkpoints, objective, 1).generate_until(requests("generate_until", [(p, gen) for p in prompts]), True)
+    for batch_size in (2, "auto"):
+        model = lm(checkpoints, objective, batch_size)
+        assert model.generate_until(requests("generate_until", [(p, gen) for p in prompts]), True) == single
+    assert 0 < model.counts["generated", "tokens"] <= 5 * 12 and model.counts["generated", "forwards"] > 0
+    stop = single[0].split()[3]
+    for until in (stop, [stop, "never"]):  # a string is one stop string
+        given = {"until": until, "max_gen_toks": 12}
+        stopped = model.generate_until(requests("generate_until", [(p, given) for p in prompts]), True)
+        assert stopped == [text.split(stop)[0] for text in single]
+    assert model.generate_until(requests("generate_until", [(prompts[0], {"max_gen_toks": 12})]), True) == single[:1]
+
+
+def test_the_answer_is_as_long_as_task_and_model_args_allow(checkpoints):
+    prompt = words(4)
+
+    def count(gen, **model_args):
+        model = lm(checkpoints, "mdlm", suppress_tokens=[502, 500], **model_args)
+        return len(model.generate_until(requests("generate_until", [(prompt, gen)]), True)[0].split())
+
+    assert count({"until": [], "max_gen_toks": 5}) == 5
+    assert count({"until": [], "max_gen_toks": 5}, max_new_tokens=3) == 3
+    assert count({"until": [], "max_gen_toks": 5}, max_new_tokens=9) == 5
+    assert count({"until": []}, max_new_tokens=6) == 6
+    assert count({"until": [], "max_tokens": 4}, max_new_tokens=6, steps=2) == 4
+
+
+def test_a_tasks_temperature_counts_with_do_sample_and_a_model_arg_before_it(checkpoints):
+    def options(gen, **model_args):
+        return lm(checkpoints, "mdlm", **model_args)._request_options(gen)[2]
+
+    assert options({"temperature": 0.7})["temperature"] == 0.7
+    assert options({"do_sample": False, "temperature": 0.7})["temperature"] == 0
+    assert options({"do_sample": True, "temperature": 0.7, "top_p": 0.9})["top_p"] == 0.9
+    assert options({"do_sample": True, "temperature": 0.7}, temperature=0.2)["temperature"] == 0.2
+    with pytest.raises(ValueError, match="num_beams is unknown"):
+        options({"num_beams": 2})
+
+
+def test_sampling_is_repeatable(checkpoints):
+    gen = {"until": [], "max_gen_toks": 6}
+    answers = [
+        lm(checkpoints, "bd3lm", temperature=1.0, seed=seed).generate_until(
+            requests("generate_until", [("w1", gen)]), True
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_chat_prompts_are_the_templates_and_continue_a_prefix(checkpoints):
+    model = lm(checkpoints, "mdlm")
+    chat = [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2 w3"}]
+    text = model.apply_chat_template(chat)
+    assert model.tok_encode(text) == model.tokenizer.render(chat, reply=True)[0]
+    begun = model.apply_chat_template(
+        [*chat, {"role": "assistant", "content": " w4 w5\n"}], add_generation_prompt=False
+    )
+    assert begun.startswith(text[:-5]) and begun.rstrip().endswith("w4 w5")
+    assert model.chat_template(True) == model.tokenizer.template and model.chat_template(False) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model_args
+
+
+def test_model_args_are_typed_and_each_sampler_option_is_one():
+    given = {"pretrained": "x", "steps": 7, "cfg_scale": 0, "stochastic_transfer": True, "cfg_keep_tokens": [1, 2]}
+    options = evaluate.parse_model_args(given | {"remasking": "p2", "top_p": 0.5, "threshold": None})
+    assert (options.steps, options.cfg_scale, options.stochastic_transfer) == (7, 0.0, True)
+    assert (options.cfg_keep_tokens, options.remasking, options.top_p) == ((1, 2), "p2", 0.5)
+    assert set(evaluate.SAMPLING) <= set(vars(options))
+
+
+@pytest.mark.parametrize(
+    ("model_args", "message"),
+    [
+        ({"blocksize": 4}, "unknown model_arg blocksize; did you mean block_size?"),
+        ({"steps": 1.5}, "model_arg steps: invalid int value: '1.5'"),
+        ({"remasking": "lowest"}, "model_arg remasking: invalid choice: 'lowest'"),
+        ({"pretrained": None}, "pretrained"),
+    ],
+)
+def test_wrong_model_args_are_named(model_args, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        evaluate.parse_model_args({"pretrained": "x"} | model_args)
+
+
+def test_an_objective_that_is_not_the_models_is_refused(checkpoints):
+    with pytest.raises(ValueError, match="contradicts the checkpoint, which declares objective mdlm"):
+        evaluate.BD3LM(pretrained=checkpoints["mdlm"], block_size=4)
+    with pytest.raises(ValueError, match="contradicts the checkpoint"):
+        evaluate.AR(pretrained=checkpoints["bd3lm"])
+    with pytest.raises(ValueError, match="batch_size 0"):
+        evaluate.AR(pretrained=checkpoints["ar"], batch_size=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through lm-eval
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{text}}}}"
+doc_to_target: {target}
+{more}
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A directory of a multiple-choice, a generative and a perplexity task, nine questions each."""
+    path = tmp_path_factory.mktemp("tasks")
+    rows = [{"text": words(4, i), "a": words(2, i + 20), "b": words(3, i + 40), "gold": i % 2} for i in range(9)]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generation = "generation_kwargs: {until: [w3], max_gen_toks: 5}\nmetric_list: [{metric: exact_match}]"
+    for name, kind, target, more in [
+        ("choice", "multiple_choice", "gold", 'doc_to_choice: ["{{a}}", "{{b}}"]\nmetric_list: [{metric: acc}]'),
+        ("write", "generate_until", '"{{a}}"', generation),
+        ("text", "loglikelihood_rolling", '"{{text}}"', "metric_list: [{metric: word_perplexity}]"),
+    ]:
+        text = TASK.format(name=name, file=path / "rows.jsonl", kind=kind, target=target, more=more)
+        (path / f"{name}.yaml").write_text(text)
+    return path
+
+
+def scores(checkpoints, directory, objective, **options):
+    manager = TaskManager(include_path=[str(directory), str(ROOT / "tasks")], include_defaults=False)
+    return simple_evaluate(
+        model=f"a2d_{objective}",
+        model_args={"pretrained": checkpoints[objective], "mc_num": 8},
+        task_manager=manager,
+        bootstrap_iters=10,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_lm_eval_runs_every_kind_of_task_by_the_registered_name(checkpoints, tasks, objective):
+    found = scores(checkpoints, tasks, objective, tasks=["choice", "write", "text"], batch_size="auto")
+    assert 0 <= found["results"]["choice"]["acc,none"] <= 1
+    assert found["results"]["text"]["word_perplexity,none"] > 1
+    assert found["config"]["model"] == f"a2d_{objective}"
+    one = scores(checkpoints, tasks, objective, tasks=["choice", "write", "text"], batch_size=1)
+    assert found["results"]["write"] == one["results"]["write"]
+    texts = [[sample["resps"] for sample in run["samples"]["write"]] for run in (found, one)]
+    assert texts[0] == texts[1]
+
+
+def test_few_shots_as_turns_and_a_system_instruction_reach_the_prompt(checkpoints, tasks):
+    found = scores(
+        checkpoints,
+        tasks,
+        "mdlm",
+        tasks=["write"],
+        limit=2,
+        num_fewshot=0,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+        system_instruction="w77",
+    )
+    prompt = found["samples"]["write"][0]["arguments"][0][0]
+    assert "w77" in prompt and prompt.index("w77") < prompt.index(words(4, 0))
+
+
+def test_the_request_cache_answers_a_second_time(checkpoints, tasks, tmp_path, monkeypatch):
+    first = scores(checkpoints, tasks, "bd3lm", tasks=["choice", "write", "text"], use_cache=str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluate.A2D, "_generate", lambda *args, **options: pytest.fail("not from the cache"))
+    monkeypatch.setattr(evaluate.A2D, "_loglikelihood_tokens", lambda *args, **kw: pytest.fail("not from the cache"))
+    second = scores(checkpoints, tasks, "bd3lm", tasks=["choice", "write", "text"], use_cache=str(tmp_path / "cache"))
+    assert first["results"] == second["results"]
+
+
+def test_sums_is_the_quickstarts_questions(checkpoints, tasks):
+    found = scores(checkpoints, tasks, "mdlm", tasks=["sums"], limit=3, apply_chat_template=True)
+    questions = [row["messages"] for row in evaluate_rows()]
+    assert len(questions) == 500
+    for sample, (question, answer) in zip(found["samples"]["sums"], questions):
+        assert question["content"] in sample["arguments"][0][0]
+        assert sample["target"] == answer["content"]
+
+
+def evaluate_rows():
+    from data import raw
+
+    return list(raw("builtin/sums[test:500]", "test"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tasks/
+
+
+def test_letters_are_read_as_the_task_files_say():
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: node.value)
+    answers = {" B": "B", "(C)": "C", "A.": "A", "The D": "D", "Answer: A": "A", "Bad": None, "b": None, "": None}
+    for name in ("mmlu_generative_dream", "hellaswag_gen"):
+        config = yaml.load((ROOT / "tasks" / f"{name}.yaml").read_text(), Loader)
+        assert config["generation_kwargs"]["max_gen_toks"] == 3 and config["num_fewshot"] == 0
+        pattern = re.compile(config["filter_list"][0]["filter"][0]["regex_pattern"])
+        for text, letter in answers.items():
+            found = pattern.findall(text)
+            assert (found[0] if found else None) == letter
+
+
+try:
+    sandbox.check()
+    no_sandbox = ""
+except ValueError as error:
+    no_sandbox = str(error)
+sandboxed = pytest.mark.skipif(bool(no_sandbox), reason=f"no namespaces here: {no_sandbox}")
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    "program",
+    [
+        "def add(a, b): return a + b\nassert add(1, 2) == 3",
+        "import math, tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')",
+        "print('x' * 10**6)",
+        "import subprocess\nassert subprocess.run(['echo', '1'], capture_output=True).stdout == b'1\\n'",
+    ],
+)
+def test_a_program_that_raises_nothing_passes(program):
+    assert sandbox.passes(program)
+
+
+HOSTILE = {
+    "a wrong answer": "assert 1 == 2",
+    "leaving early": "import sys\nsys.exit(0)",
+    "leaving at once": "import os\nos._exit(0)",
+    "a fork bomb": "import os\nwhile True: os.fork()",
+    "a fork bomb that catches": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "an endless loop": "while True: pass",
+    "sleeping": "import time\ntime.sleep(60)",
+    "10 GB": "x = bytearray(10 << 30)",
+    "a large file": "with open('x', 'wb') as f: f.write(bytes(20 << 20))",
+    "a network connection": "import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=1)",
+    "reading standard input": "input()",
+    "a child that survives": "import subprocess\nsubprocess.Popen(['sleep', '4321'], start_new_session=True)",
+    "a grandchild that survives": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+    "        time.sleep(4321)\n    os._exit(0)\nos.wait()",
+    "making the system writable": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    "assert libc.mount(b'none', b'/', None, 32 | 4096, None) == 0",
+    "ending its warden": "import os\nos.kill(1, 9)\nos.kill(-1, 9)",
+}
+
+
+@sandboxed
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_would_do_harm_is_contained_and_fails(name):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.01)
+        program = HOSTILE[name].replace("PORT", str(server.getsockname()[1]))
+        began = time.time()
+        assert not sandbox.passes(program, timeout=1.5)
+        assert time.time() - began < 20
+        with pytest.raises(TimeoutError):
+            server.accept()
+    running = [Path(path, "cmdline") for path in Path("/proc").glob("[0-9]*")]
+    assert not any(b"4321" in file.read_bytes() for file in running if file.exists() and b"sleep" in file.read_bytes())
+
+
+@sandboxed
+def test_a_file_written_elsewhere_is_not_written(tmp_path):
+    target = tmp_path / "escaped"
+    assert not sandbox.passes(f"open({str(target)!r}, 'w').write('x')")
+    assert not target.exists()
+
+
+@sandboxed
+def test_programs_and_scores_are_upstreams():
+    programs = load("programs")
+    doc = {"prompt": "def f(a):\n"}
+    assert programs.humaneval_programs([["    return a\n```\nbye"]], [doc]) == [["def f(a):\n    return a\n"]]
+    assert programs.mbpp_programs([["\ndef f(): pass\n```\nbye"]], [{}]) == [["def f(): pass"]]
+    assert programs.mbpp_programs([["def f(): pass\n```\nbye"]], [{}]) == [[" f(): pass"]]  # upstream's reading
+    assert programs.mbpp_programs([["nothing"]], [{}]) == [[""]]
+    good, bad, test = "def f(a):\n    return a\n", "def f(a):\n    return 0\n", "assert f(1) == 1"
+    assert programs.pass_at_k([test], [[good]], [1]) == {"pass@1": 1.0}
+    assert programs.pass_at_k([test], [[good, bad, bad, bad]], [1, 2]) == pytest.approx({"pass@1": 0.25, "pass@2": 0.5})
+    assert programs.pass_at_1([test], [[bad]]) == 0.0
+
+
+def test_without_namespaces_the_task_refuses_and_names_upstreams(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"unshare .* is missing.*humaneval_instruct"):
+        load("programs")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Manifests
+
+
+def cell(checkpoint: str, value: float, **changes) -> dict:
+    task = {"version": 1.0, "num_fewshot": 0, "questions": 10, "generation_kwargs": {}, "prompts_sha256": "a"}
+    task["results"] = {"acc,none": value, "acc_stderr,none": 0.01, "alias": "quiz"}
+    made = {
+        "date": 1.0,
+        "model": "a2d_mdlm",
+        "checkpoint": checkpoint,
+        "sampler": {"max_new_tokens": 8, "temperature": None, "steps": 8, "scheduler": "linear"},
+        "gen_kwargs": {},
+        "chat_template_sha": None,
+        "system_instruction": None,
+        "fewshot_as_multiturn": None,
+        "limit": None,
+        "requested": ["quiz"],
+    }
+    return made | {"tasks": {"quiz": task | changes}}
+
+
+def test_the_table_marks_cells_that_were_asked_otherwise(tmp_path):
+    cells = [cell("a", 0.5), cell("b", 0.25), cell("c", 0.75, num_fewshot=5)]
+    for i, made in enumerate(cells):
+        (tmp_path / f"manifest_{i}.json").write_text(json.dumps(made))
+    rendered = evaluate.table([str(tmp_path)])
+    assert "| a (a2d_mdlm, steps 8) | 50.0 ± 1.0 |" in rendered
+    assert "| c (a2d_mdlm, steps 8) | 75.0 ± 1.0 [1] |" in rendered
+    assert rendered.endswith("[1] not comparable: shots 5 where the column has 0")
+    with pytest.raises(FileNotFoundError, match="--output_path"):
+        evaluate.table([str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("argv", [["--help"], []])
+def test_the_manual_names_every_model_arg(argv, capsys):
+    evaluate.main(argv)
+    told = capsys.readouterr().out
+    assert all(name in told for name in (*evaluate.SAMPLING, "mc_num", "is_check_greedy", "--table"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program, with upstream's 14,000 tasks (lm-eval reads them all: ten seconds and more a run)
+
+
+def program(*argv: str, processes: int = 1, cwd=None) -> subprocess.CompletedProcess:
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
+    return subprocess.run([*launch, str(ROOT / "evaluate.py"), *argv], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_processes_give_what_one_gives_and_the_manifest_tells_all(checkpoints, tasks, tmp_path, objective):
+    made = {}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        done = program(
+            *("--model", f"a2d_{objective}", "--model_args", f"pretrained={checkpoints[objective]},mc_num=8"),
+            *("--tasks", "choice,write,text", "--include_path", str(tasks), "--batch_size", "2"),
+            *("--output_path", str(output), "--log_samples"),
+            processes=processes,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        (file,) = output.rglob("manifest_*.json")
+        made[processes] = json.loads(file.read_text())
+        (errors,) = output.rglob("standard_errors_*.jsonl")
+        made[processes]["errors"] = [json.loads(line) for line in errors.read_text().splitlines()]
+    one, two = made[1], made[2]
+    for task in ("choice", "write", "text"):
+        for metric, value in one["tasks"][task]["results"].items():
+            assert two["tasks"][task]["results"][metric] == pytest.approx(value, rel=1e-4) or "stderr" in metric
+        assert one["tasks"][task]["prompts_sha256"] == two["tasks"][task]["prompts_sha256"] is not None
+    assert len(one["errors"]) == len(two["errors"]) == 2 * 9 + 9
+    assert one["checkpoint_sha256"] == two["checkpoint_sha256"] and two["processes"] == 2
+    for name in ("command", "commit", "config", "dtype", "sampler", "hardware", "packages", "tokens_per_forward"):
+        assert one[name], name
+    assert "choice<br>acc" in evaluate.table([str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_args", "flags", "message"),
+    [
+        ("stepz=3", ["--tasks", "choice"], "unknown model_arg stepz; did you mean steps?"),
+        ("steps=3", ["--tasks", "chioce"], "Tasks not found: chioce"),
+        ("steps=3", ["--tasks", "broken"], "broken.yaml is no task"),
+        ("steps=3", ["--tasks", "unloadable"], "a task cannot be loaded: Cannot import module 'nowhere'"),
+        ("max_length=2", ["--tasks", "choice"], "leaves no room for a context"),
+        ("right_shift_logits=maybe", ["--tasks", "choice"], "model_arg right_shift_logits: 'maybe'"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(checkpoints, tasks, tmp_path, model_args, flags, message):
+    for file in tasks.iterdir():
+        (tmp_path / file.name).write_text(file.read_text())
+    if "broken" in flags:
+        (tmp_path / "broken.yaml").write_text("task: broken\n  dataset: [\n")
+    text = (tasks / "write.yaml").read_text().replace("task: write", "task: unloadable")
+    (tmp_path / "unloadable.yaml").write_text(text + "\nprocess_docs: !function nowhere.nothing\n")
+    done = program(
+        *("--model", "a2d_mdlm", "--model_args", f"pretrained={checkpoints['mdlm']},{model_args}"),
+        *("--include_path", str(tmp_path), *flags),
+    )
+    assert done.returncode == 2
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
