@@ -1,7 +1,8 @@
 """Data: a dataset spec in, padded batches of tokens out. Knows nothing of noise, objectives or models.
 
     parse_specs -> load_split -> tokenize (chat or plain text) -> Rows (-> Packed) -> Loader, which collates
-    parse_specs -> Stream, whose rows are read and tokenised while training runs -> StreamLoader, which collates
+
+stream.py does the same without end, for sets that are read and tokenised while training runs.
 
 A dataset spec is `name[key:value,...]`, several of them joined by `+` or `|`. A name is a dataset on the Hub, a local
 file (.jsonl .json .txt .parquet) or directory, looked up as it stands and under $BASE_DATASETS_DIR, or a builtin set,
@@ -15,13 +16,18 @@ which needs no network: `builtin/sums` (chat), `builtin/stdlib` (plain text). A 
 `python data.py --help`: tokenise a set once, for many runs, and look at it.
 """
 
+import argparse
+import glob
+import hashlib
 import inspect
 import itertools
+import json
 import multiprocessing
 import os
 import queue
 import random
 import re
+import sys
 import sysconfig
 import threading
 import traceback
@@ -111,35 +117,35 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     found = split
     if spec.name.startswith("builtin/"):
-        rows = _builtin(spec, split)
+        rows = builtin_rows(spec, split)
     else:
         import datasets  # here, not above: it takes a second, and the builtin sets do not need it
 
-        parts = _load_dataset(spec, streaming=False)
+        parts = load_splits(spec, streaming=False)
         splits = {name: datasets.concatenate_datasets(sets) for name, sets in parts.items()}
-        if _one_split(splits):
+        if lacks_test(splits):
             if len(splits["train"]) < 2:
                 raise ValueError(f"{spec.name} has no test split, and with {len(splits['train'])} row none can be made")
             splits = splits["train"].train_test_split(test_size=0.05, seed=42)
-        found = _find(spec, splits, split)
+        found = find_split(spec, splits, split)
         rows = splits[found]
     if len(rows) == 0:
         raise ValueError(f"{spec.name} has no rows in its split {found}")
     if spec.lang is not None:
-        says = _answer_filter(spec, _columns(rows))
+        says = answer_filter(spec, _columns(rows))
         if isinstance(rows, list):
             rows = [row for row in rows if says(row)]
         else:
             rows = rows.filter(says, num_proc=num_proc if num_proc > 1 else None, desc=f"lang:{spec.lang}")
         if len(rows) == 0:
             raise ValueError(f"{spec.name}[lang:{spec.lang}] has no rows: no answer in {found} contains {spec.lang!r}")
-    limit = _limit(spec, split, found)
+    limit = limit_of(spec, split, found)
     if limit is None or limit >= len(rows):
         return rows
     return rows[:limit] if isinstance(rows, list) else rows.select(range(limit))
 
 
-def _builtin(spec: Spec, split: str) -> list[dict]:
+def builtin_rows(spec: Spec, split: str) -> list[dict]:
     if spec.name not in BUILTIN:
         raise ValueError(f"unknown dataset {spec.name}; the builtin sets are {', '.join(BUILTIN)}")
     if spec.config is not None:
@@ -147,12 +153,12 @@ def _builtin(spec: Spec, split: str) -> list[dict]:
     return BUILTIN[spec.name](split)
 
 
-def _one_split(splits) -> bool:
+def lacks_test(splits) -> bool:
     """Whether rows must be held out: there is train, and nothing to test on."""
     return "train" in splits and splits.keys().isdisjoint(SPLITS[1:])
 
 
-def _find(spec: Spec, splits, split: str) -> str:
+def find_split(spec: Spec, splits, split: str) -> str:
     """The split of a set that serves as `split`."""
     candidates = ("train",) if split == "train" else (split, "validation", "test")
     found = next((name for name in candidates if name in splits), None)
@@ -161,11 +167,11 @@ def _find(spec: Spec, splits, split: str) -> str:
     return found
 
 
-def _limit(spec: Spec, split: str, found: str) -> int | None:
+def limit_of(spec: Spec, split: str, found: str) -> int | None:
     return spec.limits.get(split, spec.limits.get(found))
 
 
-def _load_dataset(spec: Spec, *, streaming: bool) -> dict[str, list]:
+def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
     """The splits of a Hub dataset, a local file (one split, train) or directory: of each, what `datasets` loads of
     every configuration asked for. Splits that are named train_sft and test_sft are train and test."""
     import datasets
@@ -180,18 +186,18 @@ def _load_dataset(spec: Spec, *, streaming: bool) -> dict[str, list]:
             raise ValueError(f"cannot read {path}: expected one of {' '.join(BUILDERS)}")
         if spec.config is not None:
             raise ValueError(f"{path} is a file and has no configurations; leave name:{spec.config} out")
-        load, configs = partial(load, BUILDERS[path.suffix], data_files=str(path)), [None]
+        load, configs = partial(load, BUILDERS[path.suffix], data_files=glob.escape(str(path))), [None]
     elif path is not None and spec.config is None and _suffixes(path) == {".txt"}:
         load, configs = partial(load, "text", data_dir=str(path)), [None]
     else:
         source, short = str(path or spec.name), Path(spec.name).name
         load, configs = partial(load, source), [spec.config or DEFAULT_CONFIG.get(short)]
         if spec.config is None and short in ALL_CONFIGS:
-            with _told(spec.name):
+            with told(spec.name):
                 configs = datasets.get_dataset_config_names(source)
     if load.args[0] == "text":
         load = partial(load, keep_linebreaks=True)  # a row is a line, with its end
-    with _told(spec.name):
+    with told(spec.name):
         loaded = [load(name=config) for config in configs]
         if len(loaded) > 1:  # configurations differ in their columns
             shared = set.intersection(*(set(_columns(rows)) for part in loaded for rows in part.values()))
@@ -208,7 +214,7 @@ def _suffixes(directory: Path) -> set[str]:
 
 
 @contextmanager
-def _told(name: str):
+def told(name: str):
     """Tells what `datasets` and what it calls raise while they read a set as one line that names the set."""
     try:
         yield
@@ -381,7 +387,7 @@ def _mistake(messages) -> str | None:
     return None if messages[-1]["role"] == "assistant" else "no assistant turn at the end"
 
 
-def _answer_filter(spec: Spec, columns: list[str]):
+def answer_filter(spec: Spec, columns: list[str]):
     """The predicate of a row that the spec's lang means."""
     to_messages = _to_messages(columns)
     if to_messages is None:
@@ -407,7 +413,7 @@ def _text(row, *, field: str):
     return row.get(field)
 
 
-def _content(spec: Spec, columns: list[str], stage: str, text_field: str):
+def content_of(spec: Spec, columns: list[str], stage: str, text_field: str):
     """The function from a row to what `stage` trains on: text (pt) or messages (sft)."""
     present = ", ".join(columns)
     to_messages = _to_messages(columns)
@@ -431,20 +437,22 @@ def raw(dataset_args: str, split: str):
     for spec in parse_specs(dataset_args):
         rows = load_split(spec, split)
         to_messages = _to_messages(_columns(rows))
-        for row in rows:
-            yield {**row, "messages": to_messages(row)} if to_messages else dict(row)
+        with told(spec.name):
+            for row in rows:
+                yield {**row, "messages": to_messages(row)} if to_messages else dict(row)
 
 
 def texts(dataset_args: str, stage: str, text_field: str = "text"):
     """Iterator over the training split's strings, texts (pt) or roles and contents (sft), to train a tokenizer on."""
     for spec in parse_specs(dataset_args):
         rows = load_split(spec, "train")
-        content = _content(spec, _columns(rows), stage, text_field)
-        for found in map(content, rows):
-            if stage == "pt" and isinstance(found, str):
-                yield found
-            elif stage == "sft" and _mistake(found) is None:
-                yield from (text for message in found for text in (message["role"], message["content"]))
+        content = content_of(spec, _columns(rows), stage, text_field)
+        with told(spec.name):
+            for found in map(content, rows):
+                if stage == "pt" and isinstance(found, str):
+                    yield found
+                elif stage == "sft" and _mistake(found) is None:
+                    yield from (text for message in found for text in (message["role"], message["content"]))
 
 
 # ---------------------------------------------------------------- tokens
@@ -495,7 +503,7 @@ def tokenize_text(text, tokenizer, *, insert_eos=True) -> Encoded:
 PROBE = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
 
 
-def _encoder(*, stage, tokenizer, max_length, insert_eos, truncation, mask_prompt_loss, train_on):
+def encoder(*, stage, tokenizer, max_length, insert_eos, truncation, mask_prompt_loss, train_on):
     """The function from what a row holds, text (pt) or messages (sft), to Encoded. ValueError on settings that no row
     could satisfy."""
     if max_length < 1:
@@ -523,7 +531,7 @@ def _encoder(*, stage, tokenizer, max_length, insert_eos, truncation, mask_promp
     )
 
 
-def _tally(outcomes: Counter) -> Counter:
+def tally(outcomes: Counter) -> Counter:
     """Outcomes of rows as counts: rows read and kept besides."""
     counts = Counter(outcomes)
     counts["read"] = outcomes.total()
@@ -531,7 +539,7 @@ def _tally(outcomes: Counter) -> Counter:
     return counts
 
 
-def _nothing_learnt(name: str, split: str, max_length: int, counts: Counter) -> ValueError:
+def nothing_learnt(name: str, split: str, max_length: int, counts: Counter) -> ValueError:
     why = ", ".join(f"{reason} {n}" for reason, n in counts.items())
     return ValueError(f"{name} leaves no row to {split} with max_length {max_length}: {why}")
 
@@ -578,17 +586,16 @@ def load(
     mask_prompt_loss: bool = True,
     train_on: str = "last",
     num_proc: int = 1,
-    streaming: bool = False,
+    rows_of=load_split,
 ) -> Rows:
     """The rows of one split of all sets of a spec, one after another, none longer than max_length.
 
     pt reads plain text (text_field, insert_eos, drop_tail): texts are joined over the whole spec and cut into pieces of
     max_length; only the last may be shorter, and drop_tail drops it. sft reads chat (truncation, mask_prompt_loss,
     train_on). num_proc processes tokenise what comes through `datasets`, which keeps the result in its cache.
-    streaming: the rows that a `stream` of the same spec leaves for evaluation; where the spec sets no limit, the first
-    STREAMED_TEST of each set.
+    rows_of: what gives the rows of a set; stream.load_split for those that a stream leaves to evaluate on.
     """
-    encode = _encoder(
+    encode = encoder(
         stage=stage,
         tokenizer=tokenizer,
         max_length=max_length,
@@ -599,19 +606,20 @@ def load(
     )
     outcomes, tokens, supervised, lengths = Counter(), [], [], []
     for spec in parse_specs(dataset_args):
-        rows = _streamed(spec, split) if streaming else load_split(spec, split, num_proc=num_proc)
-        content = _content(spec, _columns(rows), stage, text_field)
+        rows = rows_of(spec, split, num_proc=num_proc)
+        content = content_of(spec, _columns(rows), stage, text_field)
         whole = partial(_encode, content=content, encode=encode, sources=_sources(type(tokenizer)))
         of_set = Counter()
-        for chunk, mask, sizes, ends in _encoded(rows, whole, num_proc):
-            tokens.append(chunk)
-            supervised.append(mask)
-            lengths.append(sizes)
-            of_set.update(ends)
+        with told(spec.name):
+            for chunk, mask, sizes, ends in _encoded(rows, whole, num_proc):
+                tokens.append(chunk)
+                supervised.append(mask)
+                lengths.append(sizes)
+                of_set.update(ends)
         if not of_set["kept"] + of_set["cut"]:
-            raise _nothing_learnt(spec.name, split, max_length, _tally(of_set))
+            raise nothing_learnt(spec.name, split, max_length, tally(of_set))
         outcomes += of_set
-    counts = _tally(outcomes)
+    counts = tally(outcomes)
 
     lengths = np.concatenate(lengths)
     bounds = np.cumsum([0, *lengths[lengths > 0]])
@@ -622,7 +630,7 @@ def load(
             counts["tail tokens dropped"] = int(total - bounds[-2])
             bounds = bounds[:-1]
     if len(bounds) == 1:
-        raise _nothing_learnt(dataset_args, split, max_length, counts)
+        raise nothing_learnt(dataset_args, split, max_length, counts)
     return Rows(tokens, supervised, bounds, counts)
 
 
@@ -652,6 +660,102 @@ def _encoded(rows, encode, num_proc: int):
         tokens, supervised, outcomes = (batch.column(key) for key in features)
         sizes = tokens.value_lengths().to_numpy()
         yield tokens.flatten().to_numpy(), supervised.flatten().to_numpy(), sizes, outcomes.to_pylist()
+
+
+# ---------------------------------------------------------------- rows that were tokenised before
+
+
+def fingerprint(tokenizer) -> str:
+    """What a tokenizer makes of text and chat, as a hash; it does not matter whether its files hold the mask token."""
+    core = json.loads(tokenizer.core.to_str())
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] != tokenizer.mask_id]
+    known = json.dumps([core, tokenizer.template, tokenizer.eos_id], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+
+def _made_with(
+    *,
+    stage,
+    tokenizer,
+    max_length,
+    insert_eos=True,
+    drop_tail=True,
+    truncation="right",
+    mask_prompt_loss=True,
+    train_on="last",
+) -> dict:
+    """The settings that decide what rows a set gives; those of `load` that its stage reads."""
+    settings = {"stage": stage, "max_length": max_length, "tokenizer": fingerprint(tokenizer)}
+    if stage == "pt":
+        return settings | {"insert_eos": insert_eos, "drop_tail": drop_tail}
+    return settings | {"truncation": truncation, "mask_prompt_loss": mask_prompt_loss, "train_on": train_on}
+
+
+def save_preprocessed(directory: Path, splits: dict[str, Rows], dataset_args: str, settings: dict) -> None:
+    """Writes what load_preprocessed reads into an existing directory: of each split, its stream and its bounds."""
+    from tqdm import tqdm
+
+    for split, rows in splits.items():
+        place = directory / split
+        place.mkdir()
+        np.save(place / "bounds.npy", rows.bounds)
+        total, dtypes = int(rows.bounds[-1]), {"tokens": np.int32, "supervised": np.uint8}
+        with tqdm(total=total, unit="token", unit_scale=True, desc=f"write {split}") as bar:
+            for (name, dtype), chunks in zip(dtypes.items(), (rows.tokens, rows.supervised)):
+                array = np.lib.format.open_memmap(place / f"{name}.npy", mode="w+", dtype=dtype, shape=(total,))
+                end = 0
+                for chunk in chunks:
+                    chunk = chunk[: total - end]
+                    array[end : end + len(chunk)] = chunk
+                    end += len(chunk)
+                    bar.update(len(chunk) / 2)
+                array.flush()
+    made = {"dataset_args": dataset_args, **settings, "counts": {split: rows.counts for split, rows in splits.items()}}
+    (directory / "preprocessed.json").write_text(json.dumps(made, indent=2) + "\n")
+
+
+def load_preprocessed(
+    directory: str | Path,
+    *,
+    stage: str,
+    split: str,
+    tokenizer,
+    max_length: int,
+    insert_eos: bool = True,
+    drop_tail: bool = True,
+    truncation: str = "right",
+    mask_prompt_loss: bool = True,
+    train_on: str = "last",
+) -> Rows:
+    """The rows that `python data.py` wrote, memory-mapped. ValueError unless it made them with these settings."""
+    places = [Path(root, directory).expanduser() for root in ("", os.environ.get("BASE_DATASETS_DIR", ""))]
+    place = next((place for place in places if (place / "preprocessed.json").is_file()), None)
+    if place is None:
+        raise FileNotFoundError(
+            f"{directory} holds no preprocessed.json; python data.py --output_dir writes such a set"
+        )
+    made = json.loads((place / "preprocessed.json").read_text())
+    wanted = _made_with(
+        stage=stage,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        insert_eos=insert_eos,
+        drop_tail=drop_tail,
+        truncation=truncation,
+        mask_prompt_loss=mask_prompt_loss,
+        train_on=train_on,
+    )
+    for name, value in wanted.items():
+        if made.get(name) != value:
+            raise ValueError(
+                f"{place} was made with {name} {made.get(name)}, this run has {value}; "
+                "make the set anew by data.py, or change the run"
+            )
+    found = find_split(Spec(str(place), None, None, {}), made["counts"], split)
+    tokens, supervised, bounds = (
+        np.load(place / found / f"{name}.npy", mmap_mode="r") for name in ("tokens", "supervised", "bounds")
+    )
+    return Rows([tokens], [supervised], np.asarray(bounds), Counter(made["counts"][found]))
 
 
 # ---------------------------------------------------------------- packing
@@ -763,7 +867,7 @@ def collate(
     return {"tokens": tokens, "supervised": supervised, "document": document, "position": position}
 
 
-class _Batches:
+class Batches:
     """How a global batch is cut, the same for both loaders.
 
     It has micro_batch_size * accumulation * world_size slots. In every round of micro-batches rank 0 takes the first
@@ -784,7 +888,7 @@ class _Batches:
         firsts = ((turn * self.world_size + self.rank) * B for turn in range(rounds))
         return [range(first, max(first, min(first + B, slots))) for first in firsts]
 
-    def _check(self, saved: dict, now: dict) -> None:
+    def check(self, saved: dict, now: dict) -> None:
         for name, value in now.items():
             if saved.get(name) != value:
                 raise ValueError(
@@ -793,11 +897,11 @@ class _Batches:
                 )
 
 
-class Loader(_Batches):
+class Loader(Batches):
     """Batches of `rows`, epoch by epoch. Its whole state is (epoch, step): nothing else is needed to resume.
 
     An optimizer step takes a global batch of rows, the epoch's last step what is left; of that, each of world_size
-    ranks reads its own share (see _Batches). The canvas is that of the global batch's longest row, so it does not
+    ranks reads its own share (see Batches). The canvas is that of the global batch's longest row, so it does not
     depend on how the batch is cut. Where the epoch's last rows leave a rank without any, its micro-batch repeats one of
     them with nothing supervised: it weighs nothing, and must not be counted as a row.
 
@@ -881,7 +985,7 @@ class Loader(_Batches):
     def load_state(self, state: dict | list[dict]) -> None:
         """Takes a rank's `state`, or those of all ranks, which for this loader are the same."""
         state = state[0] if isinstance(state, list) else state
-        self._check(state, self._settings())
+        self.check(state, self._settings())
         self.at = state["epoch"], state["step"]
 
     def useful_share(self, block_length: int | None = None) -> float:
@@ -946,349 +1050,93 @@ def _make_ahead(make, box, stop, process: bool) -> None:
         put("error", error if known else RuntimeError(traceback.format_exc()))
 
 
-# ---------------------------------------------------------------- streams
-
-STREAMED_TEST = 1000  # rows of a set that are evaluated on, where its spec does not say
+# ---------------------------------------------------------------- the program: tokenise once, and look
 
 
-class Source(NamedTuple):
-    """A set as a stream reads it."""
+def arguments() -> argparse.ArgumentParser:
+    from cli import Parser, switch
 
-    name: str
-    shards: list  # each a list of rows, or (datasets.IterableDataset, the number of its shard)
-    limit: int | None  # rows in one pass
-    held: bool | None  # None: all rows; else which side of the hold-out
-    says: partial | None  # predicate of rows: the spec's lang
-    content: partial | None  # from a row to what _encoder takes
+    parser = Parser(
+        "data.py",
+        """\
+Tokenise a data set once, for many runs, and look at a few of its rows.
 
-
-class Pass:
-    """Iterator over a source's rows, once, its shards in the order given; `state` is where it is, `done` at the end."""
-
-    def __init__(self, source: Source, order: list[int], state: list | None = None):
-        self.source, self.order, self.rows, self.done = source, order, None, False
-        self.place, self.row, self.given, self.inner = state or (0, 0, 0, None)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict:
-        while not self.done:
-            if self.given == self.source.limit or self.place == len(self.order):
-                self.done = True
-                break
-            shard = self.order[self.place]
-            if self.rows is None:
-                self.rows = self._open(self.source.shards[shard])
-            with _told(self.source.name):
-                row = next(self.rows, None)
-            if row is None:
-                self.place, self.row, self.rows, self.inner = self.place + 1, 0, None, None
-                continue
-            number, self.row = self.row, self.row + 1
-            # A row's number decides whether it is held out, not a draw: nobody knows how many there will be.
-            held = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
-            if self.source.held in (None, held) and (self.source.says is None or self.source.says(row)):
-                self.given += 1
-                return row
-        raise StopIteration
-
-    def _open(self, shard):
-        if isinstance(shard, list):
-            return itertools.islice(shard, self.row, None)
-        dataset, index = shard
-        self.dataset = dataset.shard(num_shards=dataset.num_shards, index=index)
-        if self.inner is not None:
-            self.dataset.load_state_dict(self.inner)
-        return iter(self.dataset)
-
-    @property
-    def state(self) -> list:
-        shard_read = self.rows is not None and not isinstance(self.source.shards[self.order[self.place]], list)
-        return [self.place, self.row, self.given, self.dataset.state_dict() if shard_read else self.inner]
+What it writes is read by train.py --load_preprocessed_data True --dataset_args DIR, which refuses it unless stage,
+max_length, tokenizer and the settings below are those it was made with. Without --output_dir it only shows rows.""",
+    )
+    add = parser.add_argument
+    add("--dataset_args", required=True, help="name[key:value,...], several joined by +; see the top of data.py")
+    add(
+        "--model_name_or_path",
+        required=True,
+        help="whose tokenizer: a directory (also under $BASE_MODELS_DIR) or a Hub id",
+    )
+    add("--stage", choices=["pt", "sft"], default="pt", help="pt: plain text in full pieces. sft: chat")
+    add("--output_dir", metavar="DIR", help="directory to write; it appears when it is complete (default: none)")
+    switch(add, "--overwrite", False, "replace the set in --output_dir")
+    add("--max_length", type=int, metavar="TOKENS", help="longest row (default: pt 128, sft 512)")
+    add("--text_field", default="text", help="pt: the column with the text")
+    switch(add, "--insert_eos", True, "pt: end each text in EOS")
+    switch(add, "--drop_tail", True, "pt: drop the last, shorter piece")
+    add("--truncation", choices=["right", "filter"], default="right", help="sft: cut rows that are too long, or drop")
+    switch(add, "--mask_prompt_loss", True, "sft: learn the assistant's turns only, not the whole chat")
+    add("--train_on", choices=["last", "all"], default="last", help="sft: which of the assistant's turns are learnt")
+    add("--num_proc", type=int, default=8, metavar="N", help="processes that tokenise what is not builtin")
+    add("--show", type=int, default=3, metavar="ROWS", help="rows of each split to look at")
+    return parser
 
 
-def _source(spec: Spec, split: str) -> Source:
-    """Where a set has no test split, every 20th row or so is held out of train, by a hash of its number."""
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
-    found, held = split, None
-    if spec.name.startswith("builtin/"):
-        shards = [_builtin(spec, split)]
-    else:
-        splits = _load_dataset(spec, streaming=True)
-        if _one_split(splits):
-            found, held = "train", split != "train"
-        else:
-            found = _find(spec, splits, split)
-        with _told(spec.name):
-            shards = [(rows, i) for rows in splits[found] for i in range(rows.num_shards)]
-    return Source(spec.name, shards, _limit(spec, split, "test" if held else found), held, None, None)
+def look(row: dict, tokenizer, *, colour: bool) -> str:
+    """A row's text with its special tokens; what is supervised is green, or in ⟦brackets⟧ where colour is False."""
+    marks = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
+    parts, pairs = [], zip(row["supervised"].tolist(), row["tokens"].tolist())
+    for learnt, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        text = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+        parts.append(f"{marks[0]}{text}{marks[1]}" if learnt else text)
+    return "".join(parts)
 
 
-def _first_columns(source: Source) -> list[str]:
-    row = next(Pass(source._replace(limit=1), range(len(source.shards))), None)
-    if row is None:
-        raise ValueError(f"{source.name} has no rows")
-    return list(row)
+def prepare(args: argparse.Namespace) -> None:
+    from checkpoint import replacing, resolve
+    from tokenizer import Tokenizer
+
+    output = args.output_dir and Path(args.output_dir)
+    if output and output.exists():
+        held = list(output.iterdir()) if output.is_dir() else [output]
+        ours = (output / "preprocessed.json").is_file()
+        if held and not (ours and args.overwrite):
+            way = "choose another" + (", or pass --overwrite" if ours else "")
+            raise ValueError(f"--output_dir {output} holds {'a preprocessed set' if ours else 'other files'}; {way}")
+    tokenizer = Tokenizer(resolve(args.model_name_or_path))
+    options = {name: getattr(args, name) for name in ("stage", "insert_eos", "drop_tail", "truncation")}
+    options |= {name: getattr(args, name) for name in ("mask_prompt_loss", "train_on")}
+    options |= {"tokenizer": tokenizer, "max_length": args.max_length or {"pt": 128, "sft": 512}[args.stage]}
+    splits = {}
+    for split in ("train", "test"):
+        rows = load(args.dataset_args, split=split, text_field=args.text_field, num_proc=args.num_proc, **options)
+        splits[split] = rows
+        counts = ", ".join(f"{name} {n:,}" for name, n in rows.counts.items())
+        learnt = sum(int(chunk.sum(dtype=np.int64)) for chunk in rows.supervised)
+        print(f"{split}: {len(rows):,} rows of {rows.lengths.mean():.1f} tokens ({counts})")
+        print(f"{split}: {rows.useful:,} tokens, {learnt / sum(map(len, rows.supervised)):.1%} of them supervised")
+        for i in range(min(args.show, len(rows))):
+            row = rows[i]
+            print(f"--- {split} row {i}: {len(row['tokens'])} tokens, {row['supervised'].sum()} supervised")
+            print(look(row, tokenizer, colour=sys.stdout.isatty()))
+    if output:
+        with replacing(output) as directory:
+            save_preprocessed(directory, splits, args.dataset_args, _made_with(**options))
+        print(f"wrote  {output}")
 
 
-def _streamed(spec: Spec, split: str) -> list[dict]:
-    """The rows of a split that a stream leaves for evaluation: at most its limit, or STREAMED_TEST."""
-    assert split != "train", "a stream's training rows are no list"
-    source = _source(spec, split)
-    if spec.lang is not None:
-        source = source._replace(says=_answer_filter(spec, _first_columns(source)))
-    rows = list(Pass(source._replace(limit=source.limit or STREAMED_TEST), range(len(source.shards))))
-    if not rows:
-        raise ValueError(f"{spec.name} has no rows to {split}; name a set with more rows, or pass --eval_strategy no")
-    return rows
+def main(argv: list[str] | None = None) -> None:
+    from cli import one_line_errors
+
+    parser = arguments()
+    args = parser.parse_args(argv)
+    with one_line_errors(parser.prog):
+        prepare(args)
 
 
-class Stream:
-    """The training rows of a spec's sets, read and tokenised while training runs; pass after pass, without end.
-
-    As `load` reads them, but: the sets give rows in turn, until the longest is read to its end, and then all begin
-    again; of a set without a test split a hash of each row's number holds out 5 %, other rows than `load` does.
-    pack_length: chat rows are packed into canvases of that length (block_length, eos_id: as in Packed).
-    """
-
-    def __init__(
-        self,
-        dataset_args: str,
-        *,
-        stage: str,
-        tokenizer,
-        max_length: int,
-        text_field: str = "text",
-        insert_eos: bool = True,
-        truncation: str = "right",
-        mask_prompt_loss: bool = True,
-        train_on: str = "last",
-        pack_length: int | None = None,
-        block_length: int | None = None,
-        eos_id: int | None = None,
-    ):
-        self.encode = _encoder(
-            stage=stage,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            insert_eos=insert_eos,
-            truncation=truncation,
-            mask_prompt_loss=mask_prompt_loss,
-            train_on=train_on,
-        )
-        self.name, self.stage, self.max_length = dataset_args, stage, max_length
-        self.pack_length, self.block_length, self.eos_id = pack_length, block_length, eos_id
-        self.longest = pack_length or max_length  # of its canvases
-        self.sources = []
-        for spec in parse_specs(dataset_args):
-            source = _source(spec, "train")
-            columns = _first_columns(source)
-            says = None if spec.lang is None else _answer_filter(spec, columns)
-            self.sources.append(source._replace(says=says, content=_content(spec, columns, stage, text_field)))
-
-    def pieces(self, rows: list, rest: list[int]) -> tuple[list[dict], list[int], Counter]:
-        """Rows to train on, of raw (source, row) and what was left of the tokens before; what is left; outcomes."""
-        encoded = [self.encode(self.sources[source].content(row)) for source, row in rows]
-        outcomes = Counter(row.outcome for row in encoded)
-        if self.stage == "pt":
-            tokens, T = np.array([*rest, *itertools.chain(*(row.tokens for row in encoded))], np.int64), self.max_length
-            full = len(tokens) // T * T
-            pieces = [{"tokens": piece, "supervised": np.ones(T, bool)} for piece in tokens[:full].reshape(-1, T)]
-            return pieces, tokens[full:].tolist(), outcomes
-        pieces = [
-            {"tokens": np.array(row.tokens, np.int64), "supervised": np.array(row.supervised, bool)}
-            for row in encoded
-            if row.tokens
-        ]
-        if self.pack_length:
-            lengths = [filled(len(piece["tokens"]), self.block_length) for piece in pieces]
-            groups = pack(lengths, self.pack_length)
-            pieces = [join([pieces[n] for n in group], self.block_length, self.eos_id) for group in groups]
-        return pieces, [], outcomes
-
-
-class Reader:
-    """The raw rows of a stream's sources in turn, pass after pass, as (number of the source, row).
-
-    Between passes the order of a source's shards changes, if shuffled and the source has no limit.
-    """
-
-    def __init__(self, sources: list[Source], seed: int, shuffle: bool, state: dict | None = None):
-        self.sources, self.seed, self.shuffle = sources, seed, shuffle
-        state = state or {"epoch": 0, "count": 0, "turn": 0, "passes": [None] * len(sources)}
-        self.epoch, self.count, self.turn = state["epoch"], state["count"], state["turn"]
-        self._begin(state["passes"])
-
-    def _begin(self, states: list) -> None:
-        self.passes = []
-        for n, (source, state) in enumerate(zip(self.sources, states)):
-            order = list(range(len(source.shards)))
-            if self.shuffle and source.limit is None:
-                order = np.random.default_rng((self.seed, self.epoch, n)).permutation(order).tolist()
-            self.passes.append(Pass(source, order, state))
-
-    def take(self, most: int) -> list[tuple[int, dict]]:
-        """The next rows, `most` of them, or fewer where the pass ends; then the next pass has begun."""
-        rows = []
-        while len(rows) < most:
-            if all(reading.done for reading in self.passes):
-                self.epoch, self.turn = self.epoch + 1, 0
-                self._begin([None] * len(self.sources))
-                break
-            n, self.turn = self.turn, (self.turn + 1) % len(self.passes)
-            row = next(self.passes[n], None)
-            if row is not None:
-                rows.append((n, row))
-        self.count += len(rows)
-        return rows
-
-    @property
-    def state(self) -> dict:
-        passes = [reading.state for reading in self.passes]
-        return {"epoch": self.epoch, "count": self.count, "turn": self.turn, "passes": passes}
-
-
-def deal(stream: Stream, slots: list[int], total: int, *, seed: int, shuffle: bool, window: int, state: dict):
-    """Endless iterator over (rows for some slots of a global batch of `total`, one each; state; outcomes so far).
-
-    Row i of the stream goes to slot i mod total, whatever process serves that slot: each slot packs its own rows and
-    has its own state, so any division of the slots among processes gives the same batches, and each process tokenises
-    its own rows only (it does read all of them). Raw rows are dealt by windows. A window's rows are shuffled before
-    they are dealt, and a slot's pieces of them after, so its state is its window, its place in that, and the tokens
-    left over before. state: "windows", where in the sources those in use begin, and "slots".
-    """
-    at = {slot: state["slots"].get(str(slot), [0, 0, []]) for slot in slots}
-    starts, dealt, pieces, outcomes, barren = {}, {}, {}, Counter(), Counter()
-    first = min(number for number, _, _ in at.values())
-    reader = Reader(stream.sources, seed, shuffle, state["windows"].get(str(first)))
-    read = first  # windows before this one are read
-
-    def mixed(items: list, *key: int) -> list:
-        if not shuffle:
-            return items
-        return [items[i] for i in np.random.default_rng((seed, *key)).permutation(len(items))]
-
-    def row_of(slot: int) -> dict:
-        nonlocal read
-        while True:
-            number, place, rest = at[slot]
-            if slot not in pieces:
-                while read <= number:
-                    starts[read], dealt[read], begin = reader.state, {slot: [] for slot in slots}, reader.count
-                    for i, row in enumerate(mixed(reader.take(window), read, total), begin):
-                        if i % total in dealt[read]:
-                            dealt[read][i % total].append(row)
-                    read += 1
-                made, left, ends = stream.pieces(dealt[number].pop(slot), rest)
-                pieces[slot] = mixed(made, number, slot), left
-                outcomes.update(ends)
-                barren[slot] = 0 if ends["kept"] + ends["cut"] else barren[slot] + ends.total()
-                if barren[slot] > 1000 or (reader.epoch > 1 and not outcomes["kept"] + outcomes["cut"]):
-                    raise _nothing_learnt(stream.name, "train", stream.max_length, _tally(outcomes))
-            made, left = pieces[slot]
-            if place < len(made):
-                at[slot] = [number, place + 1, rest]
-                return made[place]
-            del pieces[slot]
-            at[slot] = [number + 1, 0, left]
-
-    while True:
-        rows = {slot: row_of(slot) for slot in slots}
-        oldest = min(number for number, _, _ in at.values())
-        for number in [number for number in starts if number < oldest]:
-            del starts[number], dealt[number]
-        windows = {str(number): start for number, start in starts.items()}
-        yield rows, {"windows": windows, "slots": {str(slot): held for slot, held in at.items()}}, Counter(outcomes)
-
-
-class StreamLoader(_Batches):
-    """Batches of a Stream, without end; `batches`, `state` and `load_state` as Loader has them.
-
-    A canvas is as long as max_length (or pack_length) says, full or not, so that no rank asks another for its longest
-    row. A stream has no epochs: "sample" counts on, "epoch" is 0, steps_per_epoch is None. `state` speaks of this
-    rank's slots alone; load_state takes the states of all ranks, and then on another number of them.
-    """
-
-    steps_per_epoch = None
-
-    def __init__(
-        self,
-        stream: Stream,
-        *,
-        micro_batch_size: int,
-        accumulation: int,
-        seed: int,
-        shuffle: bool = True,
-        shuffle_buffer: int = 2000,
-        collate,
-        rank: int = 0,
-        world_size: int = 1,
-        prefetch: int = 2,
-        workers: int = 0,
-    ):
-        """shuffle_buffer: raw rows of a window (see deal), over all ranks. prefetch: steps that are made ahead, by a
-        thread, or by `workers` processes that share this rank's slots. None of the three changes what a step holds,
-        but for shuffle_buffer."""
-        super().__init__(micro_batch_size, accumulation, rank, world_size)
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle buffer {shuffle_buffer}: expected at least 1 row")
-        self.stream, self.seed, self.collate, self.prefetch, self.workers = stream, seed, collate, prefetch, workers
-        self.shuffle, self.shuffle_buffer = shuffle, shuffle_buffer
-        self.step, self.at = 0, {"windows": {}, "slots": {}}
-        self.counts = Counter()  # of the rows that this rank has read since it started
-
-    def batches(self):
-        """Endless iterator over optimizer steps, as Loader's, from `state` on, which it moves along."""
-        micro_batches = self.own(self.global_batch_size)
-        slots = list(itertools.chain(*micro_batches))
-        shares = min(self.workers, len(slots)) or 1
-        parts = []
-        for n in range(shares):
-            options = {"seed": self.seed, "shuffle": self.shuffle, "window": self.shuffle_buffer, "state": self.at}
-            make = partial(deal, self.stream, slots[n::shares], self.global_batch_size, **options)
-            parts.append(ahead(make, max(self.prefetch, int(self.workers > 0)), process=self.workers > 0))
-        for part in zip(*parts):
-            rows, at, outcomes = {}, {"windows": {}, "slots": {}}, Counter()
-            for of_slots, state, ends in part:
-                rows |= of_slots
-                outcomes += ends
-                for name in at:
-                    at[name] |= state[name]
-            step = []
-            for own in micro_batches:
-                sample = self.step * self.global_batch_size + torch.tensor(own)
-                batch = self.collate([rows[slot] for slot in own], longest=self.stream.longest)
-                step.append(batch | {"sample": sample, "epoch": 0})
-            self.step, self.at, self.counts = self.step + 1, at, _tally(outcomes)
-            yield step
-
-    @property
-    def state(self) -> dict:
-        """What this rank adds to what it takes to go on after the last step that `batches` gave; JSON."""
-        return {"step": self.step, **self.at, **self._settings()}
-
-    def _settings(self) -> dict:
-        return {
-            "set": self.stream.name,
-            "stage": self.stream.stage,
-            "max_length": self.stream.max_length,
-            "packing": [self.stream.pack_length, self.stream.block_length],
-            "global_batch_size": self.global_batch_size,
-            "seed": self.seed,
-            "shuffle_buffer": self.shuffle_buffer if self.shuffle else None,
-        }
-
-    def load_state(self, states: dict | list[dict]) -> None:
-        """Takes the `state` of every rank of the run to go on with, however many there are now."""
-        states = states if isinstance(states, list) else [states]
-        at = {"windows": {}, "slots": {}}
-        for state in states:
-            self._check(state, self._settings() | {"step": states[0]["step"]})
-            for name in at:
-                at[name] |= state[name]
-        missing = [slot for own in self.own(self.global_batch_size) for slot in own if str(slot) not in at["slots"]]
-        if states[0]["step"] and missing:
-            raise ValueError(f"the state of a stream lacks slots {missing[:4]}: load the states of all its ranks")
-        self.step, self.at = states[0]["step"], at
+if __name__ == "__main__":
+    main(sys.argv[1:])

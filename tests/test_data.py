@@ -10,9 +10,10 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, golden_json
+from conftest import GOLDEN, golden_json, tiny
 
 import data
+from diffusion import Batch, Noise, bd3lm_example, draw_noise, loss
 from tokenizer import Tokenizer
 
 TOK = Tokenizer(GOLDEN / "models" / "qwen3")
@@ -53,7 +54,7 @@ class Lines:
     """Rows of given lengths; every token of row i is i."""
 
     def __init__(self, lengths):
-        self.lengths = np.array(lengths)
+        self.lengths, self.useful, self.counts = np.array(lengths), sum(lengths), Counter()
 
     def __len__(self):
         return len(self.lengths)
@@ -67,8 +68,7 @@ def loader(rows, micro_batch_size=2, accumulation=3, **options):
         rows,
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
-        collate=partial(data.collate, pad_id=-1),
-        **{"seed": 1} | options,
+        **{"seed": 1, "collate": partial(data.collate, pad_id=-1)} | options,
     )
 
 
@@ -105,6 +105,20 @@ def test_bad_grammar_is_one_clear_line(text):
     with pytest.raises(ValueError, match="dataset spec") as error:
         data.parse_specs(text)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_or_value_in_quotes_may_hold_any_sign(tmp_path):
+    text = """'runs/a+b|c=[1],d.jsonl'[train:5] + "it's|x"[name:'p,q+[r]',lang:"c++"] | Bob's.txt"""
+    assert data.parse_specs(text) == [
+        data.Spec("runs/a+b|c=[1],d.jsonl", None, None, {"train": 5}),
+        data.Spec("it's|x", "p,q+[r]", "c++", {}),
+        data.Spec("Bob's.txt", None, None, {}),
+    ]
+    path = write(tmp_path / "a+b=[1],c|d" / "rows.jsonl", numbered(20))
+    assert len(list(data.raw(f"'{path}'[train:7]+\"{path}\"[train:2]", "train"))) == 9
+    for bad in ("'a", "a[name:'x]", "''", "'a'b", "a['train':5]"):
+        with pytest.raises(ValueError, match="dataset spec"):
+            data.parse_specs(bad)
 
 
 # ---------------------------------------------------------------- row sources and splits
@@ -185,6 +199,76 @@ def test_mistakes_in_naming_a_set_name_the_way_out(tmp_path):
     assert len(list(data.raw(f"{tmp_path}/configs[name:b]", "train"))) == 19
 
 
+def hub(root, name: str, configs: dict[str, dict[str, list[dict]]]) -> str:
+    """A directory as on the Hub: a card that names the configurations, whose splits are files."""
+    card = ""
+    for config, splits in configs.items():
+        card += f"- config_name: {config}\n  data_files:\n"
+        for split, rows in splits.items():
+            write(root / name / config / f"{split}.jsonl", rows)
+            card += f"  - split: {split}\n    path: {config}/{split}.jsonl\n"
+    (root / name / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    return str(root / name)
+
+
+def test_named_sets_are_read_as_their_users_know_them(tmp_path, monkeypatch):
+    """smoltalk: config all; opc-sft-stage*: all configurations at once; ultrachat_200k: splits train_sft, test_sft."""
+    monkeypatch.setenv("BASE_DATASETS_DIR", str(tmp_path))
+    talk = {name: {"train": [{"messages": chat(name, "w1")}] * 3} for name in ("all", "other")}
+    talk["all"]["test"] = [{"messages": chat("held", "w1")}]
+    hub(tmp_path, "HuggingFaceTB/smoltalk", talk)
+    firsts = [row["messages"][0]["content"] for row in data.raw("HuggingFaceTB/smoltalk", "train")]
+    assert firsts == ["all"] * 3
+    assert [row["messages"][0]["content"] for row in data.raw("HuggingFaceTB/smoltalk", "test")] == ["held"]
+    assert len(list(data.raw("HuggingFaceTB/smoltalk[name:other]", "train"))) == 2  # of three, one is held out
+
+    code = {
+        name: {"train": [{"instruction": f"{name} {i}", "output": f"```{lang}```"} | more for i in range(20)]}
+        for name, lang, more in (("a", "python", {"tag": "x"}), ("b", "javascript", {"code": "y", "seq_id": 1}))
+    }
+    hub(tmp_path, "opc-sft-stage2", code)
+    rows = {split: list(data.raw("opc-sft-stage2", split)) for split in ("train", "test")}
+    assert [len(rows[split]) for split in rows] == [38, 2]
+    assert {row["instruction"] for split in rows.values() for row in split} == {
+        f"{name} {i}" for name in "ab" for i in range(20)
+    }
+    python = [row["instruction"] for row in data.raw("opc-sft-stage2[lang:python]", "train")]
+    assert python == [row["instruction"] for row in rows["train"] if "python" in row["output"]]
+    assert len(list(data.raw("opc-sft-stage2[lang:python,train:3]", "train"))) == 3
+    assert len(list(data.raw("opc-sft-stage2[name:b]", "train"))) == 19
+    with pytest.raises(ValueError, match=r"lang:rust\] has no rows: no answer in train contains 'rust'"):
+        list(data.raw("opc-sft-stage2[lang:rust]", "train"))
+
+    splits = {f"{split}_sft": [{"messages": chat(split, "w1")}] * 2 for split in ("train", "test")}
+    hub(tmp_path, "HuggingFaceH4/ultrachat_200k", {"default": splits | {"train_gen": [{"messages": chat("gen", "w")}]}})
+    for split in ("train", "test"):
+        found = [row["messages"][0]["content"] for row in data.raw("HuggingFaceH4/ultrachat_200k", split)]
+        assert found == [split] * 2
+
+
+def test_a_directory_of_text_files_is_read_as_a_text_file(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"{split}\n\nw2\n")
+    assert [row["text"] for row in data.raw(str(tmp_path), "train")] == ["train\n", "\n", "w2\n"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"text": "w1"}\n{"text": "w\xff"}\n' * 20, "is not UTF-8 text: .*byte 0xff in position"),
+        ("a.txt", b"w1\nw\xff\n", "is not UTF-8 text: .*byte 0xff in position"),
+        ("a.jsonl", b'{"text": "w1"}\n{"text: 5}\n', "cannot load .*JSON parse error"),
+        ("a.jsonl", b"", "has no rows"),
+        ("a.parquet", b"no parquet", "cannot load .*Parquet"),
+    ],
+)
+def test_files_that_cannot_be_read_are_one_clear_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        list(data.raw(str(tmp_path / name), "train"))
+    assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+
+
 # ---------------------------------------------------------------- builtin sets
 
 
@@ -261,8 +345,8 @@ def test_known_columns_become_messages(tmp_path):
 
 
 def test_texts_are_what_a_tokenizer_sees():
-    contents = [message["content"] for message in SUMS["train"][0]["messages"]]
-    assert list(islice(data.texts("builtin/sums", "sft"), 2)) == contents
+    strings = [text for message in SUMS["train"][0]["messages"] for text in (message["role"], message["content"])]
+    assert list(islice(data.texts("builtin/sums", "sft"), 4)) == strings
     assert [{"text": text} for text in data.texts("builtin/stdlib[train:3]", "pt")] == list(
         data.raw("builtin/stdlib[train:3]", "train")
     )
@@ -372,6 +456,198 @@ def test_every_row_that_is_dropped_or_cut_is_counted(tmp_path):
         load(max_length=0)
 
 
+GOOD = {"messages": chat("w1", "w2")}
+
+
+@pytest.mark.parametrize(
+    "messages, reason",
+    [
+        ([{"role": "robot", "content": "w1"}, *chat("w1", "w2")], "unknown role 'robot'"),
+        (chat("w1"), "no assistant turn at the end"),
+        ([], "no messages"),
+        (None, "no messages"),
+        ([{"role": "user", "content": None}, *chat("w1", "w2")[1:]], "content that is no string"),
+        ([*chat("w1"), {"role": "assistant", "content": None}], "content that is no string"),
+    ],
+)
+def test_malformed_chat_rows_are_counted_and_a_set_of_nothing_else_is_refused(tmp_path, messages, reason):
+    bad = {"messages": messages}
+    load = partial(data.load, stage="sft", split="train", tokenizer=TOK, max_length=20)
+    for name, rows in (("some", [GOOD, bad] * 2), ("all", [bad] * 3)):
+        write(tmp_path / name / "train.jsonl", rows)
+        write(tmp_path / name / "test.jsonl", rows)
+    assert load(str(tmp_path / "some")).counts == {"read": 4, "kept": 2, f"dropped:{reason}": 2}
+    with pytest.raises(ValueError, match=f"leaves no row to train .*dropped:{reason} 3"):
+        load(f"{tmp_path / 'some'}+{tmp_path / 'all'}")
+
+
+def test_rows_that_the_template_refuses_are_counted_with_its_reason(tmp_path):
+    picky = Tokenizer(GOLDEN / "models" / "qwen3")
+    refusal = "{{ raise_exception('no system turn, please') }}"
+    picky.template = "{% if messages[0]['role'] == 'system' %}" + refusal + "{% endif %}" + picky.template
+    system = {"messages": [{"role": "system", "content": "w3"}, *GOOD["messages"]]}
+    write(tmp_path / "train.jsonl", [GOOD, system, GOOD])
+    write(tmp_path / "test.jsonl", [system])
+    load = partial(data.load, str(tmp_path), stage="sft", tokenizer=picky, max_length=20)
+    counts = load(split="train").counts
+    assert counts["kept"] == 2 and [name for name in counts if "no system turn, please" in name]
+    with pytest.raises(ValueError, match=r"leaves no row to test .*no system turn, please 1"):
+        load(split="test")
+    picky.template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        load(split="train")
+
+
+def test_texts_that_are_none_or_no_text_are_counted_and_empty_ones_are_no_data(tmp_path):
+    write(tmp_path / "train.jsonl", [{"text": "w1"}, {"text": ""}, {"text": 5}, {"text": None}, {"other": 1}])
+    write(tmp_path / "test.jsonl", [{"text": ""}] * 2)
+    load = partial(data.load, str(tmp_path), stage="pt", tokenizer=TOK, max_length=3, drop_tail=False)
+    counts = load(split="train").counts
+    assert counts == {"read": 5, "kept": 2, "empty": 1, "dropped:not text": 1, "dropped:no text": 2}
+    with pytest.raises(ValueError, match=r"leaves no row to test .*empty 2"):
+        load(split="test")
+
+
+def test_all_assistant_turns_are_learnt_only_where_the_template_lets_them_be_told_apart(tmp_path):
+    rows = [{"messages": chat("w1", "w2", "w3", "w4")}] * 2
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", rows)
+    load = partial(data.load, str(tmp_path), stage="sft", split="train", max_length=40)
+    last, every = (load(tokenizer=TOK, train_on=which)[0] for which in ("last", "all"))
+    assert last["tokens"].tolist() == every["tokens"].tolist()
+    assert every["supervised"].sum() == 2 * last["supervised"].sum() > 0
+    forgetful = Tokenizer(GOLDEN / "models" / "qwen3")
+    forgetful.template = "{% for m in messages[-2:] %}" + "<|im_start|> {{ m['content'] }} <|im_end|> {% endfor %}"
+    with pytest.raises(ValueError, match="--train_on all: the chat template renders turn"):
+        load(tokenizer=forgetful, train_on="all")
+    with pytest.raises(ValueError, match="train_on 'some': expected last or all"):
+        load(tokenizer=TOK, train_on="some")
+
+
+# ---------------------------------------------------------------- rows that were tokenised before
+
+
+def program(capsys, *flags: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of data.py."""
+    try:
+        data.main(["--model_name_or_path", str(GOLDEN / "models" / "qwen3"), *flags])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+def test_preprocessed_rows_are_the_rows(tmp_path, capsys, stage):
+    for split, n in (("train", 30), ("test", 4)):
+        rows = numbered(n) if stage == "pt" else [{"messages": chat(f"w{i}", "w1 w2")} for i in range(n)]
+        write(tmp_path / "set" / f"{split}.jsonl", rows)
+    options = {"stage": stage, "max_length": 7 if stage == "pt" else 20, "tokenizer": TOK}
+    flags = ["--dataset_args", f"{tmp_path}/set", "--stage", stage, "--max_length", str(options["max_length"])]
+    status, shown, _ = program(capsys, *flags, "--output_dir", f"{tmp_path}/made", "--num_proc", "1")
+    assert status == 0 and "train row 2" in shown and "⟦" in shown
+    for split in data.SPLITS:
+        made = data.load_preprocessed(tmp_path / "made", split=split, **options)
+        rows = data.load(f"{tmp_path}/set", split=split, **options)
+        assert isinstance(made.tokens[0], np.memmap) and made.counts == rows.counts and len(made) == len(rows)
+        for a, b in zip(made, rows):
+            assert a["tokens"].tolist() == b["tokens"].tolist() and a["supervised"].tolist() == b["supervised"].tolist()
+
+    other = Tokenizer(GOLDEN / "models" / "qwen2")
+    of_stage = {
+        "pt": {"insert_eos": False, "drop_tail": False},
+        "sft": {"truncation": "filter", "train_on": "all", "mask_prompt_loss": False},
+    }
+    for name, value in {"max_length": 9, "tokenizer": other, **of_stage[stage]}.items():
+        with pytest.raises(ValueError, match=f"was made with {name} .*, this run has"):
+            data.load_preprocessed(tmp_path / "made", split="train", **options | {name: value})
+    with pytest.raises(ValueError, match="was made with stage"):
+        data.load_preprocessed(tmp_path / "made", split="train", **options | {"stage": {"pt": "sft"}.get(stage, "pt")})
+    with pytest.raises(FileNotFoundError, match=r"holds no preprocessed\.json"):
+        data.load_preprocessed(tmp_path / "set", split="train", **options)
+
+    before = (tmp_path / "made" / "preprocessed.json").stat().st_ino
+    status, _, told = program(capsys, *flags, "--output_dir", f"{tmp_path}/made")
+    assert status == 2 and "--overwrite" in told and (tmp_path / "made" / "preprocessed.json").stat().st_ino == before
+    assert program(capsys, *flags, "--output_dir", f"{tmp_path}/made", "--overwrite", "--num_proc", "1")[0] == 0
+    status, _, told = program(capsys, *flags, "--output_dir", f"{tmp_path}/set", "--overwrite")
+    assert status == 2 and "holds other files" in told and told.count("\n") == 1
+    status, _, told = program(capsys, *flags[2:], "--dataset_args", "builtin/none", "--output_dir", f"{tmp_path}/new")
+    assert status == 2 and "unknown dataset builtin/none" in told and not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_is_known_again_when_its_files_have_come_to_hold_the_mask(tmp_path):
+    TOK.save(tmp_path)
+    again = Tokenizer(tmp_path)
+    assert TOK.mask_added and not again.mask_added and data.fingerprint(again) == data.fingerprint(TOK)
+    again.template += " "
+    assert data.fingerprint(again) != data.fingerprint(TOK)
+
+
+# ---------------------------------------------------------------- packing
+
+
+def test_rows_are_packed_once_each_and_as_tightly_as_they_go():
+    lengths = np.random.default_rng(0).integers(1, 200, 3000)
+    groups = data.pack(lengths, 256)
+    assert sorted(i for group in groups for i in group) == list(range(3000))
+    assert max(lengths[group].sum() for group in groups) <= 256
+    assert lengths.sum() / (256 * len(groups)) > 0.98
+    assert data.pack([3, 3, 2, 2, 2], 6) == [[0, 1], [2, 3, 4]]
+    with pytest.raises(ValueError, match="a row of 300 tokens exceeds the canvas of 256"):
+        data.pack([300], 256)
+
+
+def test_packing_and_grouping_raise_the_share_of_useful_tokens():
+    rows = Lines(np.random.default_rng(0).integers(1, 200, 1000))
+    share = {grouped: loader(rows, group_by_length=grouped).useful_share(32) for grouped in (False, True)}
+    packed = loader(data.Packed(rows, 512, block_length=32, eos_id=EOS)).useful_share(32)
+    assert share[False] < 0.6 < 0.8 < share[True] < packed < 1
+    plain = loader(rows)
+    cells = sum(batch["tokens"].numel() for step in plain for batch in step)
+    assert plain.useful_share() == rows.lengths.sum() / cells
+
+
+@pytest.mark.parametrize("right_shift", [False, True])
+def test_packed_rows_have_the_loss_of_padded_rows(right_shift):
+    """bd3lm, the same rows and the same noise: the sum over all and the denominator are equal in float64."""
+    K, sizes, rng = 4, [3, 9, 4, 14, 6, 1, 11], np.random.default_rng(0)
+    rows = [{"tokens": rng.integers(0, 39, n), "supervised": np.arange(n) >= n // 3} for n in sizes]
+    model = tiny(right_shift=right_shift)
+    settings = {"block_length": K, "mask_id": 39, "right_shift": right_shift}
+    collate = partial(data.collate, pad_id=38, block_length=K, eos_id=37)
+
+    padded = Batch(**collate(rows), sample=torch.arange(len(rows)))
+    noise = draw_noise(padded, block_length=K)
+    separate = loss(model, bd3lm_example(padded, noise, **settings))
+
+    lengths = [data.filled(n, K) for n in sizes]
+    groups = data.pack(lengths, 28)
+    packed = Batch(
+        **collate([data.join([rows[i] for i in g], K, 37) for g in groups]), sample=torch.arange(len(groups))
+    )
+    level, masked = torch.ones(packed.tokens.shape), torch.zeros(packed.tokens.shape, dtype=torch.bool)
+    for b, group in enumerate(groups):
+        for d, i in enumerate(group):
+            own = packed.document[b] == d
+            assert own.sum() == lengths[i] and torch.equal(packed.tokens[b][own], padded.tokens[i, : lengths[i]])
+            level[b, own], masked[b, own] = noise.level[i, : lengths[i]], noise.masked[i, : lengths[i]]
+    together = loss(model, bd3lm_example(packed, Noise(level, masked), **settings))
+    assert len(groups) < len(rows) and separate[1] == together[1]
+    torch.testing.assert_close(together[0], separate[0], rtol=1e-12, atol=0)
+
+
+def test_packed_rows_load_as_rows():
+    rows = Lines([5, 3, 8, 2])
+    packed = data.Packed(rows, 12, block_length=4, eos_id=EOS)
+    assert packed.lengths.tolist() == [12, 12] and packed.useful == 18 and packed.counts["packed canvases"] == 2
+    (step,) = list(loader(packed, micro_batch_size=2, accumulation=1, shuffle=False))
+    assert step[0]["tokens"].tolist() == [[0] * 5 + [EOS] * 3 + [3] * 2 + [EOS] * 2, [2] * 8 + [1] * 3 + [EOS]]
+    assert step[0]["document"].tolist() == [[0] * 8 + [1] * 4] * 2
+    assert step[0]["position"].tolist() == [[*range(8), *range(4)]] * 2
+    assert step[0]["supervised"].all()
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -467,6 +743,79 @@ def test_grouping_by_length_saves_padding():
         return sum((m["document"] == -1).sum().item() for step in steps for m in step)
 
     assert padding(True) < padding(False) / 10
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_ranks_share_the_batches_of_one_process(group_by_length):
+    """1 process x 4 micro-batches, 2 x 2, 4 x 1: the same rows, samples and canvases; the last step is short."""
+
+    def steps(accumulation, world_size):
+        options = {"world_size": world_size, "group_by_length": group_by_length, "micro_batch_size": 2}
+        ranks = [
+            list(loader(Lines(LENGTHS), accumulation=accumulation, rank=rank, **options).epoch(1))
+            for rank in range(world_size)
+        ]
+        for parts in zip(*ranks, strict=True):
+            assert len({len(part) for part in parts}) == 1  # every rank has as many micro-batches
+            assert len({batch["tokens"].shape[1] for part in parts for batch in part}) == 1
+            batches = [batch for part in parts for batch in part]
+            real = [batch for batch in batches if batch["supervised"].any()]
+            assert all(len(batch["tokens"]) == 1 for batch in batches if not batch["supervised"].any())
+            joined = {key: torch.cat([batch[key] for batch in real]) for key in batches[0] if key != "epoch"}
+            order = joined["sample"].argsort()
+            yield {key: value[order] for key, value in joined.items()}
+
+    whole = list(steps(4, 1))
+    assert torch.equal(torch.cat([step["sample"] for step in whole]), torch.arange(20))
+    for accumulation, world_size in ((2, 2), (1, 4)):
+        for a, b in zip(whole, steps(accumulation, world_size), strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_rank_reads_no_row_of_another_but_one_that_fills_up():
+    class Counting(Lines):
+        def __getitem__(self, i):
+            read[-1].append(i)
+            return super().__getitem__(i)
+
+    read = []
+    for rank in range(4):
+        read.append([])
+        list(loader(Counting(LENGTHS), 1, 2, rank=rank, world_size=4, shuffle=False))
+    assert [len(own) for own in read] == [5] * 4
+    assert sorted(i for own in read for i in own) == list(range(20))
+    steps = [list(loader(Lines([1, 2, 3, 4, 5]), 1, 1, rank=rank, world_size=4)) for rank in range(4)]
+    last = [own[-1][0] for own in steps]
+    assert [bool(batch["supervised"].any()) for batch in last] == [True, False, False, False]
+    assert all(torch.equal(batch["tokens"], last[0]["tokens"]) for batch in last)
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_batches_go_on_where_the_state_says_through_epochs(prefetch):
+    def tokens(steps):
+        return [torch.cat([batch["tokens"][:, 0] for batch in step]).tolist() for step in steps]
+
+    whole = [step for epoch in range(3) for step in loader(Lines(LENGTHS)).epoch(epoch)]
+    for done in range(9):
+        first = loader(Lines(LENGTHS), prefetch=prefetch)
+        assert tokens(islice(first.batches(), done)) == tokens(whole[:done])
+        rest = loader(Lines(LENGTHS), 1, 2, rank=1, world_size=3, prefetch=prefetch)
+        rest.load_state(json.loads(json.dumps(first.state)))
+        assert first.state == rest.state
+        steps = list(islice(rest.batches(), len(whole) - done))
+        assert [step[0]["epoch"] for step in steps] == [step[0]["epoch"] for step in whole[done:]]
+        assert all(set(a) <= set(b) for a, b in zip(tokens(steps), tokens(whole[done:])))
+    with pytest.raises(ValueError, match=r"global batch size is 4, but .* was saved with 6"):
+        loader(Lines(LENGTHS), 2, 2).load_state(first.state)
+    with pytest.raises(ValueError, match=r"rows is 19, but .* was saved with 20"):
+        loader(Lines(LENGTHS[1:])).load_state(first.state)
+
+
+def test_a_mistake_while_reading_ahead_is_raised_where_the_batches_are_taken():
+    with pytest.raises(ValueError, match="exceeds the canvas of 3"):
+        list(
+            islice(loader(Lines(LENGTHS), prefetch=2, collate=partial(data.collate, pad_id=-1, length=3)).batches(), 9)
+        )
 
 
 def test_batch_sizes_below_one_are_refused():

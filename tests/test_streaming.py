@@ -11,6 +11,7 @@ from conftest import GOLDEN
 from test_data import cache, chat, write  # noqa: F401
 
 import data
+import stream
 from tokenizer import Tokenizer
 
 TOK = Tokenizer(GOLDEN / "models" / "qwen3")
@@ -38,9 +39,9 @@ def texts(tmp_path_factory) -> str:
     return str(root)
 
 
-def loader(spec: str, micro=2, accumulation=2, *, max_length=2, stage="pt", stream=None, collating=None, **options):
-    return data.StreamLoader(
-        data.Stream(spec, stage=stage, tokenizer=TOK, max_length=max_length, **stream or {}),
+def loader(spec: str, micro=2, accumulation=2, *, max_length=2, stage="pt", reading=None, collating=None, **options):
+    return stream.StreamLoader(
+        stream.Stream(spec, stage=stage, tokenizer=TOK, max_length=max_length, **reading or {}),
         micro_batch_size=micro,
         accumulation=accumulation,
         collate=partial(data.collate, pad_id=TOK.pad_id, **collating or {}),
@@ -162,10 +163,10 @@ def test_texts_are_packed_across_rows_windows_and_passes_without_losing_a_token(
 def test_limits_and_turns_of_several_sets(words, texts):
     assert sorted(set(firsts(take(loader(f"{words}[train:8]"), 20)))) == list(range(8))
     two = loader(
-        f"{words}[train:12]+builtin/stdlib[train:4]", shuffle=False, max_length=1, stream={"insert_eos": False}
+        f"{words}[train:12]+builtin/stdlib[train:4]", shuffle=False, max_length=1, reading={"insert_eos": False}
     )
     rows = two.stream.sources
-    taken = data.Reader(rows, 0, False).take(100)
+    taken = stream.Reader(rows, 0, False).take(100)
     assert [n for n, _ in taken] == [0, 1] * 4 + [0] * 8
     assert [row["text"] for n, row in taken if n == 0] == [f"w{i}" for i in range(12)]
 
@@ -173,7 +174,7 @@ def test_limits_and_turns_of_several_sets(words, texts):
 def test_a_stream_without_test_rows_holds_some_out_of_training(tmp_path):
     write(tmp_path / "train-0.jsonl", [{"text": f"w{i}"} for i in range(200)])
     write(tmp_path / "train-1.jsonl", [{"text": f"w{i}"} for i in range(200, 400)])
-    load = partial(data.load, stage="pt", tokenizer=TOK, max_length=2, streaming=True)
+    load = partial(data.load, stage="pt", tokenizer=TOK, max_length=2, rows_of=stream.load_split)
     test = {int(row["tokens"][0]) for row in load(str(tmp_path), split="test")}
     train = set(firsts(take(loader(str(tmp_path)), 250)))
     assert not train & test and train | test == set(range(400)) and 8 <= len(test) <= 35
@@ -214,7 +215,7 @@ def test_packed_chat_rows_stream_once_each(tmp_path):
         stage="sft",
         max_length=16,
         shuffle_buffer=40,
-        stream={"pack_length": 48, "block_length": 4, "eos_id": EOS},
+        reading={"pack_length": 48, "block_length": 4, "eos_id": EOS},
         collating={"block_length": 4, "eos_id": EOS},
     )
     seen = Counter()
@@ -237,7 +238,7 @@ def test_streams_of_nothing_are_refused_by_name(tmp_path, words):
     with pytest.raises(ValueError, match=r"empty\.jsonl has no rows"):
         loader(f"{tmp_path}/empty.jsonl")
     with pytest.raises(ValueError, match="no column 'body'"):
-        loader(words, stream={"text_field": "body"})
+        loader(words, reading={"text_field": "body"})
     with pytest.raises(ValueError, match="no column 'messages'"):
         loader(words, stage="sft")
     with pytest.raises(ValueError, match="shuffle buffer 0"):
