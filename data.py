@@ -187,6 +187,8 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
         if spec.config is not None:
             raise ValueError(f"{path} is a file and has no configurations; leave name:{spec.config} out")
         load, configs = partial(load, BUILDERS[path.suffix], data_files=glob.escape(str(path))), [None]
+    elif path is not None and re.search(r"[*?\[]", str(path)):
+        raise ValueError(f"the directory {path} has one of * ? [ in its name; rename it, or name a file in it")
     elif path is not None and spec.config is None and _suffixes(path) == {".txt"}:
         load, configs = partial(load, "text", data_dir=str(path)), [None]
     else:
@@ -225,7 +227,7 @@ def told(name: str):
         reason = " ".join(str(cause).split())
         if isinstance(cause, UnicodeDecodeError):
             raise ValueError(f"{name} is not UTF-8 text: {reason}; write it anew as UTF-8") from error
-        if isinstance(cause, FileNotFoundError):
+        if type(cause).__name__ == "DatasetNotFoundError":
             base = os.environ.get("BASE_DATASETS_DIR")
             under = f" or under {base}" if base else ""
             raise FileNotFoundError(f"{name}: no such file or directory here{under}, and {reason}") from error
@@ -237,7 +239,8 @@ def told(name: str):
             reason += f"; a config is named by {name}[name:CONFIG]"
         elif not isinstance(cause, (ValueError, OSError)):
             reason = f"{type(cause).__name__}: {reason}"
-        raise ValueError(f"cannot load {name}: {reason}") from error
+        kind = FileNotFoundError if isinstance(cause, FileNotFoundError) else ValueError
+        raise kind(f"cannot load {name}: {reason}") from error
 
 
 def _columns(rows) -> list[str]:

@@ -178,6 +178,7 @@ def test_parquet_and_json_files_hold_rows_too(tmp_path):
 def test_mistakes_in_naming_a_set_name_the_way_out(tmp_path):
     write(tmp_path / "one.jsonl", numbered(1))
     (tmp_path / "a.csv").write_text("text\nw1")
+    (tmp_path / "a[1]").mkdir()
     (tmp_path / "configs").mkdir()
     for name in "ab":
         write(tmp_path / "configs" / f"{name}.jsonl", numbered(20, ord(name)))
@@ -192,6 +193,7 @@ def test_mistakes_in_naming_a_set_name_the_way_out(tmp_path):
         f"{tmp_path}/one.jsonl[name:x]": "is a file",
         f"{tmp_path}/a.csv": "expected one of .jsonl",
         f"{tmp_path}/configs": r"\[name:CONFIG\]",
+        f"'{tmp_path}/a[1]'": "rename it, or name a file in it",
     }.items():
         with pytest.raises(ValueError, match=message) as error:
             list(data.raw(text, "train"))
@@ -244,6 +246,13 @@ def test_named_sets_are_read_as_their_users_know_them(tmp_path, monkeypatch):
     for split in ("train", "test"):
         found = [row["messages"][0]["content"] for row in data.raw("HuggingFaceH4/ultrachat_200k", split)]
         assert found == [split] * 2
+
+
+def test_a_directory_without_data_is_told_apart_from_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="doesn't contain any data files"):
+        list(data.raw(str(tmp_path), "train"))
+    with pytest.raises(FileNotFoundError, match="no data at"):
+        list(data.raw(str(tmp_path / "missing"), "train"))
 
 
 def test_a_directory_of_text_files_is_read_as_a_text_file(tmp_path):
