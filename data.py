@@ -293,11 +293,8 @@ def _sort(rng):
 
 
 def _count(rng):
-    letter, n = rng.choice(LETTERS), rng.randint(3, 6)
-    places = rng.sample(range(n), rng.choice((0, 1, 1, 2, 2, 3)))  # 0 to 3 times, seldom 0
-    others = LETTERS.replace(letter, "")
-    word = "".join(letter if i in places else rng.choice(others) for i in range(n))
-    return word, f"How many times does {letter} occur in {word}?", str(len(places))
+    word = _word(rng)
+    return word, f"How many letters are in {word}?", str(len(word))
 
 
 def _largest(rng):
@@ -770,7 +767,9 @@ def pack(lengths, room: int) -> list[list[int]]:
     ValueError where a row is longer than that.
     """
     if len(lengths) and max(lengths) > room:
-        raise ValueError(f"a row of {max(lengths)} tokens exceeds the canvas of {room}; lower max_length or raise it")
+        raise ValueError(
+            f"a row of {max(lengths)} tokens exceeds the canvas of {room}; lower max_length or pack longer"
+        )
     groups, by_room, open_rooms = [], {}, 0  # open_rooms: bit r is set where a group has r tokens of room left
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[i])

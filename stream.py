@@ -257,8 +257,10 @@ def deal(stream: Stream, slots: list[int], total: int, *, seed: int, shuffle: bo
                 made, left, ends = stream.pieces(dealt[number].pop(slot), rest)
                 pieces[slot] = mixed(made, number, slot), left
                 outcomes.update(ends)
+                # Rows are dropped for ever? A whole pass of them shows it, or a great many.
                 barren[slot] = 0 if ends["kept"] + ends["cut"] else barren[slot] + ends.total()
-                if barren[slot] > 1000 or (reader.epoch > 1 and not outcomes["kept"] + outcomes["cut"]):
+                enough = 100 if reader.epoch > 1 else 10_000
+                if barren[slot] > 10_000 or (outcomes.total() >= enough and not outcomes["kept"] + outcomes["cut"]):
                     raise data.nothing_learnt(stream.name, "train", stream.max_length, data.tally(outcomes))
             made, left = pieces[slot]
             if place < len(made):

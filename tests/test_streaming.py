@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, golden_json
 from test_data import cache, chat, write  # noqa: F401
 
 import data
@@ -160,6 +160,18 @@ def test_texts_are_packed_across_rows_windows_and_passes_without_losing_a_token(
         assert tokens == expected[: len(tokens)] and len(tokens) == 60 * 8
 
 
+def test_one_slot_packs_texts_as_the_reference_does(tmp_path):
+    cases = golden_json("data")["group"]
+    write(tmp_path / "train.jsonl", [{"text": text} for text in cases[0]["texts"]])
+    write(tmp_path / "test.jsonl", [{"text": "w1"}])
+    for case in cases:
+        if case["drop_tail"] and case["input_ids"]:
+            reading = {"insert_eos": case["insert_eos"]}
+            one = loader(str(tmp_path), 1, 1, max_length=case["seq_length"], shuffle=False, reading=reading)
+            steps = take(one, len(case["input_ids"]))
+            assert torch.cat([step["tokens"] for step in steps]).tolist() == case["input_ids"]
+
+
 def test_limits_and_turns_of_several_sets(words, texts):
     assert sorted(set(firsts(take(loader(f"{words}[train:8]"), 20)))) == list(range(8))
     two = loader(
@@ -227,6 +239,14 @@ def test_packed_chat_rows_stream_once_each(tmp_path):
                 assert len(own) % 4 == 0 and position[document == d].tolist() == list(range(len(own)))
                 seen[tuple(own.tolist())] += 1
     assert len(seen) == 40 and max(seen.values()) - min(seen.values()) <= 2
+
+
+def test_a_set_smaller_than_a_batch_goes_round(tmp_path):
+    write(tmp_path / "train.jsonl", [*({"text": f"w{i}"} for i in range(4)), {"text": None}])
+    write(tmp_path / "test.jsonl", [{"text": "w9"}])
+    for shuffle in (False, True):
+        taken = firsts(take(loader(str(tmp_path), 4, 4, shuffle=shuffle), 8))
+        assert set(taken) == set(range(4)) and max(Counter(taken).values()) <= 2 * min(Counter(taken).values())
 
 
 def test_streams_of_nothing_are_refused_by_name(tmp_path, words):
