@@ -4,13 +4,7 @@ Each table compares ours with a plain implementation that does the same work in 
 in the same run: two fresh processes, so that peak memory is each one's own, that take their steps in turn, so that a
 machine that drifts drifts for both.
 
-FLOPs are those of the matrix products, 2 a multiply-add, forward 1 part and backward 2 parts:
-
-    6 * P * tokens            P: weights of the layers' matrices; tokens: B*T, or 2*B*T in the two streams of BD3LM
-    6 * V * D * rows          the head; rows: the masked tokens for ours, every position fed for plain
-    12 * L * H * C * pairs    scores and weighted values; pairs: (query, key) that see each other
-
-Embedding, norms, softmax, rotation and optimizer are not counted, nor what a kernel computes behind a mask.
+FLOPs are those of the matrix products, as model.train_flops counts them.
 """
 
 import argparse
@@ -26,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion import Batch, bd3lm_example, draw_noise, loss, loss_weight, mdlm_example
-from model import Config, LanguageModel, visible
+from model import PEAK_FLOPS, Config, LanguageModel, train_flops
 
 # family, vocabulary, hidden, intermediate, layers, heads, key/value heads, head_dim
 MODELS = {
@@ -34,7 +28,6 @@ MODELS = {
     "mid": Config("qwen3", 151_936, 256, 768, 4, 4, 2, 64),
     "qwen3-0.6b": Config("qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, max_position_embeddings=40_960),
 }
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by device name (NVIDIA's data sheets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,17 +54,6 @@ def peak_memory(device: str, reset: bool = False) -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def train_flops(config: Config, layout, rows: int) -> int:
-    """Of one training step on `layout` (all rows alike) with `rows` rows of logits; the formula is at the top."""
-    D, C, inner = config.hidden_size, config.head_dim, config.intermediate_size
-    H, G, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    weights = L * (2 * D * H * C + 2 * D * G * C + 3 * D * inner)
-    first = layout.map(lambda field: field[:1])
-    pairs = visible(first.map(lambda field: field[:, :, None]), first.map(lambda field: field[:, None, :])).sum()
-    pairs = layout.position.shape[0] * int(pairs)
-    return 6 * weights * layout.position.numel() + 6 * config.vocab_size * D * rows + 12 * L * H * C * pairs
 
 
 def plain_loss(model, example, batch, noise, device: str) -> torch.Tensor:
@@ -191,7 +173,7 @@ def train(args, arguments: list[str]) -> dict:
     if args.case:
         return train_case(args, *args.case)
     where = machine(args.device)
-    peak = next((flops for name, flops in PEAK.items() if name in (where["gpu"] or "")), None)
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in (where["gpu"] or "")), None)
     cuda = args.device == "cuda"
     precision, memory = ("bf16 autocast", "allocated memory") if cuda else ("fp32", "RSS")
     print(
@@ -225,7 +207,7 @@ def train(args, arguments: list[str]) -> dict:
             sys.exit(f"bench.py: the two ways' {objective} losses differ: {ours['loss']} and {plain['loss']}")
         table[objective] = ways
     if cuda and not peak:
-        print(f"no MFU: the peak of {where['gpu']} is not in bench.py's PEAK")
+        print(f"no MFU: the peak of {where['gpu']} is not in model.py's PEAK_FLOPS")
     return {"machine": where, "train": table}
 
 

@@ -7,11 +7,13 @@ both ways, or refused. Every save is written beside its final name and renamed.
 import json
 import os
 import shutil
-from contextlib import ExitStack, contextmanager
+import warnings
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -22,6 +24,7 @@ OBJECTIVES = ("ar", "mdlm", "bd3lm")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # torch's name: safetensors'
 SHARD_BYTES = 5_000_000_000
 OURS = ("objective", "block_length", "mask_token_id", "right_shift")  # what transformers does not know of
+STATE, PROGRESS = "state", "progress.json"  # in a checkpoint that training can be resumed from
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -261,6 +264,12 @@ def save_model(
     path = Path(path)
     if path.exists() and not _replaceable(path):
         raise ValueError(f"{path} exists and is no checkpoint, or holds directories; choose another directory")
+    with replacing(path) as directory:
+        write_model(model, directory, dtype=dtype, tokenizer=tokenizer, state_dict=state_dict)
+
+
+def write_model(model: LanguageModel, directory: Path, *, dtype=None, tokenizer=None, state_dict=None) -> None:
+    """What save_model says, into a directory that is new."""
     dtype = dtype or getattr(torch, model.config.dtype)
     config = replace(model.config, dtype=str(dtype).removeprefix("torch."))
     tensors = model.state_dict() if state_dict is None else state_dict
@@ -271,27 +280,35 @@ def save_model(
             shards.append([])
             size = tensor.numel() * dtype.itemsize
         shards[-1].append(name)
-    with replacing(path) as directory:
-        (directory / "config.json").write_text(json.dumps(config_dict(config), indent=2) + "\n")
-        names = {}
-        for n, shard in enumerate(shards, 1):
-            file = f"model-{n:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            part = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in shard}
+    (directory / "config.json").write_text(json.dumps(config_dict(config), indent=2) + "\n")
+    names = {}
+    for n, shard in enumerate(shards, 1):
+        file = f"model-{n:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        part = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in shard}
+        try:
             save_file(part, directory / file, metadata={"format": "pt"})
-            (directory / file).chmod((directory / "config.json").stat().st_mode)  # safetensors makes it private
-            names |= dict.fromkeys(shard, file)
-        if len(shards) > 1:
-            total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": names}
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save(directory, mask=is_diffusion(config))
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"cannot write {directory / file}: {error}") from error
+        (directory / file).chmod((directory / "config.json").stat().st_mode)  # safetensors makes it private
+        names |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(directory, mask=is_diffusion(config))
 
 
 def _replaceable(path: Path) -> bool:
     """Whether `path` is an empty directory, or a checkpoint without directories in it: replacing it loses no more."""
     held = list(path.iterdir()) if path.is_dir() else [path]
     return not held or ((path / "config.json").is_file() and not any(inner.is_dir() for inner in held))
+
+
+def _beside(path: Path) -> Path:
+    """Where `replacing` has `path` written."""
+    path = Path(path).resolve()
+    return path.with_name(f".{path.name}.writing")
 
 
 @contextmanager
@@ -303,7 +320,7 @@ def replacing(path: str | Path):
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{state}") for state in ("writing", "old"))
+    new, old = _beside(path), path.with_name(f".{path.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
@@ -323,6 +340,82 @@ def replacing(path: str | Path):
         raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training state: what it takes to go on, on any number of ranks
+
+
+def save_training(path: Path, model: LanguageModel, optimizers: list, progress: dict, *, dtype, tokenizer) -> None:
+    """Writes a checkpoint that training can be resumed from; called by all ranks, whose `progress` is the same.
+
+    A Hugging Face directory, in it `state`: the float32 weights and the optimizers as torch.distributed.checkpoint
+    stores them, sharded or not, and progress.json. It takes its name when all of it is written.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+
+    dcp, rank = _dcp(), dist.get_rank() if dist.is_initialized() else 0
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with replacing(path) if rank == 0 else nullcontext(_beside(path)) as directory:
+        if rank == 0:
+            write_model(model, directory, dtype=dtype, tokenizer=tokenizer, state_dict=whole)
+        del whole
+        barrier()
+        weights, moments = get_state_dict(model, optimizers)
+        try:
+            dcp.save(
+                {"model": weights, "optimizer": moments},
+                checkpoint_id=directory / STATE,
+            )
+        except dcp.api.CheckpointException as error:  # no Exception; it holds one of each rank that failed
+            raise OSError(f"cannot write {path / STATE}: {next(iter(error.failures.values()))[0]}") from error
+        if rank == 0:
+            (directory / STATE / PROGRESS).write_text(json.dumps(progress) + "\n")
+        barrier()
+    barrier()
+
+
+def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
+    """Puts the state of save_training into the model and the optimizers, sharded as they now are; the progress."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    dcp = _dcp()
+    weights, moments = get_state_dict(model, optimizers)
+    state = {"model": weights, "optimizer": moments}
+    try:
+        dcp.load(state, checkpoint_id=path / STATE)
+    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        failures = getattr(error, "failures", {0: (error, None)})
+        raise ValueError(f"{path} does not fit this run or is damaged: {next(iter(failures.values()))[0]}") from error
+    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return read_progress(path)
+
+
+def read_progress(path: Path) -> dict:
+    """The progress that save_training stored; FileNotFoundError where `path` is no checkpoint to resume from."""
+    file = path / STATE / PROGRESS
+    if not (file.is_file() and (path / STATE / ".metadata").is_file()):
+        raise FileNotFoundError(f"{path} holds no training state; it can be loaded as a model, but not resumed")
+    return json.loads(file.read_text())
+
+
+def drop_training(path: Path) -> None:
+    """Removes the training state from a checkpoint, which remains a model. First what marks it as whole."""
+    (path / STATE / PROGRESS).unlink(missing_ok=True)
+    shutil.rmtree(path / STATE, ignore_errors=True)
+
+
+def _dcp():
+    """torch.distributed.checkpoint; imported late, as it takes a second, and told that one process is no mistake."""
+    import torch.distributed.checkpoint as dcp
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    return dcp
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _sync(path: Path) -> None:

@@ -285,12 +285,13 @@ def _example(batch, inputs, layout, predictor, masked, weight, right_shift, norm
     supervised = batch.supervised & (batch.position > 0) if right_shift else batch.supervised
     masked = masked & supervised
     B = len(inputs)
+    rows = int(batch.supervised.any(dim=1).sum())  # a row with nothing supervised fills a rank's share, and weighs 0
     if norm_type == "token":
         denominator = int(supervised.sum())
     elif norm_type == "sequence":
-        weight, denominator = weight / supervised.sum(dim=1, keepdim=True).clamp(min=1), B
+        weight, denominator = weight / supervised.sum(dim=1, keepdim=True).clamp(min=1), rows
     elif norm_type == "batch":
-        denominator = B
+        denominator = rows
     else:
         raise ValueError(f"loss_norm_type {norm_type!r} is unknown; expected token, sequence or batch")
     index = (torch.arange(B)[:, None] * inputs.shape[1] + predictor)[masked]
@@ -818,7 +819,7 @@ def log_likelihood(
     *,
     draws: int = 128,
     generator: torch.Generator | None = None,
-    forward_tokens: int = 8192,
+    forward_tokens: int = 4096,
     check_greedy: bool = False,
 ) -> tuple[Tensor, ...]:
     """(estimate, standard_error), (B,) float64 each: log p(continuation | context) in nats.

@@ -339,3 +339,28 @@ class LanguageModel(nn.Module):
             x = x.flatten(0, 1)[index]  # (N, D)
         x = self.model.norm(x)
         return F.linear(x, self.head_weight) if head is None else head(x, self.head_weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a training step costs
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 by device name (NVIDIA's data sheets)
+
+
+def train_flops(config: Config, layout: Layout, rows: int) -> int:
+    """FLOPs of the matrix products of a training step, 2 a multiply-add, forward 1 part and backward 2 parts.
+
+        6 * P * tokens            P: weights of the layers' matrices; tokens: B*T, or 2*B*T in the two streams of BD3LM
+        6 * V * D * rows          the head; rows: the predictions that are made
+        12 * L * H * C * pairs    scores and weighted values; pairs: (query, key) that see each other
+
+    Embedding, norms, softmax, rotation and optimizer are not counted, nor what a kernel computes behind a mask. All
+    rows of `layout` are taken to be like the first.
+    """
+    D, C, inner = config.hidden_size, config.head_dim, config.intermediate_size
+    H, G, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    weights = L * (2 * D * H * C + 2 * D * G * C + 3 * D * inner)
+    first = layout.map(lambda field: field[:1])
+    pairs = visible(first.map(lambda field: field[:, :, None]), first.map(lambda field: field[:, None, :])).sum()
+    pairs = layout.position.shape[0] * int(pairs)
+    return 6 * weights * layout.position.numel() + 6 * config.vocab_size * D * rows + 12 * L * H * C * pairs

@@ -6,33 +6,55 @@ diffusion.py, what a batch is in data.py.
 
 import argparse
 import functools
-import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 import data
-from checkpoint import DTYPES, OBJECTIVES, declare, load_model, resolve, save_model
+import stream
+from checkpoint import (
+    DTYPES,
+    OBJECTIVES,
+    barrier,
+    config_dict,
+    declare,
+    drop_training,
+    load_model,
+    load_training,
+    read_progress,
+    resolve,
+    save_model,
+    save_training,
+)
 from cli import Parser, boolean, one_line_errors, switch
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
-from model import Config, LanguageModel
+from model import PEAK_FLOPS, Config, LanguageModel, train_flops
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
-METRICS = "metrics.jsonl"
+METRICS, FINAL = "metrics.jsonl", "checkpoint-final"
+REQUEUE = 75  # exit status of a run that a signal ended: it can go on (EX_TEMPFAIL)
 EVALUATION_SEED = 0  # of the evaluation's noise: the same in every run
 
 # What a flag is when it is not given, for those that belong to one stage or to noise; given elsewhere it is an error.
 STAGE_DEFAULTS = {
     "pt": {"text_field": "text", "insert_eos": True, "drop_tail": True},
-    "sft": {"truncation": "right", "mask_prompt_loss": True, "group_by_length": True},
+    "sft": {"truncation": "right", "mask_prompt_loss": True, "group_by_length": True, "train_on": "last"},
 }
 NOISE_DEFAULTS = {
     "loss_weight_type": None,  # scheduler for levels, count for counts
@@ -116,7 +138,35 @@ line a log, one an evaluation) and args.json. Flags bear dLLM's names and defaul
         help="pad every batch to this length, at least max_length (default: to the global batch's longest row). Where "
         "mdlm learns chat, padding is visible and learnt, as it teaches where an answer ends inside a canvas",
     )
+    add(
+        "--train_on",
+        choices=["last", "all"],
+        help="sft: which of the assistant's turns are learnt; all only where the chat template lets the turns be told "
+        "apart (default: last)",
+    )
+    switch(
+        add,
+        "--packing",
+        False,
+        "sft, ar or bd3lm: several chats to a row of --max_length (or --pad_to), which do not see each other; the loss "
+        "is that of the same chats padded",
+    )
     add("--num_proc", type=int, default=8, metavar="N", help="processes that tokenise what is not builtin")
+    switch(add, "--load_preprocessed_data", False, "--dataset_args is a directory that python data.py wrote")
+    switch(
+        add,
+        "--streaming",
+        False,
+        "read and tokenise while training runs, without end (give --max_steps); canvases are --max_length long",
+    )
+    add("--shuffle_buffer", type=int, default=2000, metavar="ROWS", help="with --streaming: rows shuffled among them")
+    add(
+        "--dataloader_num_workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --streaming: processes of each rank that tokenise; 0: a thread",
+    )
 
     add = parser.add_argument_group("noise and loss (mdlm and bd3lm, but for the last)").add_argument
     add(
@@ -186,6 +236,30 @@ line a log, one an evaluation) and args.json. Flags bear dLLM's names and defaul
         help="of the matrix products; weights and optimizer are float32 (default: bfloat16 on CUDA, else float32)",
     )
 
+    add = parser.add_argument_group("many processes and memory (start them by torchrun)").add_argument
+    add(
+        "--parallel",
+        choices=["ddp", "zero2", "zero3", "hybrid"],
+        default="ddp",
+        help="ddp: every process has the whole model. zero2: weights, gradients and optimizer are sharded, weights "
+        "gathered once a step. zero3: and gathered again for the backward pass. hybrid: sharded within a node, "
+        "replicated across nodes",
+    )
+    add(
+        "--reduce_dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="in which gradients are summed over processes",
+    )
+    add(
+        "--checkpoint_activations",
+        choices=["none", "selective", "full"],
+        default="none",
+        help="what the backward pass computes again instead of keeping it: selective, all but matrix products; full, "
+        "everything inside a layer",
+    )
+    switch(add, "--torch_compile", False, "compile the layers (minutes at the start)")
+
     add = parser.add_argument_group("evaluation, saving, logging").add_argument
     add(
         "--eval_strategy",
@@ -199,6 +273,19 @@ line a log, one an evaluation) and args.json. Flags bear dLLM's names and defaul
     add("--stop_at_eval_loss", type=float, metavar="NATS", help="end the run when the evaluated bound is at most this")
     add("--save_steps", type=float, default=0.1, help="every so many steps; below 1, a part of the run; 0: at the end")
     add("--save_total_limit", type=int, metavar="N", help="keep the last N checkpoint-N (default: all)")
+    add(
+        "--resume_from_checkpoint",
+        metavar="auto|DIR",
+        help="go on from a checkpoint-N, on any number of processes; auto: the newest in --output_dir, or from the "
+        "start where there is none. A checkpoint-N is a model; the two newest also hold what resuming takes",
+    )
+    add(
+        "--skip_nonfinite",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N steps whose gradient is not finite; one more ends the run",
+    )
     add("--logging_steps", type=int, default=10, metavar="N", help="a line in metrics.jsonl every so many steps")
     return parser
 
@@ -222,6 +309,9 @@ def complete(args: argparse.Namespace) -> None:
         "max_steps": 1,
         "logging_steps": 1,
         "save_total_limit": 1,
+        "skip_nonfinite": 0,
+        "shuffle_buffer": 1,
+        "dataloader_num_workers": 0,
         "seed": 0,
         "max_grad_norm": 0,
         "save_steps": 0,
@@ -234,6 +324,14 @@ def complete(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)}: expected more than 0")
     if not 0 <= args.warmup_ratio <= 1:
         raise ValueError(f"--warmup_ratio {args.warmup_ratio}: expected 0 to 1, a part of the run")
+    if args.optim == "muon" and args.parallel != "ddp":
+        raise ValueError(
+            f"--optim muon needs whole matrices, which --parallel {args.parallel} shards; use ddp, or adamw"
+        )
+    if args.packing and args.stage == "pt":
+        raise ValueError("--packing is for --stage sft; plain text is always packed")
+    if args.streaming and args.load_preprocessed_data:
+        raise ValueError("--streaming and --load_preprocessed_data contradict each other; leave one out")
     if args.stop_at_eval_loss is not None and args.eval_strategy == "no":
         raise ValueError("--stop_at_eval_loss needs evaluations; leave out --eval_strategy no")
 
@@ -299,6 +397,8 @@ def build_model(args: argparse.Namespace) -> tuple[LanguageModel, Tokenizer]:
     K = config.block_length if config.objective == "bd3lm" else 1
     if K > args.max_length:
         raise ValueError(f"block size {K} exceeds --max_length {args.max_length}; lower the one or raise the other")
+    if args.packing and config.objective == "mdlm":
+        raise ValueError("--packing: mdlm learns chat with its padding, which packed rows do not have; leave it out")
     longest = -(-args.max_length // K) * K if args.stage == "sft" else args.max_length
     if args.pad_to is not None and args.pad_to < longest:
         raise ValueError(f"--pad_to {args.pad_to} is less than the longest row, {longest}; raise it, or leave it out")
@@ -400,66 +500,216 @@ def learning_rate(progress: float, args: argparse.Namespace) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+class Ranks(NamedTuple):
+    """This process among those that torchrun started; alone without it."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum(self, *values: float) -> list[float]:
+        """Over all ranks, each value; on the CPU, so that no GPU is waited for."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, thing) -> list:
+        """Every rank's `thing`."""
+        if self.world_size == 1:
+            return [thing]
+        things = [None] * self.world_size
+        dist.all_gather_object(things, thing)
+        return things
+
+    @contextmanager
+    def first_on_node(self):
+        """Lets a node's first process do what is inside before its others: download, tokenise into a shared cache."""
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if not first:
+            barrier()
+        yield
+        if first:
+            barrier()
+
+
+def setup() -> Ranks:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = (
+            True  # for what is float32 in a bfloat16 run: the norms' and loss's sums
+        )
+    if "WORLD_SIZE" not in os.environ:
+        return Ranks(0, 1, device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, compute_dtype: torch.dtype):
+    """Activation checkpointing, compilation, sharding, in this order: (engine, sync), what to call in the model's
+    place, and a function of whether the next backward pass sums gradients over ranks, as only a step's last must.
+
+    DDP sums gradients while the backward pass runs; FSDP2 (`fully_shard`) also shards weights, gradients and optimizer.
+    The embedding is in the root's unit with the last norm and the head, which may be tied to it.
+    """
+    for layer in model.model.layers:
+        if args.checkpoint_activations != "none":
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **_kept(args))
+        if args.torch_compile:
+            layer.compile()
+    model.to(ranks.device)
+    if ranks.world_size == 1:
+        return model, lambda on: None
+    reduce_dtype = getattr(torch, args.reduce_dtype)
+    if args.parallel == "ddp":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        ddp = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+        if reduce_dtype == torch.bfloat16:
+            ddp.register_comm_hook(None, bf16_compress_hook)
+        return ddp, functools.partial(setattr, ddp, "require_backward_grad_sync")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    shape, names = (ranks.world_size,), ("shard",)
+    if args.parallel == "hybrid":
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        shape, names = (ranks.world_size // local, local), ("replicate", "shard")
+    options = {
+        "mesh": init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if compute_dtype == torch.float32 else compute_dtype,  # None: as the weights are
+            reduce_dtype=None if reduce_dtype == compute_dtype else reduce_dtype,
+        ),
+        "reshard_after_forward": args.parallel != "zero2",
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model, model.set_requires_gradient_sync
+
+
+def _kept(args: argparse.Namespace) -> dict:
+    """For `selective`: the outputs of matrix products and attention are kept, all else is computed again."""
+    if args.checkpoint_activations == "full":
+        return {}
+    aten = torch.ops.aten
+    kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention.default]
+    kept += [aten._scaled_dot_product_efficient_attention.default, torch.ops.higher_order.flex_attention]
+    return {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, rows: data.Rows, collate, *, batch_size: int, autocast) -> float:
+def evaluate(
+    engine, model: LanguageModel, rows: data.Rows, collate, *, batch_size: int, autocast, ranks: Ranks
+) -> float:
     """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased.
 
     Mask counts with weight m/n (diffusion.draw_noise) under noise that is fixed, whatever the run trains with. Padding
     that mdlm or bd3lm must predict costs nats but is no token, so that the three objectives compare. Rows are taken in
-    order of length: a batch's padding is little, and always the same.
+    order of length: a batch's padding is little, and always the same. Batches are dealt to the ranks.
     """
-    config, device = model.config, model.head_weight.device
+    config = model.config
     draw = functools.partial(draw_noise, seed=EVALUATION_SEED, noise_type="count")
     options = {"weight_type": "count", "norm_type": "token", "scheduler": "linear", "complementary": False}
     first = int(config.right_shift)  # then a row's first token has no predictor
     order = sorted(range(len(rows)), key=lambda i: (rows.lengths[i], i))
+    begins = range(0, len(order), batch_size)
     model.eval()
     total, tokens = 0.0, 0
-    for begin in range(0, len(order), batch_size):
+    for turn in range(math.ceil(len(begins) / ranks.world_size)):
+        n = turn * ranks.world_size + ranks.rank
+        begin = begins[min(n, len(begins) - 1)]  # FSDP's ranks must go forward together, be it in vain
         picked = [rows[i] for i in order[begin : begin + batch_size]]
         batch = {**collate(picked), "sample": torch.arange(begin, begin + len(picked)), "epoch": 0}
         example = make_example(batch, config=config, draw=draw, **options)
         with autocast():
-            total += loss(model, example.to(device))[0].item()
-        tokens += sum(int(row["supervised"][first:].sum()) for row in picked)
+            value = loss(engine, example.to(ranks.device))[0].item()
+        if n < len(begins):
+            total += value
+            tokens += sum(int(row["supervised"][first:].sum()) for row in picked)
     model.train()
+    total, tokens = ranks.sum(total, tokens)
     return total / max(1, tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
-
-
 class Log:
-    """metrics.jsonl and the progress bar; where a line cannot be redrawn, plain lines in the bar's place."""
+    """metrics.jsonl and the progress bar, of rank 0; where a line cannot be redrawn, plain lines in the bar's place."""
 
-    def __init__(self, output: Path, steps: int):
-        self.file = (output / METRICS).open("w", buffering=1)
-        self.bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+    def __init__(self, output: Path, step: int, steps: int, silent: bool):
+        self.silent, self.total, self.file, self.bar = silent, steps, None, None
+        if not silent:
+            path = output / METRICS
+            lines = path.read_text().splitlines() if path.is_file() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+            path.write_text("".join(line + "\n" for line in kept))
+            self.file = path.open("a", buffering=1)
+            self.bar = tqdm(initial=step, total=steps, unit="step", disable=None, dynamic_ncols=True)
 
     def write(self, step: int, **metrics: float | str) -> None:
         """A line in metrics.jsonl."""
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if not self.silent:
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def show(self, step: int, **metrics: float) -> None:
         """On the bar."""
+        if self.silent:
+            return
         text = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if self.bar.disable:
-            print(f"step {step}/{self.bar.total} {text}", flush=True)
+            print(f"step {step}/{self.total} {text}", flush=True)
         else:
             self.bar.set_postfix_str(text)
 
+    def update(self) -> None:
+        if not self.silent:
+            self.bar.update()
+
     def tell(self, text: str) -> None:
         """A line that stays."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if not self.silent:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
-        self.bar.close()
-        self.file.close()
+        if not self.silent:
+            self.bar.close()
+            self.file.close()
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) as a wish that the run ends after its step; twice SIGINT: at once.
+
+    `number` is that of the signal, 0 while there is none.
+    """
+
+    def __init__(self):
+        self.number, self.before = 0, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def every(interval: float, steps: int) -> int:
@@ -467,171 +717,370 @@ def every(interval: float, steps: int) -> int:
     return max(1, math.ceil(steps * interval)) if interval < 1 else int(interval)
 
 
-def describe(args, model: LanguageModel, rows: data.Rows, evaluation: data.Rows | None, steps: int, device) -> str:
-    config = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
-    block = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    mean = rows.lengths.mean()
+def build_loaders(args: argparse.Namespace, config: Config, tokenizer: Tokenizer, ranks: Ranks):
+    """(loader of training batches, rows to evaluate on or None, collate, counts of rows, a line about the data)."""
+    reading = {
+        "stage": args.stage,
+        "tokenizer": tokenizer,
+        "max_length": args.max_length,
+        "insert_eos": args.insert_eos,
+        "truncation": args.truncation,
+        "mask_prompt_loss": args.mask_prompt_loss,
+        "train_on": args.train_on,
+    }
+    blocks = {"block_length": config.block_length, "eos_id": tokenizer.eos_id} if config.objective == "bd3lm" else {}
+    collate = collate_for(args, config, tokenizer)
+    pack_length = (args.pad_to or args.max_length) if args.packing else None
+    batches = {
+        "micro_batch_size": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "seed": args.seed,
+        "collate": collate,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "prefetch": 2,
+    }
+    if args.load_preprocessed_data:
+        load = functools.partial(data.load_preprocessed, args.dataset_args, drop_tail=args.drop_tail, **reading)
+    else:
+        load = functools.partial(
+            data.load,
+            args.dataset_args,
+            text_field=args.text_field,
+            drop_tail=args.drop_tail,
+            num_proc=args.num_proc,
+            rows_of=stream.load_split if args.streaming else data.load_split,
+            **reading,
+        )
+    held = None if args.eval_strategy == "no" else load(split="validation")
+    held_lines = "no evaluation" if held is None else f"{len(held):,} rows to evaluate on"
+    if args.streaming:
+        packing = {"pack_length": pack_length, **(blocks if args.packing else {})}
+        source = stream.Stream(args.dataset_args, text_field=args.text_field, **packing, **reading)
+        loader = stream.StreamLoader(
+            source, shuffle_buffer=args.shuffle_buffer, workers=args.dataloader_num_workers, **batches
+        )
+        return loader, held, collate, {}, f"{args.dataset_args}: streamed; {held_lines}"
+    rows = load(split="train")
+    if args.packing:
+        rows = data.Packed(rows, pack_length, **blocks)
+    loader = data.Loader(rows, group_by_length=args.stage == "sft" and args.group_by_length, **batches)
     counts = ", ".join(f"{name} {count:,}" for name, count in rows.counts.items())
-    held_out = "no evaluation" if evaluation is None else f"{len(evaluation):,} rows to evaluate on"
+    share = loader.useful_share(blocks.get("block_length"))
     return (
-        f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
-        f"{block}{shift}, on {device}\n"
-        f"data   {args.dataset_args}: {len(rows):,} rows of {mean:.0f} tokens on average ({counts}); {held_out}\n"
-        f"run    {steps:,} steps of {batch:,} rows, about {batch * mean:,.0f} tokens; {args.optim}, "
-        f"learning rate {args.learning_rate:g}"
+        loader,
+        held,
+        collate,
+        rows.counts,
+        f"{args.dataset_args}: {len(rows):,} rows of {rows.lengths.mean():.0f} tokens on average ({counts}); "
+        f"{share:.0%} of what is computed are their tokens; {held_lines}",
     )
+
+
+def resume_point(args: argparse.Namespace, output: Path) -> Path | None:
+    """The checkpoint to go on from; None: from the start. ValueError or FileNotFoundError where that cannot be."""
+    if args.resume_from_checkpoint is None:
+        held_run(output, args.overwrite)
+        return None
+    if args.overwrite:
+        raise ValueError("--overwrite and --resume_from_checkpoint contradict each other; leave one out")
+    if args.resume_from_checkpoint != "auto":
+        path = Path(args.resume_from_checkpoint)
+        read_progress(path)
+        return path
+    for path in reversed(checkpoints(output)):
+        try:
+            read_progress(path)
+        except FileNotFoundError:
+            continue
+        return path
+    return None
+
+
+# Flags that may differ between a run and what goes on with it.
+FREE = (
+    *("model_name_or_path", "output_dir", "overwrite", "save_dtype", "num_proc", "resume_from_checkpoint"),
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "per_device_eval_batch_size",
+        "dataloader_num_workers",
+    ),
+    *("parallel", "reduce_dtype", "checkpoint_activations", "torch_compile", "compute_dtype", "skip_nonfinite"),
+    *(
+        "eval_strategy",
+        "eval_steps",
+        "stop_at_eval_loss",
+        "save_steps",
+        "save_total_limit",
+        "logging_steps",
+        "max_minutes",
+    ),
+)
 
 
 def train(args: argparse.Namespace) -> None:
     complete(args)
+    ranks = setup()
+    for other in ranks.gather(vars(args)):
+        for name, value in vars(args).items():
+            if other[name] != value:
+                raise ValueError(f"--{name} is {value} here, {other[name]} on another process; start all with the same")
     output = Path(args.output_dir)
-    held_run(output, args.overwrite)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    begin_at = resume_point(args, output)
+    if args.resume_from_checkpoint == "auto" and (output / FINAL).is_dir():
+        print(f"{output / FINAL} is there: the run is complete")
+        return
 
-    model, tokenizer = build_model(args)
-    config = model.config
-    complete_noise(args, config.objective)
-    load = functools.partial(
-        data.load,
-        args.dataset_args,
-        stage=args.stage,
-        tokenizer=tokenizer,
-        max_length=args.max_length,
-        text_field=args.text_field,
-        insert_eos=args.insert_eos,
-        drop_tail=args.drop_tail,
-        truncation=args.truncation,
-        mask_prompt_loss=args.mask_prompt_loss,
-        num_proc=args.num_proc,
-    )
-    rows = load(split="train")
-    evaluation = None if args.eval_strategy == "no" else load(split="validation")
-    collate = collate_for(args, config, tokenizer)
-    loader = data.Loader(
-        rows,
-        micro_batch_size=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        seed=args.seed,
-        group_by_length=args.stage == "sft" and args.group_by_length,
-        collate=collate,
-    )
+    with ranks.first_on_node():
+        model, tokenizer = build_model(args)
+        config = model.config
+        complete_noise(args, config.objective)
+        loader, held, collate, counts, about_data = build_loaders(args, config, tokenizer, ranks)
+    if args.max_steps is None and loader.steps_per_epoch is None:
+        raise ValueError("--streaming has no epochs; pass --max_steps")
+    if loader.steps_per_epoch is None and args.eval_strategy == "epoch":
+        raise ValueError("--eval_strategy epoch: --streaming has no epochs; pass --eval_strategy steps or no")
     steps = args.max_steps or math.ceil(args.num_train_epochs * loader.steps_per_epoch)
-    eval_every = every(args.eval_steps, steps) if args.eval_strategy == "steps" else loader.steps_per_epoch
+    eval_every = loader.steps_per_epoch if args.eval_strategy == "epoch" else every(args.eval_steps, steps)
     save_every = every(args.save_steps, steps) if args.save_steps else steps
 
-    model.to(device)
+    compute_dtype = getattr(torch, args.compute_dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    sharded = ranks.world_size > 1 and args.parallel != "ddp"  # FSDP2 casts by itself
+    autocast = functools.partial(
+        torch.autocast, ranks.device.type, compute_dtype, enabled=compute_dtype != torch.float32 and not sharded
+    )
+    engine, sync = parallelize(model, args, ranks, compute_dtype)
     optimizers = build_optimizers(model, args)
     example_of = training_example(args, config)
-    compute_dtype = getattr(torch, args.compute_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    autocast = functools.partial(torch.autocast, device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    step, skipped, minutes_before, sums = 0, 0, 0.0, Counter()
+    if begin_at is not None:
+        progress = read_progress(begin_at)
+        if progress["config"] != config_dict(config):
+            raise ValueError(f"{begin_at} is a checkpoint of another model; resume with the one it was trained from")
+        for name, value in settings.items():
+            before = progress["settings"].get(name)
+            if before != value:
+                raise ValueError(
+                    f"--{name} {value} contradicts {begin_at}, of a run with {before}; resume with that, or start "
+                    "another run in a directory of its own"
+                )
+        loader.load_state(progress["loader"])
+        load_training(begin_at, model, optimizers)
+        step, skipped, minutes_before = progress["step"], progress["skipped"], progress["minutes"]
+        sums.update(progress["sums"][ranks.rank] if len(progress["sums"]) == ranks.world_size else {})
+    elif ranks.rank == 0:
+        for path in held_run(output, True):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        output.mkdir(parents=True, exist_ok=True)
+    barrier()
+    if ranks.rank == 0:
+        (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
 
-    for path in held_run(output, args.overwrite):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    save = functools.partial(
-        save_model, model, dtype=getattr(torch, args.save_dtype or config.dtype), tokenizer=tokenizer
-    )
-    log = Log(output, steps)
-    log.tell(describe(args, model, rows, evaluation, steps, device))
-    log.write(0, rows=len(rows), **{f"rows {name}": count for name, count in rows.counts.items()})
-    began = time.perf_counter()
+    log = Log(output, step, steps, silent=ranks.rank > 0)
+    log.tell(describe(args, model, about_data, steps, ranks))
+    if begin_at is not None:
+        log.tell(f"resume {begin_at}")
+    else:
+        log.write(0, **{f"rows {name}": count for name, count in counts.items()})
+    began = time.perf_counter() - 60 * minutes_before
+    peak = _peak(ranks.device)
+    save_dtype = getattr(torch, args.save_dtype or config.dtype)
 
     def minutes() -> float:
         return (time.perf_counter() - began) / 60
 
-    def run_evaluation(step: int) -> float:
-        nats = evaluate(model, evaluation, collate, batch_size=args.per_device_eval_batch_size, autocast=autocast)
+    def run_evaluation() -> float:
+        options = {"batch_size": args.per_device_eval_batch_size, "autocast": autocast, "ranks": ranks}
+        nats = evaluate(engine, model, held, collate, **options)
         perplexity = math.exp(min(nats, 700))
         log.write(step, eval_loss=nats, eval_perplexity=perplexity, minutes=minutes())
         log.tell(f"step {step}: evaluation {nats:.4f} nats per token, perplexity {perplexity:.4g}")
         return nats
 
-    if evaluation is not None:
-        run_evaluation(0)
-    sums = Counter()  # since the last line of the log
-    for step, (epoch, micro_batches) in enumerate(endless(loader), 1):
-        step_began = time.perf_counter()
-        progress = step / (steps + 1)  # neither the first step nor the last is in vain
-        if args.max_minutes is not None:
-            progress = min(1.0, max(progress, minutes() / args.max_minutes))
-        rate = learning_rate(progress, args)
-        examples = [example_of(batch) for batch in micro_batches]
-        total, denominator, norm = optimize(model, optimizers, examples, rate, autocast, args.max_grad_norm)
-        if not math.isfinite(norm):
-            raise ValueError(f"step {step}: the gradient is not finite; the weights of the last checkpoint are")
-        log.bar.update()
-        sums["loss"] += total
-        sums["denominator"] += denominator
-        sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in micro_batches)
-        sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in micro_batches)
-        sums["seconds"] += time.perf_counter() - step_began
-
-        last = step == steps or (args.max_minutes is not None and minutes() >= args.max_minutes)
-        if step % save_every == 0 and not last:
-            save(output / f"checkpoint-{step}")
-            for old in checkpoints(output)[: -args.save_total_limit] if args.save_total_limit else []:
+    def save() -> Path:
+        path = output / f"checkpoint-{step}"
+        states = ranks.gather((loader.state, dict(sums)))
+        progress = {"step": step, "skipped": skipped, "minutes": minutes(), "settings": settings}
+        progress |= {"config": config_dict(config), "world_size": ranks.world_size}
+        progress |= {"loader": [state for state, _ in states], "sums": [part for _, part in states]}
+        save_training(path, model, optimizers, progress, dtype=save_dtype, tokenizer=tokenizer)
+        if ranks.rank == 0:
+            kept = checkpoints(output)
+            for old in kept[: -args.save_total_limit] if args.save_total_limit else []:
                 shutil.rmtree(old)
-        if last:
-            save(output / "checkpoint-final")
-        if evaluation is not None and (step % eval_every == 0 or last):
-            nats = run_evaluation(step)
-            if not last and args.stop_at_eval_loss is not None and nats <= args.stop_at_eval_loss:
-                log.tell(f"step {step}: the evaluated bound is at most {args.stop_at_eval_loss}; the run ends")
-                save(output / "checkpoint-final")
-                last = True
-        if step % args.logging_steps == 0 or last:
-            metrics = {"loss": sums["loss"] / max(1, sums["denominator"]), "learning_rate": rate, "grad_norm": norm}
-            metrics["tokens_per_second"] = sums["tokens"] / sums["seconds"]
-            counts = {"tokens": sums["tokens"], "supervised_tokens": sums["supervised"], "minutes": minutes()}
-            log.write(step, epoch=epoch + 1, **metrics, **counts)
-            log.show(step, **metrics)
-            sums.clear()
-        if last:
-            break
+            for old in kept[:-2]:
+                drop_training(old)
+        return path
+
+    def save_final() -> None:
+        save_whole(model, output / FINAL, save_dtype, tokenizer, ranks)
+
+    with Signals() as signals:
+        if held is not None and step == 0:
+            run_evaluation()
+        batches = loader.batches()
+        while step < steps:
+            step_began = time.perf_counter()
+            micro_batches = next(batches)
+            epoch = micro_batches[0]["epoch"]
+            examples = [example_of(batch) for batch in micro_batches]
+            mine = sum(example.denominator for example in examples)
+            denominator, signalled, spent = ranks.sum(mine, signals.number > 0, minutes() if ranks.rank == 0 else 0)
+            progress = (step + 1) / (steps + 1)  # neither the first step nor the last is in vain
+            if args.max_minutes is not None:
+                progress = min(1.0, max(progress, spent / args.max_minutes))
+            rate = learning_rate(progress, args)
+            total, norm = gradients(engine, sync, model, examples, denominator, autocast, args.max_grad_norm, ranks)
+            step += 1
+            if math.isfinite(norm):
+                update(optimizers, rate)
+            else:
+                skipped += 1
+                samples = ranks.gather([n for batch in micro_batches for n in batch["sample"].tolist()])
+                good = max(checkpoints(output), key=_number, default="none was written")
+                text = f"step {step}: the gradient is not finite, on samples {samples} of epoch {epoch}"
+                if skipped > args.skip_nonfinite:
+                    raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
+                log.tell(f"{text}; left out")
+                model.zero_grad(set_to_none=True)
+                total = 0.0
+            log.update()
+            sums["loss"] += float(total)
+            sums["denominator"] += mine if total else 0
+            sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in micro_batches)
+            sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in micro_batches)
+            if peak:
+                sums["flops"] += sum(train_flops(config, example.layout, len(example.index)) for example in examples)
+            sums["seconds"] += time.perf_counter() - step_began
+
+            last = step == steps or (args.max_minutes is not None and spent >= args.max_minutes)
+            stopped = signalled > 0 and not last
+            if (step % save_every == 0 and not last) or stopped:
+                saved = save()
+            if last:
+                save_final()
+            if held is not None and (step % eval_every == 0 or last) and not stopped:
+                nats = run_evaluation()
+                if not last and args.stop_at_eval_loss is not None and nats <= args.stop_at_eval_loss:
+                    log.tell(f"step {step}: the evaluated bound is at most {args.stop_at_eval_loss}; the run ends")
+                    save_final()
+                    last = True
+            if step % args.logging_steps == 0 or last:
+                metrics = summarize(sums, ranks, peak)
+                shown = {"loss": metrics.pop("loss"), "learning_rate": rate, "grad_norm": norm}
+                shown["tokens_per_second"] = metrics.pop("tokens_per_second")
+                log.write(step, epoch=epoch + 1, **shown, **metrics, minutes=minutes())
+                log.show(step, **shown)
+                sums.clear()
+            if last or stopped:
+                break
+    batches.close()
     log.close()
-    print(f"wrote  {output / 'checkpoint-final'} after {minutes():.1f} minutes")
+    if stopped:
+        if ranks.rank == 0:
+            print(f"stopped by a signal; wrote {saved}; the same command with --resume_from_checkpoint auto goes on")
+        sys.exit(130 if signals.number == signal.SIGINT else REQUEUE)
+    if ranks.rank == 0:
+        print(f"wrote  {output / FINAL} after {minutes():.1f} minutes")
 
 
-def optimize(model, optimizers, examples: list[Example], rate: float, autocast, max_grad_norm: float):
-    """One optimizer step on the micro-batches of a global batch: (summed loss, what to divide it by, gradient norm)."""
-    device = model.head_weight.device
-    denominator = sum(example.denominator for example in examples)
+def gradients(
+    engine, sync, model, examples: list[Example], denominator: float, autocast, max_grad_norm: float, ranks: Ranks
+):
+    """(summed loss of this rank, norm of the gradient) of a global batch, whose clipped gradient is then in the model.
+
+    denominator: of the global batch. Gradients are averaged over ranks, hence the factor.
+    """
     total = 0.0
-    for example in examples:
+    for n, example in enumerate(examples):
+        sync(n == len(examples) - 1)
         with autocast():
-            value, _ = loss(model, example.to(device))
-        (value / max(1, denominator)).backward()
+            value, _ = loss(engine, example.to(ranks.device))
+        (value * (ranks.world_size / max(1, denominator))).backward()
         total += value.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP
+    return total.item(), norm.item()
+
+
+def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total.item(), denominator, norm.item()
 
 
-def endless(loader: data.Loader):
-    """(epoch, the micro-batches of an optimizer step), epoch after epoch."""
-    for epoch in itertools.count():
-        for micro_batches in loader.epoch(epoch):
-            yield epoch, micro_batches
+def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
+    """Metrics of the steps since the last line of the log, over all ranks."""
+    names = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")
+    total = dict(zip(names, ranks.sum(*(sums[name] for name in names))))
+    seconds = total["seconds"] / ranks.world_size
+    metrics = {
+        "loss": total["loss"] / max(1, total["denominator"]),
+        "tokens_per_second": total["tokens"] / seconds,
+        "tokens_per_second_per_process": total["tokens"] / seconds / ranks.world_size,
+        "supervised_tokens_per_second": total["supervised"] / seconds,
+        "tokens": total["tokens"],
+        "supervised_tokens": total["supervised"],
+    }
+    if peak:
+        metrics["mfu"] = total["flops"] / seconds / (peak * ranks.world_size)
+    if ranks.device.type == "cuda":
+        metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return metrics
+
+
+def save_whole(model: LanguageModel, path: Path, dtype: torch.dtype, tokenizer: Tokenizer, ranks: Ranks) -> None:
+    """The model alone, gathered from all ranks, as a Hugging Face directory."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if ranks.rank == 0:
+        save_model(model, path, dtype=dtype, tokenizer=tokenizer, state_dict=whole)
+    barrier()
+
+
+def _peak(device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+
+
+def describe(args: argparse.Namespace, model: LanguageModel, about_data: str, steps: int, ranks: Ranks) -> str:
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
+    block = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
+    where = f"{ranks.world_size} x {ranks.device.type} ({args.parallel})" if ranks.world_size > 1 else ranks.device.type
+    return (
+        f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
+        f"{block}{shift}, on {where}\n"
+        f"data   {about_data}\n"
+        f"run    {steps:,} steps of {rows:,} rows; {args.optim}, learning rate {args.learning_rate:g}"
+    )
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def checkpoints(output: Path) -> list[Path]:
     """The numbered checkpoints of a run, oldest first."""
-    return sorted(output.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(output.glob("checkpoint-[0-9]*"), key=_number)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
     with one_line_errors(parser.prog):
-        train(args)
+        try:
+            train(args)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":

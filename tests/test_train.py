@@ -15,6 +15,7 @@ from checkpoint import load_config, load_model, save_model
 from diffusion import Batch
 from tokenizer import Tokenizer
 
+ALONE = train.Ranks(0, 1, torch.device("cpu"))
 ROWS = {"train": 60, "validation": 20, "test": 20}
 
 
@@ -105,9 +106,11 @@ def test_accumulation_changes_neither_the_loss_nor_the_weights(source, objective
             train.training_example(args, model.config),
             [],
         )
-        for _, (_, micro_batches) in zip(range(3), train.endless(loader)):
+        for _, micro_batches in zip(range(3), loader.batches()):
             examples = [example_of(batch) for batch in micro_batches]
-            total, denominator, norm = train.optimize(model, optimizers, examples, 1e-3, nullcontext, 1.0)
+            denominator = sum(example.denominator for example in examples)
+            total, norm = train.gradients(model, lambda on: None, model, examples, denominator, nullcontext, 1.0, ALONE)
+            train.update(optimizers, 1e-3)
             losses += [total / denominator, norm]
         results.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
     for losses, weights in results[1:]:
@@ -125,7 +128,7 @@ def test_what_is_saved_is_what_was_evaluated(source, tmp_path, objective):
     rows = data.load("builtin/sums", stage="sft", split="validation", tokenizer=tokenizer, max_length=512)
     args = train.arguments().parse_args(["--model_name_or_path", "", "--output_dir", "", *SFT])
     collate = train.collate_for(args, model.config, tokenizer)
-    again = train.evaluate(model, rows, collate, batch_size=7, autocast=nullcontext)
+    again = train.evaluate(model, model, rows, collate, batch_size=7, autocast=nullcontext, ranks=ALONE)
     assert again == pytest.approx([row["eval_loss"] for row in metrics if "eval_loss" in row][-1], rel=1e-5)
 
 
@@ -142,7 +145,7 @@ def test_the_evaluated_loss_of_ar_is_the_mean_surprise(source):
         tokens += int(supervised[1:].sum())
     collate = functools.partial(data.collate, pad_id=tokenizer.pad_id)
     for batch_size in (1, 6):
-        value = train.evaluate(model, rows, collate, batch_size=batch_size, autocast=nullcontext)
+        value = train.evaluate(model, model, rows, collate, batch_size=batch_size, autocast=nullcontext, ranks=ALONE)
         assert value == pytest.approx(surprise / tokens, rel=1e-9)
 
 
@@ -246,6 +249,14 @@ FLAGS = [
     "--eval_steps 1 --per_device_eval_batch_size 3 --save_steps 1 --save_total_limit 1 --logging_steps 1",
     "--stop_at_eval_loss 100 --eval_steps 1",
     "--max_minutes 0.00001",
+    "--train_on last --packing True --objective ar",
+    "--packing True --objective bd3lm --block_size 4",
+    "--streaming True --shuffle_buffer 30 --dataloader_num_workers 1",
+    "--load_preprocessed_data True --dataset_args PREPROCESSED",
+    "--resume_from_checkpoint auto --skip_nonfinite 1",
+    "--parallel zero2 --reduce_dtype bfloat16 --checkpoint_activations full",
+    "--checkpoint_activations selective",
+    "--torch_compile True",
 ]
 REQUIRED = {"--help", "--model_name_or_path", "--output_dir", "--dataset_args", "--stage", "--max_steps"}
 
@@ -254,7 +265,11 @@ REQUIRED = {"--help", "--model_name_or_path", "--output_dir", "--dataset_args", 
 def test_a_run_with(source, tmp_path, flags):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"body": f"{i} sheep jump over the fence. " * 9}) + "\n" for i in range(40)))
-    metrics = run(source, tmp_path / "run", *flags.replace("TEXT", str(text)).split())
+    if "PREPROCESSED" in flags:
+        argv = ["--dataset_args", "builtin/sums", "--stage", "sft", "--model_name_or_path", source, "--show", "0"]
+        data.main([*argv, "--output_dir", str(tmp_path / "set")])
+    flags = flags.replace("TEXT", str(text)).replace("PREPROCESSED", str(tmp_path / "set"))
+    metrics = run(source, tmp_path / "run", *flags.split())
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses and all(map(math.isfinite, losses))
     if "save_dtype" in flags:
