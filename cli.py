@@ -7,6 +7,7 @@ shows where it was raised instead.
 import argparse
 import difflib
 import itertools
+import json
 import re
 import sys
 from contextlib import contextmanager
@@ -161,6 +162,36 @@ def open_model(args: argparse.Namespace):
     model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device)
     declare(model.config, **declared)
     return model, tokenizer
+
+
+def canvas(tokenizer, prompt: list[int], *, predicted_from_before: bool) -> tuple[list[int], list[bool]]:
+    """(ids, which of them are masks to fill in) of an encoded prompt; 0 stands where a mask was.
+
+    predicted_from_before: a token is predicted from the one before it (ar, right shift), so what would begin with a
+    mask, or with nothing, begins with the BOS token, else the EOS token.
+    """
+    holes = [token == tokenizer.mask_id for token in prompt]
+    begin = []
+    if predicted_from_before and (not holes or holes[0]):
+        begin = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+        if begin == [None]:
+            raise ValueError(
+                "generating from scratch needs a token to begin with; the tokenizer has neither BOS nor EOS"
+            )
+    return begin + [0 if hole else token for token, hole in zip(prompt, holes)], [False for _ in begin] + holes
+
+
+def check_messages(messages, where: str) -> None:
+    """Refuses, naming `where` they come from, what is no list of chat messages."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: messages must be a list of at least one, each with a role and a content")
+    for message in messages:
+        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+        if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
+            raise ValueError(
+                f"{where}: message {json.dumps(message)[:80]}; expected a role (system, user, assistant or tool) and a "
+                "content that is a string"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ class Region:
         if len(lines) > room:
             note = f"… {len(lines) - room + 1} more lines"
             lines = [*lines[: room - 1], [(character, MASKED) for character in note[: self.width]]]
-        self._write(text + "\r\n".join(map(coloured, lines)))
+        self._write(text + "\r\n".join(map(coloured, lines)) + "\r")  # where the ^C of an interruption does no harm
         self.drawn = [sum(cell_len(character) for character, _ in line if character != "\n") for line in lines]
 
     def _erased(self) -> str:
@@ -201,8 +201,15 @@ class Stream:
         self.revocable = revocable
         self.region = Region(self.stream) if live and terminal(self.stream) else None
         self.written = 0  # characters
+
+    def __enter__(self) -> "Stream":
         if self.region:
             self.region.__enter__()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.region:
+            self.region.__exit__()
 
     def show(self, shown: list[tuple[str, str]]) -> None:
         first = next((i for i, (_, style) in enumerate(shown) if style == MASKED), len(shown))
@@ -222,14 +229,13 @@ class Stream:
         self.written += sum(map(len, above))
         self.region.draw(lines[len(above) :], above=above)
 
-    def close(self, text: str) -> None:
-        """Ends with the whole answer, of which the settled part has been shown."""
-        rest = printable(text[self.written :])
+    def close(self, shown: list[tuple[str, str]]) -> None:
+        """Writes what is missing of the whole answer."""
+        rest = _skip(shown, self.written)
         if self.region:
-            lines = wrap([(rest, SETTLED)], self.region.width)
-            self.region.__exit__()
-            rest = "\n".join(coloured(line) for line in lines)
-        self._write(rest + "\n")
+            self.region.draw([], above=wrap(rest, self.region.width) or [[]])
+        else:
+            self._write(printable(plain(rest)) + "\n")
 
     def _write(self, text: str) -> None:
         self.stream.write(encodable(text, self.stream))

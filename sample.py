@@ -17,6 +17,8 @@ from cli import (
     add_model,
     add_sampling,
     boolean,
+    canvas,
+    check_messages,
     one_line_errors,
     open_model,
     replacing_file,
@@ -183,18 +185,6 @@ def from_json(line: str, where: str) -> Request:
     return Request(row["prompt"])
 
 
-def check_messages(messages, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: messages must be a list of at least one, each with a role and a content")
-    for message in messages:
-        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
-            raise ValueError(
-                f"{where}: message {json.dumps(message)[:80]}; expected a role (system, user, assistant or tool) and a "
-                "content that is a string"
-            )
-
-
 def scored(row: dict, source: str) -> Request:
     messages = row.get("messages")
     if messages is None:
@@ -229,14 +219,8 @@ def encode(request: Request, n: int, args: argparse.Namespace, model: LanguageMo
                 f"prompt {n} ends in the assistant's turn; leave that out, or put {tokenizer.mask_token} in it"
             )
         request.ids, _ = tokenizer.render(system + messages, reply=not last)
-    holes = [filling and token == tokenizer.mask_id for token in request.ids]
-    if model.config.right_shift and (not holes or holes[0]):
-        begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        if begin is None:
-            raise ValueError(f"prompt {n} needs a token to begin with, and the tokenizer has neither BOS nor EOS")
-        request.ids, holes = [begin, *request.ids], [False, *holes]
+    request.ids, holes = canvas(tokenizer, request.ids, predicted_from_before=model.config.right_shift)
     request.holes = holes if filling else None
-    request.ids = [0 if hole else token for token, hole in zip(request.ids, holes)]
     length, context = len(request.ids) + new_tokens(request, args), model.config.max_position_embeddings
     if length > context:
         raise ValueError(

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from conftest import tiny
 
-import data
 from checkpoint import save_model
 from tokenizer import Tokenizer
 
@@ -25,7 +24,8 @@ FOLDER = tempfile.TemporaryDirectory()
 @functools.cache
 def tokenizer(template: bool = True) -> Tokenizer:
     """Its mask token is added; ends are <|endoftext|> (BOS) and <|im_end|> (EOS)."""
-    texts = [message["content"] for row in data.sums_rows("validation") for message in row["messages"]]
+    subjects, verbs = ("word", "number", "letter", "digits", "largest"), ("Reverse", "Sort", "Count", "What is", "Add")
+    texts = [f"{verb} the {subject} of {n}, yes?" for verb in verbs for subject in subjects for n in range(20)]
     trained = Tokenizer.train(texts, 400)
     if not template:
         del trained.files["tokenizer_config.json"]["chat_template"]
