@@ -791,6 +791,8 @@ def _pick(scores, *, cfg_scale, suppress, begin_suppress, mask_id, temperature, 
 # ---------------------------------------------------------------------------------------------------------------------
 # Likelihood
 
+COPIES = 1024  # tokens of noisy copies in a row of one forward: attention compares each with all, and masks most
+
 
 @dataclass
 class _Row:
@@ -895,9 +897,9 @@ def log_likelihood(
         while todo and (not batch or (len(batch) + 1) * cost <= forward_tokens):
             batch.append(todo.pop(0))
             noisy = len(batch[-1].copies) * batch[-1].width
-            cost = max(cost, len(batch[-1].past) + min(noisy, max(batch[-1].width, 1024)))
+            cost = max(cost, len(batch[-1].past) + min(noisy, max(batch[-1].width, COPIES)))
         asked = [np.unique(np.concatenate(row.queries)[:, :3], axis=0, return_inverse=True) for row in batch]
-        scores = score(model, batch, [query for query, _ in asked], K, forward_tokens)
+        scores = score(model, batch, [query for query, _ in asked], K)
         for row, (_, inverse), (log_p, likeliest) in zip(batch, asked, scores):
             _, _, _, request, which = np.concatenate(row.queries).T
             np.add.at(table, (request, which), np.concatenate(row.weights) * log_p[inverse.ravel()])
@@ -950,7 +952,7 @@ def _scores(targets: Tensor):
     return head
 
 
-def _score_whole(model, batch: list[_Row], asked: list[np.ndarray], K: None, forward_tokens: int):
+def _score_whole(model, batch: list[_Row], asked: list[np.ndarray], K: None):
     """mdlm: (log-probability, likeliest) of each row's queries; a row is its one noisy copy."""
     sequences = [np.frombuffer(tokens, dtype=np.int64) for row in batch for _, tokens in row.copies]
     B, T = len(sequences), max(map(len, sequences))
@@ -972,7 +974,7 @@ def _split(scores: tuple[Tensor, Tensor], asked: list[np.ndarray]):
     return list(zip(np.split(log_p.astype(np.float64), ends), np.split(likeliest, ends)))
 
 
-def _score_blocks(model, batch: list[_Row], asked: list[np.ndarray], K: int, forward_tokens: int):
+def _score_blocks(model, batch: list[_Row], asked: list[np.ndarray], K: int):
     """ar, bd3lm: (log-probability, likeliest) of each row's queries; the clean past first, then its noisy copies.
 
     Contexts that several rows share are encoded once, in a forward before. Copies that do not fit one forward come in
@@ -984,7 +986,7 @@ def _score_blocks(model, batch: list[_Row], asked: list[np.ndarray], K: int, for
     contexts = {row.past[: row.shared]: i for i, row in enumerate(batch)}  # and one row that has it
     begin = np.zeros(B, dtype=np.int64)  # the columns before this one are in the cache
     copies = max(len(row.copies) for row in batch)
-    fit = max(1, max(forward_tokens // B - P, 1024) // max(width, 1))  # copies of a forward
+    fit = max(1, COPIES // max(width, 1))  # copies of a forward
     W = min(copies, fit) * width
 
     def tensor(x: np.ndarray) -> Tensor:

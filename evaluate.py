@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -151,14 +152,13 @@ class A2D(TemplateLM):
         if device in (None, "auto", "cuda"):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
         if self._world_size > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+            torch.distributed.init_process_group("gloo")  # only small objects travel
         self.options.model_name_or_path, self.options.objective = self.options.pretrained, self.objective
         self.options.device = device
         self.model, self.tokenizer = open_model(self.options)
         self._device = torch.device(device)
-        self.room = 131072 if on_gpu else 8192  # tokens of a forward; halved where memory does not suffice
+        self.room = 131072 if on_gpu else 4096  # tokens of a forward; halved where memory does not suffice
         self.max_length = min(self.options.max_length or 2**62, self.model.config.max_position_embeddings)
-        self.started = time.time()
         # What this process did: requests, tokens, forwards (a sequence each) and seconds, of "generated" and "scored".
         self.counts = Counter()
         self.prompts = defaultdict(set)  # task: a hash of each of its requests
@@ -220,20 +220,11 @@ class A2D(TemplateLM):
     def all_gather(self, tensor):
         import torch
 
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor.reshape(-1)) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, tensor.reshape(-1))
-        return torch.cat(parts)
+        return torch.cat([part.reshape(-1) for part in self._gather_all(tensor.cpu())]).to(tensor.device)
 
     def gather_object(self, obj, dst: int = 0):
-        import torch
-
-        if self.world_size == 1:
-            return [obj]
-        parts = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, parts, dst=dst)
-        return parts
+        parts = self._gather_all(obj)
+        return parts if self.rank == dst else None
 
     def barrier(self) -> None:
         import torch
@@ -397,7 +388,7 @@ class A2D(TemplateLM):
         if sampling["block_size"] is None and self.objective == "mdlm":
             sampling["block_size"] = MDLM_BLOCK
         if sampling["steps"] is None:
-            sampling["steps"] = length
+            sampling["steps"] = max(1, length)
         return until, length, sampling | {"max_new_tokens": length}
 
     def _generate(self, prompts: list[list[int]], until: list[str], **sampling) -> tuple[list[str], int]:
@@ -541,9 +532,11 @@ def manifest(lm: A2D, counts: Counter, results: dict, argv: list[str], seconds: 
     )
     config = results["config"]
     if lm._device.type == "cuda":
-        hardware = f"{lm.world_size} x {torch.cuda.get_device_name(lm._device)}"
+        hardware = torch.cuda.get_device_name(lm._device)
     else:
-        hardware = f"{lm.world_size} x {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        model_name = re.search(r"model name\s*:\s*(.+)", cpuinfo)
+        hardware = f"{model_name[1] if model_name else platform.machine()}, {torch.get_num_threads()} threads"
     packages = ("torch", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
     shown = ("dtype", "max_length", "enable_thinking", "add_bos_token", "seed", "mc_num", "is_check_greedy")
     complete = config.get("use_cache") is None  # answers from the cache never reach the model
@@ -565,7 +558,7 @@ def manifest(lm: A2D, counts: Counter, results: dict, argv: list[str], seconds: 
         "limit": config.get("limit"),
         "batch_size": lm.batch_size or "auto",
         "processes": lm.world_size,
-        "hardware": hardware,
+        "hardware": f"{lm.world_size} x {hardware}",
         "packages": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
         "seconds": seconds,

@@ -286,7 +286,7 @@ def tasks(tmp_path_factory) -> Path:
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     generation = "generation_kwargs: {until: [w3], max_gen_toks: 5}\nmetric_list: [{metric: exact_match}]"
     for name, kind, target, more in [
-        ("choice", "multiple_choice", "gold", 'doc_to_choice: ["{{a}}", "{{b}}"]\nmetric_list: [{metric: acc}]'),
+        ("choice", "multiple_choice", "gold", 'doc_to_choice: "{{[a, b]}}"\nmetric_list: [{metric: acc}]'),
         ("write", "generate_until", '"{{a}}"', generation),
         ("text", "loglikelihood_rolling", '"{{text}}"', "metric_list: [{metric: word_perplexity}]"),
     ]:
@@ -355,6 +355,39 @@ def evaluate_rows():
     from data import raw
 
     return list(raw("builtin/sums[test:500]", "test"))
+
+
+def test_ar_is_lm_evals_own_hf_on_the_same_weights(checkpoints, tasks, capsys):
+    """Where transformers and accelerate are installed, which nothing else here needs: the independent reference."""
+    pytest.importorskip("transformers", reason="needs lm-eval[hf], transformers among it")
+    pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval[hf]")
+    options = {
+        "tasks": ["choice", "write", "text"],
+        "bootstrap_iters": 10,
+        "apply_chat_template": True,
+        "batch_size": 3,
+    }
+    manager = TaskManager(include_path=[str(tasks)], include_defaults=False)
+    arguments = {"pretrained": checkpoints["ar"], "dtype": "float32"}
+    ours = simple_evaluate(model="a2d_ar", model_args=arguments, task_manager=manager, **options)
+    theirs = simple_evaluate(model="hf", model_args=arguments, task_manager=manager, device="cpu", **options)
+    for task in options["tasks"]:
+        for one, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+            assert one["prompt_hash"] == other["prompt_hash"]
+            if task == "write":
+                assert one["resps"] == other["resps"]
+            elif task == "text":
+                assert one["resps"][0][0] == pytest.approx(other["resps"][0][0], abs=1e-3)
+            else:
+                for (a,), (b,) in zip(one["resps"], other["resps"], strict=True):
+                    assert a[0] == pytest.approx(b[0], abs=1e-3) and a[1] == b[1]
+    with capsys.disabled():
+        print()
+        for task in options["tasks"]:
+            for metric, value in ours["results"][task].items():
+                if isinstance(value, float) and "stderr" not in metric:
+                    assert theirs["results"][task][metric] == pytest.approx(value, rel=1e-4)
+                    print(f"{task:8} {metric:25} a2d_ar {value:12.6g}   hf {theirs['results'][task][metric]:12.6g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,7 +571,8 @@ def test_two_processes_give_what_one_gives_and_the_manifest_tells_all(checkpoint
     one, two = made[1], made[2]
     for task in ("choice", "write", "text"):
         for metric, value in one["tasks"][task]["results"].items():
-            assert two["tasks"][task]["results"][metric] == pytest.approx(value, rel=1e-4) or "stderr" in metric
+            same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
+            assert two["tasks"][task]["results"][metric] == same or "stderr" in metric
         assert one["tasks"][task]["prompts_sha256"] == two["tasks"][task]["prompts_sha256"] is not None
     assert len(one["errors"]) == len(two["errors"]) == 2 * 9 + 9
     assert one["checkpoint_sha256"] == two["checkpoint_sha256"] and two["processes"] == 2

@@ -202,11 +202,15 @@ def test_batched_is_single_whatever_the_forward_holds(objective, K, right_shift)
     assert single[1][3] == 0 and (objective == "ar" or single[1][0] > 0)
 
 
-def test_copies_that_need_several_forwards_give_what_one_gives():
-    model = tiny(objective="bd3lm", block_length=8)
+@pytest.mark.parametrize("right_shift", [False, True])
+def test_copies_that_need_several_forwards_give_what_one_gives(right_shift, monkeypatch):
+    model = tiny(objective="bd3lm", block_length=8, right_shift=right_shift)
     contexts, continuations = [tokens(20), tokens(20)], [tokens(20, 1), tokens(19, 2)]
-    many = log_likelihood(model, contexts, continuations, draws=300, generator=rng(), forward_tokens=1)
-    one = log_likelihood(model, contexts, continuations, draws=300, generator=rng(), forward_tokens=10**6)
+    one = log_likelihood(model, contexts, continuations, draws=40, generator=rng())
+    monkeypatch.setattr("diffusion.COPIES", 24)
+    shapes = counted(model, monkeypatch)
+    many = log_likelihood(model, contexts, continuations, draws=40, generator=rng())
+    assert len(shapes) > 10
     for a, b in zip(many, one):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
