@@ -274,52 +274,44 @@ class A2D(TemplateLM):
         from diffusion import log_likelihood
 
         room = self.max_length + int(self.objective == "ar")
+        continuations = [continuation for _, _, continuation in requests]
+        contexts = [self._cut(context, room - len(answer)) for (_, context, _), answer in zip(requests, continuations)]
         questions = defaultdict(list)
-        for i, (_, context, continuation) in enumerate(requests):
-            left = room - len(continuation)
-            if left < 1:
-                raise ValueError(
-                    f"a continuation of {len(continuation)} tokens leaves no room for a context in the model's "
-                    f"{self.max_length}; this task does not fit it"
-                )
-            if len(context) > left:
-                logging.getLogger(__name__).warning(
-                    "cutting %s tokens from the left of a context of %s", len(context) - left, len(context)
-                )
-            questions[tuple(context[-left:])].append(i)
+        for i, context in enumerate(contexts):
+            questions[tuple(context)].append(i)
         # Answers to a question stay together, and questions of about the same length.
-        order = sorted(questions.items(), key=lambda item: (-len(item[0]), item[0]))
-        batches = [[]]
-        for _, members in order:
-            if len(batches[-1]) + len(members) > max(64, self.batch_size or 0) and batches[-1]:
+        batches = []
+        for _, members in sorted(questions.items(), key=lambda item: (-len(item[0]), item[0])):
+            if not batches or len(batches[-1]) + len(members) > max(64, self.batch_size or 0):
                 batches.append([])
             batches[-1] += members
         results = [None] * len(requests)
         bar = self._bar(len(requests), "log-likelihood", disable_tqdm)
         hook = self.model.register_forward_pre_hook(lambda _, inputs: self._count("scored", forwards=len(inputs[0])))
-        for batch in batches if requests else []:
-            contexts = [requests[i][1][-(room - len(requests[i][2])) :] for i in batch]
-            continuations = [requests[i][2] for i in batch]
-            longest = max(len(a) + len(b) for a, b in zip(contexts, continuations))
-            began = time.time()
-            found = self._with_room(
-                lambda contexts=contexts, continuations=continuations, longest=longest: log_likelihood(
+        while batches:
+            batch, began = batches[0], time.time()
+            longest = max(len(contexts[i]) + len(continuations[i]) for i in batch)
+            try:
+                found = log_likelihood(
                     self.model,
-                    contexts,
-                    continuations,
+                    [contexts[i] for i in batch],
+                    [continuations[i] for i in batch],
                     draws=self.options.mc_num,
                     generator=torch.Generator().manual_seed(self.options.seed),
                     forward_tokens=self._rows(longest) * longest,
                     check_greedy=self.objective == "ar" or self.options.is_check_greedy,
                 )
-            )
+            except torch.OutOfMemoryError:
+                self._less_room()
+                continue
+            del batches[0]
             values, errors, *verdict = (part.tolist() for part in found)
             for n, i in enumerate(batch):
                 results[i] = values[n], errors[n], bool(verdict[0][n]) if verdict else False
                 if requests[i][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i][::2])
-            spent = {"requests": len(batch), "tokens": sum(map(len, continuations)), "seconds": time.time() - began}
-            self._count("scored", bar, **spent)
+            tokens = sum(len(continuations[i]) for i in batch)
+            self._count("scored", bar, requests=len(batch), tokens=tokens, seconds=time.time() - began)
         hook.remove()
         bar.close()
         if instances is not None:
@@ -329,6 +321,8 @@ class A2D(TemplateLM):
     # -- generation
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        import torch
+
         answers = [None] * len(requests)
         kinds = defaultdict(list)
         for i, request in enumerate(requests):
@@ -336,28 +330,21 @@ class A2D(TemplateLM):
         bar = self._bar(len(requests), "generation", disable_tqdm)
         for members in kinds.values():
             until, length, sampling = self._request_options(requests[members[0]].args[1])
-            if length >= self.max_length:
-                raise ValueError(
-                    f"an answer of {length} tokens leaves no room for a prompt in the {self.max_length} of the model; "
-                    "lower max_new_tokens or the task's max_gen_toks"
-                )
-            prompts = {i: self.tok_encode(requests[i].args[0])[-(self.max_length - length) :] for i in members}
+            prompts = {i: self._cut(self.tok_encode(requests[i].args[0]), self.max_length - length) for i in members}
             order = sorted(members, key=lambda i: (-len(prompts[i]), prompts[i]))
             while order:
                 began = time.time()
-                longest = max(1, len(prompts[order[0]])) + length
-
-                def generate(order=order, longest=longest, prompts=prompts, until=until, sampling=sampling):
-                    batch = order[: self._rows(longest)]
-                    return batch, self._generate([prompts[i] for i in batch], until, **sampling)
-
-                batch, (texts, tokens) = self._with_room(generate)
+                batch = order[: self._rows(max(1, len(prompts[order[0]])) + length)]
+                try:
+                    texts, tokens = self._generate([prompts[i] for i in batch], until, **sampling)
+                except torch.OutOfMemoryError:
+                    self._less_room()
+                    continue
                 order = order[len(batch) :]
                 for i, text in zip(batch, texts):
                     answers[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                spent = {"requests": len(batch), "tokens": tokens, "seconds": time.time() - began}
-                self._count("generated", bar, **spent)
+                self._count("generated", bar, requests=len(batch), tokens=tokens, seconds=time.time() - began)
         bar.close()
         self._record(requests)
         return answers
@@ -379,12 +366,11 @@ class A2D(TemplateLM):
                 "do_sample, temperature, top_k and top_p, the rest are model_args"
             )
         sampling = {name: getattr(self.options, name) for name in SAMPLING}
-        for name, value in drawn.items():
-            if sampling[name] is None and sample:
-                sampling[name] = value
-        sampling["temperature"] = sampling["temperature"] or 0.0
-        if not sampling["temperature"]:
-            sampling["top_k"] = sampling["top_p"] = None
+        if sampling["temperature"] is None:
+            sampling["temperature"] = drawn["temperature"] or 0.0 if sample else 0.0
+        for name in ("top_k", "top_p"):
+            if sampling[name] is None and sample and sampling["temperature"]:
+                sampling[name] = drawn[name]
         if sampling["block_size"] is None and self.objective == "mdlm":
             sampling["block_size"] = MDLM_BLOCK
         if sampling["steps"] is None:
@@ -435,18 +421,26 @@ class A2D(TemplateLM):
         """Sequences of `longest` tokens for a forward."""
         return self.batch_size or max(1, min(self.room // longest, self.max_batch_size or 2**30))
 
-    def _with_room(self, work):
-        """work(), with half the room where memory does not suffice (--batch_size auto)."""
+    def _less_room(self) -> None:
+        """After memory has not sufficed; raises again where there is nothing left to do about it."""
         import torch
 
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError:
-                if self.batch_size is not None or self.room < 1024:
-                    raise
-                self.room //= 2
-                torch.cuda.empty_cache()
+        if self.batch_size is not None or self.room < 1024:
+            raise
+        self.room //= 2
+        torch.cuda.empty_cache()
+
+    def _cut(self, context: list[int], room: int) -> list[int]:
+        """The end of a context, as long as there is room before an answer."""
+        if room < 1:
+            raise ValueError(
+                f"an answer of {self.max_length - room} tokens or more leaves no room for a context in the model's "
+                f"{self.max_length}; lower max_new_tokens or the task's max_gen_toks, or choose another task"
+            )
+        if len(context) > room:
+            cut = len(context) - room
+            logging.getLogger(__name__).warning("cutting %s tokens from the left of a context of %s", cut, len(context))
+        return context[-room:]
 
     def _bar(self, total: int, what: str, disable: bool):
         from tqdm import tqdm
@@ -457,9 +451,8 @@ class A2D(TemplateLM):
         self.counts.update({(kind, name): value for name, value in spent.items()})
         if bar is not None:
             tokens, forwards, seconds = (self.counts[kind, name] for name in ("tokens", "forwards", "seconds"))
-            bar.set_postfix(
-                {"tokens/s": f"{tokens / max(seconds, 1e-9):.0f}", "tokens/forward": f"{tokens / forwards:.2f}"}
-            )
+            rate = f"{tokens / max(seconds, 1e-9):.0f}"
+            bar.set_postfix({"tokens/s": rate, "tokens/forward": f"{tokens / max(forwards, 1):.2f}"})
             bar.update(spent["requests"])
 
     def _record(self, requests, values=(), errors=()) -> None:

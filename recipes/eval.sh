@@ -15,6 +15,7 @@ PYTHON=${PYTHON:-python}
 model='' num_gpu=1 model_type=normal method='' setting=both output=runs/eval
 
 while [ $# -gt 0 ]; do
+    [ "$1" = -- ] || [ $# -gt 1 ] || { echo "eval.sh: $1 needs a value" >&2 && exit 2; }
     case $1 in
     --model_name_or_path) model=$2 ;;
     --num_gpu) num_gpu=$2 ;;
@@ -25,7 +26,6 @@ while [ $# -gt 0 ]; do
     --) shift && break ;;
     *) echo "eval.sh: unknown flag $1; its first lines tell which there are" >&2 && exit 2 ;;
     esac
-    [ $# -gt 1 ] || { echo "eval.sh: $1 needs a value" >&2 && exit 2; }
     shift 2
 done
 [ -n "$model" ] || { echo 'eval.sh: --model_name_or_path is missing' >&2 && exit 2; }
