@@ -364,3 +364,38 @@ aria-label="position by forward">{"".join(bars)}</svg></div>
 <p>Across: position. Down: forward, 0 to {S}.</p>
 </body></html>
 """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training curves
+
+CURVES = {  # metric of metrics.jsonl: its axis
+    "loss": "training loss",
+    "eval_loss": "evaluated bound, nats per token",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+}
+
+
+def curves(runs: dict[str, list[dict]], path: str | Path) -> None:
+    """A .png of four axes, a line for each of `runs`: its name, and the rows of its metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for panel, (metric, label) in zip(axes.flat, CURVES.items()):
+        for name, rows in runs.items():
+            points = [(row["step"], row[metric]) for row in rows if metric in row]
+            if points:
+                panel.plot(*zip(*points), label=name, linewidth=1.2, marker="." if len(points) < 60 else "")
+        panel.set_xlabel("step")
+        panel.set_title(label, fontsize=10, loc="left")
+        panel.grid(alpha=0.3)
+        if metric in ("loss", "eval_loss", "grad_norm") and panel.lines:
+            panel.set_yscale("log")
+    if len(runs) > 1:
+        axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=110)
+    plt.close(figure)

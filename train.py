@@ -6,6 +6,7 @@ diffusion.py, what a batch is in data.py.
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
@@ -43,11 +44,12 @@ from checkpoint import (
 )
 from cli import Parser, boolean, one_line_errors, switch
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
+from display import curves
 from model import PEAK_FLOPS, Config, LanguageModel, train_flops
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
-METRICS, FINAL = "metrics.jsonl", "checkpoint-final"
+METRICS, ARGS, CURVES, FINAL = "metrics.jsonl", "args.json", "curves.png", "checkpoint-final"
 REQUEUE = 75  # exit status of a run that a signal ended: it can go on (EX_TEMPFAIL)
 EVALUATION_SEED = 0  # of the evaluation's noise: the same in every run
 
@@ -83,7 +85,7 @@ Train a causal, masked-diffusion (MDLM) or block-diffusion (BD3LM) language mode
       --dataset_args Trelis/tiny-shakespeare --text_field Text --insert_eos False --output_dir runs/shakespeare
 
 Writes OUTPUT_DIR/checkpoint-N and checkpoint-final (Hugging Face directories: model and tokenizer), metrics.jsonl (one
-line a log, one an evaluation) and args.json. Flags bear dLLM's names and defaults where it has them.""",
+line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's names and defaults where it has them.""",
     )
     add = parser.add_argument_group("model").add_argument
     add(
@@ -287,6 +289,12 @@ line a log, one an evaluation) and args.json. Flags bear dLLM's names and defaul
         help="leave out up to N steps whose gradient is not finite; one more ends the run",
     )
     add("--logging_steps", type=int, default=10, metavar="N", help="a line in metrics.jsonl every so many steps")
+    add(
+        "--report_to",
+        choices=["none", "wandb"],
+        default="none",
+        help="wandb: also to Weights & Biases (a package of its own, which heeds WANDB_MODE, WANDB_PROJECT and so on)",
+    )
     return parser
 
 
@@ -360,7 +368,7 @@ def held_run(output: Path, overwrite: bool) -> list[Path]:
     """What a run left in `output`. Raises ValueError where that must not be replaced."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output} is a file; choose a directory")
-    held = [path for name in ("checkpoint-*", METRICS, "args.json") for path in sorted(output.glob(name))]
+    held = [path for name in ("checkpoint-*", METRICS, ARGS, CURVES) for path in sorted(output.glob(name))]
     if held and not overwrite:
         raise ValueError(f"--output_dir {output} holds a run ({held[0].name}); choose another, or pass --overwrite")
     return held
@@ -648,9 +656,19 @@ def evaluate(
 class Log:
     """metrics.jsonl and the progress bar, of rank 0; where a line cannot be redrawn, plain lines in the bar's place."""
 
-    def __init__(self, output: Path, step: int, steps: int, silent: bool):
-        self.silent, self.total, self.file, self.bar = silent, steps, None, None
+    def __init__(self, output: Path, step: int, steps: int, silent: bool, wandb):
+        """wandb: that module, or None."""
+        self.output, self.silent, self.total = output, silent, steps
+        self.file = self.bar = self.wandb = None
         if not silent:
+            if wandb is not None:
+                name = str(output.resolve())
+                id = hashlib.sha256(name.encode()).hexdigest()[:12]  # so that a resumed run goes on with its curves
+                config = json.loads((output / ARGS).read_text())
+                project = os.environ.get("WANDB_PROJECT", "nanoA2D")
+                self.wandb = wandb.init(
+                    project=project, name=output.name, id=id, resume="allow", dir=str(output), config=config
+                )
             path = output / METRICS
             lines = path.read_text().splitlines() if path.is_file() else []
             kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
@@ -662,6 +680,14 @@ class Log:
         """A line in metrics.jsonl."""
         if not self.silent:
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            if self.wandb is not None:
+                self.wandb.log(metrics, step=step)
+
+    def draw(self) -> None:
+        """curves.png of what metrics.jsonl holds."""
+        if not self.silent:
+            rows = [json.loads(line) for line in (self.output / METRICS).read_text().splitlines()]
+            curves({self.output.name: rows}, self.output / CURVES)
 
     def show(self, step: int, **metrics: float) -> None:
         """On the bar."""
@@ -687,6 +713,8 @@ class Log:
         if not self.silent:
             self.bar.close()
             self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 class Signals:
@@ -710,6 +738,16 @@ class Signals:
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def import_wandb():
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "--report_to wandb: the package is not installed; pip install wandb, or leave it out"
+        ) from error
+    return wandb
 
 
 def every(interval: float, steps: int) -> int:
@@ -821,6 +859,7 @@ FREE = (
 
 def train(args: argparse.Namespace) -> None:
     complete(args)
+    wandb = import_wandb() if args.report_to == "wandb" else None
     ranks = setup()
     for other in ranks.gather(vars(args)):
         for name, value in vars(args).items():
@@ -876,9 +915,9 @@ def train(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
     barrier()
     if ranks.rank == 0:
-        (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        (output / ARGS).write_text(json.dumps(vars(args), indent=2) + "\n")
 
-    log = Log(output, step, steps, silent=ranks.rank > 0)
+    log = Log(output, step, steps, silent=ranks.rank > 0, wandb=wandb)
     log.tell(describe(args, model, about_data, steps, ranks))
     if begin_at is not None:
         log.tell(f"resume {begin_at}")
@@ -977,6 +1016,7 @@ def train(args: argparse.Namespace) -> None:
             if last or stopped:
                 break
     batches.close()
+    log.draw()
     log.close()
     if stopped:
         if ranks.rank == 0:
@@ -1054,12 +1094,16 @@ def describe(args: argparse.Namespace, model: LanguageModel, about_data: str, st
     shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
     block = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
+    kept = 12 if args.optim == "muon" else 16  # bytes a parameter: weight, gradient, one or two moments, float32
+    shards = 1 if args.parallel == "ddp" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    memory = kept * parameters / (ranks.world_size if args.parallel.startswith("zero") else shards)
     where = f"{ranks.world_size} x {ranks.device.type} ({args.parallel})" if ranks.world_size > 1 else ranks.device.type
     return (
         f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
         f"{block}{shift}, on {where}\n"
         f"data   {about_data}\n"
-        f"run    {steps:,} steps of {rows:,} rows; {args.optim}, learning rate {args.learning_rate:g}"
+        f"run    {steps:,} steps of {rows:,} rows; {args.optim}, learning rate {args.learning_rate:g}\n"
+        f"memory {memory / 1e9:.2f} GB a process for weights, gradients and optimizer; activations besides"
     )
 
 

@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import sys
+import types
 from contextlib import nullcontext
 
 import pytest
@@ -257,6 +259,7 @@ FLAGS = [
     "--parallel zero2 --reduce_dtype bfloat16 --checkpoint_activations full",
     "--checkpoint_activations selective",
     "--torch_compile True",
+    "--report_to none",
 ]
 REQUIRED = {"--help", "--model_name_or_path", "--output_dir", "--dataset_args", "--stage", "--max_steps"}
 
@@ -299,6 +302,28 @@ def test_builtin_tiny_starts_from_nothing_and_its_ar_checkpoint_declares_no_mask
     assert tokenizer.mask_id < model.config.vocab_size and model.config.vocab_size % 64 == 0
 
 
+def test_weights_and_biases_gets_what_the_metrics_hold(source, tmp_path, monkeypatch):
+    class Run:
+        logged, finished = [], False
+
+        def log(self, metrics, step):
+            self.logged.append({"step": step, **metrics})
+
+        def finish(self):
+            Run.finished = True
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **options: Run()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert run(source, tmp_path, "--report_to", "wandb") == Run.logged
+    assert Run.finished
+
+
+def test_a_run_leaves_its_curves(source, tmp_path):
+    run(source, tmp_path, "--logging_steps", "1")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
@@ -325,6 +350,12 @@ MISTAKES = {
     "--dataset_args builtin/sums --stage pt": "no column 'text'",
     "--model_name_or_path ./nowhere": "neither a directory",
     "--eval_steps 0": "expected more than 0",
+    "--optim muon --parallel zero2": "needs whole matrices",
+    "--stage pt --dataset_args builtin/stdlib --packing True": "--packing is for --stage sft",
+    "--packing True --objective mdlm": "mdlm learns chat with its padding",
+    "--streaming True --load_preprocessed_data True": "contradict each other",
+    "--overwrite --resume_from_checkpoint auto": "contradict each other",
+    "--resume_from_checkpoint ./nowhere": "holds no training state",
 }
 
 
@@ -360,6 +391,18 @@ def test_an_unconverted_checkpoint_is_sent_to_convert(source, tmp_path, capsys):
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "objective"}))
     assert "run convert.py on it first" in refused(capsys, "--model_name_or_path", path, *flags)
     assert not (tmp_path / "x").exists()
+
+
+def test_streaming_needs_a_number_of_steps(source, tmp_path, capsys):
+    flags = ["--dataset_args", "builtin/sums", "--stage", "sft", "--streaming", "--output_dir", str(tmp_path / "x")]
+    assert "pass --max_steps" in refused(capsys, "--model_name_or_path", source, *flags)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_wandb_is_told(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    flags = ["--output_dir", str(tmp_path / "x"), *SFT, "--report_to", "wandb"]
+    assert "pip install wandb" in refused(capsys, "--model_name_or_path", source, *flags)
 
 
 def test_a_declared_objective_is_not_contradicted(source, tmp_path, capsys):
