@@ -13,11 +13,13 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+TRUTH = {"true": True, "false": False}
+
 
 def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
+    if text.lower() not in TRUTH:
         raise argparse.ArgumentTypeError(f"{text!r}: expected True or False")
-    return text.lower() == "true"
+    return TRUTH[text.lower()]
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -48,13 +50,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        flags = itertools.takewhile(lambda argument: argument != "--", args)
+        args = list(sys.argv[1:] if args is None else args)
+        flags = list(itertools.takewhile(lambda argument: argument != "--", args))
         for flag in (argument.partition("=")[0] for argument in flags if argument.startswith("--")):
             if flag not in self._option_string_actions:
                 near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 way = f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists them"
                 self.error(f"unknown flag {flag}; {way}")
+        if self._get_positional_actions():  # a switch alone must not take one of them for its value
+            for i, (flag, after) in enumerate(itertools.zip_longest(flags, flags[1:], fillvalue="")):
+                action = self._option_string_actions.get(flag)
+                if action is not None and action.type is boolean and action.const and after.lower() not in TRUTH:
+                    args[i] = f"{flag}=True"
         return super().parse_known_args(args, namespace)
 
 
@@ -205,16 +212,20 @@ SAMPLING = (
 
 
 def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
-    """Adds a flag for each of SAMPLING; `defaults` replace those that fit a short answer."""
+    """Adds a flag for each of SAMPLING; `defaults` replace those that fit a short answer.
+
+    max_new_tokens None: the program chooses, by what a prompt is.
+    """
     add = parser.add_argument_group("sampling").add_argument
-    add("--max_new_tokens", type=int, default=128, metavar="TOKENS", help="masks that follow each prompt")
+    told = " (default: 128, or 0 after a prompt that has masks)" if defaults.get("max_new_tokens", 128) is None else ""
+    add("--max_new_tokens", type=int, default=128, metavar="TOKENS", help="masks that follow each prompt" + told)
     add(
         "--steps",
         type=int,
         default=128,
         metavar="N",
         help="forwards for the whole answer, shared evenly by its blocks; fewer steps reveal more tokens each. More "
-        "steps than tokens are allowed; those that would reveal nothing are left out",
+        "steps than tokens are allowed; those that would reveal nothing are left out. ar takes one a token",
     )
     add(
         "--block_size",

@@ -124,6 +124,16 @@ def test_prompts_before_and_after_flags_and_behind_a_double_dash(run):
     assert re.findall(r"\[\d/4\] (.*)", out) == ["one", "two", "--three", "-4"]
 
 
+def test_a_switch_alone_takes_no_prompt_for_its_value(run):
+    for shown in (("--show",), ("--show", "True"), ("--show=true",)):
+        _, out, _ = run(
+            "--model_name_or_path", checkpoint("ar"), *NEW, *shown, "one", "--overwrite", "two", "--show", "--"
+        )
+        assert re.findall(r"\[\d/2\] (.*)", out) == ["one", "two"] and "forward 8, row 2" in out
+    _, out, _ = run("--model_name_or_path", checkpoint("ar"), *NEW, "--show", "False", "one")
+    assert re.findall(r"\[\d/1\] (.*)", out) == ["one"] and "forward 8" not in out
+
+
 # Infilling
 
 HOLE = "<|mask|>"
@@ -456,7 +466,7 @@ MISTAKES = {  # flags after a prompt and the model: what is said
     ("--device", "tpu9"): "--device tpu9 is not to be had here; expected cpu",
     ("--objective", "bd3lm"): "--objective bd3lm contradicts the checkpoint, which declares objective mdlm",
     ("--right_shift_logits", "True"): "--right_shift_logits True contradicts the checkpoint",
-    ("--show", "maybe"): "'maybe': expected True or False",
+    ("--show=maybe",): "'maybe': expected True or False",
     ("--output", "o.txt"): "--output o.txt: expected a name that ends in .jsonl",
     ("--picture", "p.gif"): "--picture p.gif: expected a name that ends in .png or .html",
     ("--min_exact_match", "5"): "--min_exact_match needs answers to compare with; add --dataset_args",

@@ -447,15 +447,24 @@ def test_a_kept_cache_is_right_after_an_answer_that_was_broken_off(mode):
         assert torch.equal(fresh, again)
 
 
-def test_a_kept_cache_fills_in_masks_and_forgets_another_block_size():
-    model = tiny(objective="bd3lm", block_length=None)
-    for K in (4, 3, 4):
-        kept, prompt, holes = diffusion.Kept(), random_tokens(14).tolist(), [6 < i < 10 for i in range(14)]
-        list(denoise(model, [prompt], max_new_tokens=NEW, block_size=K + 1, kept=kept))
-        for _ in range(2):
-            options = {"canvas_masks": [holes], "max_new_tokens": 2, "block_size": K}
-            fresh, again = (list(denoise(model, [prompt], kept=cache, **options)) for cache in (None, kept))
-            assert torch.equal(fresh[-1].tokens, again[-1].tokens)
+def test_a_kept_cache_is_none_of_another_block_size():
+    model, kept, prompt = tiny(objective="bd3lm", block_length=None), diffusion.Kept(), random_tokens(40).tolist()
+    for K in (16, 3, 8, 20, 20):
+        options = {"max_new_tokens": NEW, "block_size": K}
+        fresh, again = (list(denoise(model, [prompt], kept=cache, **options)) for cache in (None, kept))
+        assert torch.equal(fresh[-1].tokens, again[-1].tokens)
+
+
+@pytest.mark.parametrize("mode", ("ar", "bd3lm", "bd3lm.shift"))
+def test_a_kept_cache_serves_what_is_before_the_first_mask(mode):
+    """Also where the earlier prompt had, as given tokens, mask ids in the place of masks."""
+    model, kept, holes = a_model(mode), diffusion.Kept(), [6 < i < 10 for i in range(24)]
+    prompt = [MASK if hole else token for token, hole in zip(random_tokens(24).tolist(), holes)]
+    list(denoise(model, [prompt], max_new_tokens=NEW, kept=kept))
+    for _ in range(2):
+        options = {"canvas_masks": [holes], "max_new_tokens": 2}
+        fresh, again = (list(denoise(model, [prompt], kept=cache, **options)) for cache in (None, kept))
+        assert torch.equal(fresh[-1].tokens, again[-1].tokens)
 
 
 @each_mode
