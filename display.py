@@ -255,8 +255,8 @@ def _skip(shown: list[tuple[str, str]], characters: int) -> list[tuple[str, str]
 
 
 class Trace(NamedTuple):
-    """How a canvas was denoised. For each position its token's text, the forward that settled it (0: given), and the
-    model's probability of it then; and the number of forwards."""
+    """How a canvas was denoised. For each position its token's text, the forward that settled it (0: given, -1: none,
+    as the answer ended before), and the model's probability of it then; and the number of forwards."""
 
     texts: list[str]
     settled: list[int]
@@ -271,8 +271,8 @@ HOLE, GIVEN = (236, 236, 236), (190, 190, 190)
 
 def colour(settled: int, confidence: float, forwards: int) -> tuple[int, int, int]:
     """RGB of a token: the hue tells when it settled, from violet (first) to yellow (last); pale is unsure."""
-    if settled == 0:
-        return GIVEN
+    if settled < 1:
+        return HOLE if settled else GIVEN
     place = (settled - 1) / max(forwards - 1, 1) * (len(ANCHORS) - 1)
     i = min(int(place), len(ANCHORS) - 2)
     strength = 0.15 + 0.85 * min(max(confidence, 0.0), 1.0)
@@ -337,7 +337,9 @@ def page(trace: Trace) -> str:
     words, bars = [], []
     for t, (text, settled, confidence) in enumerate(zip(trace.texts, trace.settled, trace.confidence)):
         red, green, blue = colour(settled, confidence, S)
-        when = f"settled at forward {settled} of {S}, confidence {confidence:.3f}" if settled else "given"
+        when = f"settled at forward {settled} of {S}, confidence {confidence:.3f}"
+        if settled < 1:
+            when, settled = "still masked" if settled else "given", 0
         tip = html.escape(f"position {t}: {text!r}\n{when}")
         ink = "#fff" if red * 0.3 + green * 0.59 + blue * 0.11 < 130 else "#000"
         shown = html.escape(text or "·").replace("\n", "↵\n")

@@ -304,12 +304,13 @@ def decode(
         request.forwards = spent[i]
         request.shown = spans(tokenizer, ids[:end], [False] * end, [filling and hole for hole in first[i][:end]])
     begin, stop = begins[0], stops[0]
+    when = [-1 if hole else forward for hole, forward in zip(masked[0][begin:stop], settled[0][begin:stop])]
     trace = Trace(
         pieces(tokenizer, tokens[0][begin:stop], masked[0][begin:stop], skip_special_tokens=False),
-        settled[0][begin:stop],
+        when,
         before.confidence[0, begin:stop].tolist(),
         spent[0],
-        f"{model.config.objective}, {sum(first[0])} tokens in {spent[0]} forwards",
+        f"{model.config.objective}, {sum(forward > 0 for forward in when)} tokens in {spent[0]} forwards",
     )
     return seconds, trace
 

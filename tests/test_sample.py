@@ -370,8 +370,9 @@ def test_a_picture_is_written_as_png_or_html(run, tmp_path, objective):
 
 
 def test_a_pictures_text_is_escaped():
-    trace = display.Trace(["<b>", "&", "$x$", "\n", ""], [0, 1, 2, 2, 3], [0, 0.5, 1, 0.1, 0.9], 3, "<i>")
+    trace = display.Trace(["<b>", "&", "$x$", "\n", ""], [0, 1, 2, 3, -1], [0, 0.5, 1, 0.1, 0], 3, "<i>")
     page = display.page(trace)
+    assert "given" in page and "still masked" in page
     assert "<b>" not in page and "<i>" not in page and "&lt;b&gt;" in page
     assert display.picture(trace, "x.png").startswith(b"\x89PNG")
 
@@ -379,7 +380,7 @@ def test_a_pictures_text_is_escaped():
 def test_colours_tell_when_and_how_sure():
     early, late, unsure = (display.colour(*x, 10) for x in ((1, 1.0), (10, 1.0), (1, 0.1)))
     assert early == display.ANCHORS[0] and late == display.ANCHORS[-1] and min(unsure) > 190
-    assert display.colour(0, 0.0, 10) == display.GIVEN
+    assert display.colour(0, 0.0, 10) == display.GIVEN and display.colour(-1, 0.0, 10) == display.HOLE
 
 
 def test_ctrl_c_ends_with_status_130_and_no_traceback(run, tmp_path, monkeypatch):
