@@ -5,8 +5,8 @@
 #   recipes/eval.sh --model_name_or_path CHECKPOINT [--num_gpu N] [--model_type normal|coder] [--method ar|mdlm|bd3lm]
 #                   [--setting reference|common|both] [--output_dir DIR] [-- FLAGS OF evaluate.py, such as --limit 8]
 #
-# reference: dLLM's: 256 new tokens in 256 steps (3 in 3 for a letter), blocks of 256 (mdlm) or 32 (bd3lm), gsm8k_cot
-# 5-shot (mdlm) or 0-shot (bd3lm), bbh 3-shot, the rest 0-shot; chat template. AR: mdlm's shots.
+# reference: dLLM's: 256 new tokens (3 for a letter), a token a step, blocks of 256 (mdlm) or 32 (bd3lm), gsm8k_cot 5-shot
+# (mdlm) or 0-shot (bd3lm), bbh 3-shot, the rest 0-shot; chat template. AR: mdlm's shots.
 # common: the same for every model but for gsm8k_cot, which is 0-shot.
 # open-dcoder: its own right shift, its rule p2, temperature 0.
 set -eu
@@ -46,8 +46,8 @@ cell() { # TASK SHOTS TOKENS FLAGS...
     args=pretrained=$model,max_new_tokens=$tokens
     case $method in
     ar) ;;
-    mdlm) args=$args,steps=$tokens,block_size=$tokens,cfg_scale=0.0,temperature=0.0 ;;
-    bd3lm) args=$args,steps=$tokens,block_size=32,cfg_scale=0.0,temperature=0.0 ;;
+    mdlm) args=$args,steps=256,block_size=256,cfg_scale=0.0,temperature=0.0 ;;
+    bd3lm) args=$args,steps=256,block_size=32,cfg_scale=0.0,temperature=0.0 ;;
     *) echo "eval.sh: --method $method: expected ar, mdlm or bd3lm" >&2 && exit 2 ;;
     esac
     case $model in *open-dcoder*) args=$args,right_shift_logits=True,remasking=p2 ;; esac
