@@ -342,6 +342,21 @@ def replacing(path: str | Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Removes a checkpoint, which no longer bears its name once a part of it is gone."""
+    doomed = path.rename(_beside(path))
+    shutil.rmtree(doomed)
+
+
+def recover(directory: Path) -> None:
+    """Puts back the checkpoint that a killed process was about to replace, and removes what it left unfinished."""
+    for old in directory.glob(".checkpoint-*.old"):
+        path = directory / old.name[1:].removesuffix(".old")
+        shutil.rmtree(old) if path.exists() else old.rename(path)
+    for new in directory.glob(".checkpoint-*.writing"):
+        shutil.rmtree(new)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training state: what it takes to go on, on any number of ranks
 

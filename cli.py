@@ -8,8 +8,10 @@ import argparse
 import difflib
 import itertools
 import json
+import os
 import re
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +49,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, formatter_class=_Manual, allow_abbrev=False)
 
     def error(self, message: str):
+        hold_back()
         self.exit(2, f"{self.prog}: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
@@ -70,6 +73,12 @@ def switch(add, name: str, default: bool, help: str) -> None:
     add(name, nargs="?", type=boolean, const=True, default=default, metavar="True|False", help=help)
 
 
+def hold_back() -> None:
+    """Lets rank 0 speak for all that torchrun started: once it has ended, torchrun ends those that wait here."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
+
+
 @contextmanager
 def one_line_errors(prog: str):
     """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2."""
@@ -78,6 +87,7 @@ def one_line_errors(prog: str):
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
+        hold_back()
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

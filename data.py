@@ -304,10 +304,11 @@ def _largest(rng):
 
 # Of a generator of random numbers, (key, question, answer). Questions that share a key share a split.
 TASKS = {"add": _add, "reverse": _reverse, "sort": _sort, "count": _count, "largest": _largest}
+SHARES = {"add": 3, "reverse": 1, "sort": 1, "count": 1, "largest": 2}  # of training rows: what is hard, more often
 
 
 def sums_rows(split: str) -> list[dict]:
-    """Chat rows {"task", "messages"} of five small tasks in turn; the same at every call.
+    """Chat rows {"task", "messages"} of five small tasks, in turn or, to train on, by SHARES; the same at every call.
 
     A hash of a question's key decides its split (10 % test, 2 % validation), so no question, nor its mirror image
     (b + a; the same digits or numbers in another order; a word, in reverse and count alike), is in two splits. In
@@ -315,6 +316,8 @@ def sums_rows(split: str) -> list[dict]:
     """
     rng = random.Random(f"sums {split}")
     rows, seen, tasks = [], set(), list(TASKS)
+    if split == "train":
+        tasks = [task for task in TASKS for _ in range(SHARES[task])]
     while len(rows) < SUMS[split]:
         task = tasks[len(rows) % len(tasks)]
         key, question, answer = TASKS[task](rng)
@@ -1032,6 +1035,8 @@ def ahead(make, depth: int, *, process: bool = False):
 
 def _make_ahead(make, box, stop, process: bool) -> None:
     parent = multiprocessing.parent_process() if process else None
+    if process:
+        os.setsid()  # a signal to the parent's group, as torchrun and Ctrl-C send, is the parent's to answer
 
     def put(what, item=None) -> bool:
         while not stop.is_set() and (parent is None or parent.is_alive()):

@@ -38,11 +38,13 @@ from checkpoint import (
     load_model,
     load_training,
     read_progress,
+    recover,
+    remove,
     resolve,
     save_model,
     save_training,
 )
-from cli import Parser, boolean, one_line_errors, switch
+from cli import Parser, boolean, one_line_errors, replacing_file, switch
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
 from display import curves
 from model import PEAK_FLOPS, Config, LanguageModel, train_flops
@@ -50,6 +52,7 @@ from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
 METRICS, ARGS, CURVES, FINAL = "metrics.jsonl", "args.json", "curves.png", "checkpoint-final"
+SUMS = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")  # what a line of the log is made of
 REQUEUE = 75  # exit status of a run that a signal ended: it can go on (EX_TEMPFAIL)
 EVALUATION_SEED = 0  # of the evaluation's noise: the same in every run
 
@@ -660,6 +663,7 @@ class Log:
         """wandb: that module, or None."""
         self.output, self.silent, self.total = output, silent, steps
         self.file = self.bar = self.wandb = None
+        self.past = []  # the lines of the run that this one goes on with
         if not silent:
             if wandb is not None:
                 name = str(output.resolve())
@@ -670,9 +674,10 @@ class Log:
                     project=project, name=output.name, id=id, resume="allow", dir=str(output), config=config
                 )
             path = output / METRICS
-            lines = path.read_text().splitlines() if path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
-            path.write_text("".join(line + "\n" for line in kept))
+            lines = path.read_text().split("\n")[:-1] if path.is_file() and step else []  # a last part is half a line
+            self.past = [row for row in map(json.loads, lines) if row["step"] <= step]
+            with replacing_file(path) as new:
+                new.write_text("".join(json.dumps(row) + "\n" for row in self.past))
             self.file = path.open("a", buffering=1)
             self.bar = tqdm(initial=step, total=steps, unit="step", disable=None, dynamic_ncols=True)
 
@@ -825,14 +830,39 @@ def resume_point(args: argparse.Namespace, output: Path) -> Path | None:
     if args.resume_from_checkpoint != "auto":
         path = Path(args.resume_from_checkpoint)
         read_progress(path)
+        if path.resolve().parent != output.resolve():
+            held_run(output, False)
         return path
-    for path in reversed(checkpoints(output)):
+    held = checkpoints(output)
+    for path in reversed(held):
         try:
             read_progress(path)
         except FileNotFoundError:
             continue
         return path
+    if held:
+        raise ValueError(f"{held[-1]} holds no training state to resume from; choose another directory, or --overwrite")
     return None
+
+
+def check_resumed(path: Path, settings: dict, config: Config, rows: int, processes: int) -> None:
+    """ValueError where the run that wrote checkpoint `path` was another: by its flags, model, or rows of a step."""
+    progress = read_progress(path)
+    for name, value in settings.items():
+        before = progress["settings"].get(name)
+        if before != value:
+            raise ValueError(
+                f"--{name} {value} contradicts {path}, of a run with {before}; resume with that, or start another run "
+                "in a directory of its own"
+            )
+    if progress["config"] != config_dict(config):
+        raise ValueError(f"{path} is a checkpoint of another model; resume with the one it was trained from")
+    before = progress["loader"][0]["global_batch_size"]
+    if before != rows:
+        raise ValueError(
+            f"--per_device_train_batch_size x --gradient_accumulation_steps x {processes} processes are {rows} rows a "
+            f"step, but {before} in the run of {path}; choose the first two so that the product is that"
+        )
 
 
 # Flags that may differ between a run and what goes on with it.
@@ -845,6 +875,7 @@ FREE = (
         "dataloader_num_workers",
     ),
     *("parallel", "reduce_dtype", "checkpoint_activations", "torch_compile", "compute_dtype", "skip_nonfinite"),
+    "report_to",
     *(
         "eval_strategy",
         "eval_steps",
@@ -857,7 +888,8 @@ FREE = (
 )
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> int:
+    """The exit status: 0, or where a signal ended the run after a step and a save, REQUEUE (130 for SIGINT)."""
     complete(args)
     wandb = import_wandb() if args.report_to == "wandb" else None
     ranks = setup()
@@ -866,15 +898,25 @@ def train(args: argparse.Namespace) -> None:
             if other[name] != value:
                 raise ValueError(f"--{name} is {value} here, {other[name]} on another process; start all with the same")
     output = Path(args.output_dir)
+    if args.resume_from_checkpoint is not None and ranks.rank == 0:
+        recover(output)
+    barrier()
+    if args.resume_from_checkpoint == "auto" and ranks.gather((output / FINAL).is_dir())[0]:
+        if ranks.rank == 0:
+            print(f"{output / FINAL} is there: the run is complete")
+        return 0
     begin_at = resume_point(args, output)
-    if args.resume_from_checkpoint == "auto" and (output / FINAL).is_dir():
-        print(f"{output / FINAL} is there: the run is complete")
-        return
+    if len(set(ranks.gather(begin_at))) > 1:
+        raise ValueError(f"processes see different checkpoints in {output}; choose a directory that all nodes share")
 
     with ranks.first_on_node():
         model, tokenizer = build_model(args)
         config = model.config
         complete_noise(args, config.objective)
+        settings = {name: value for name, value in vars(args).items() if name not in FREE}
+        if begin_at is not None:
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
+            check_resumed(begin_at, settings, config, rows, ranks.world_size)
         loader, held, collate, counts, about_data = build_loaders(args, config, tokenizer, ranks)
     if args.max_steps is None and loader.steps_per_epoch is None:
         raise ValueError("--streaming has no epochs; pass --max_steps")
@@ -892,29 +934,18 @@ def train(args: argparse.Namespace) -> None:
     engine, sync = parallelize(model, args, ranks, compute_dtype)
     optimizers = build_optimizers(model, args)
     example_of = training_example(args, config)
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
     step, skipped, minutes_before, sums = 0, 0, 0.0, Counter()
     if begin_at is not None:
-        progress = read_progress(begin_at)
-        if progress["config"] != config_dict(config):
-            raise ValueError(f"{begin_at} is a checkpoint of another model; resume with the one it was trained from")
-        for name, value in settings.items():
-            before = progress["settings"].get(name)
-            if before != value:
-                raise ValueError(
-                    f"--{name} {value} contradicts {begin_at}, of a run with {before}; resume with that, or start "
-                    "another run in a directory of its own"
-                )
+        progress = load_training(begin_at, model, optimizers)
         loader.load_state(progress["loader"])
-        load_training(begin_at, model, optimizers)
         step, skipped, minutes_before = progress["step"], progress["skipped"], progress["minutes"]
-        sums.update(progress["sums"][ranks.rank] if len(progress["sums"]) == ranks.world_size else {})
+        sums.update(progress["sums"] if ranks.rank == 0 else {})
     elif ranks.rank == 0:
         for path in held_run(output, True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        output.mkdir(parents=True, exist_ok=True)
     barrier()
     if ranks.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
         (output / ARGS).write_text(json.dumps(vars(args), indent=2) + "\n")
 
     log = Log(output, step, steps, silent=ranks.rank > 0, wandb=wandb)
@@ -930,35 +961,51 @@ def train(args: argparse.Namespace) -> None:
     def minutes() -> float:
         return (time.perf_counter() - began) / 60
 
-    def run_evaluation() -> float:
+    def run_evaluation() -> bool:
+        """Whether --stop_at_eval_loss is reached."""
         options = {"batch_size": args.per_device_eval_batch_size, "autocast": autocast, "ranks": ranks}
         nats = evaluate(engine, model, held, collate, **options)
         perplexity = math.exp(min(nats, 700))
         log.write(step, eval_loss=nats, eval_perplexity=perplexity, minutes=minutes())
         log.tell(f"step {step}: evaluation {nats:.4f} nats per token, perplexity {perplexity:.4g}")
-        return nats
+        return step > 0 and args.stop_at_eval_loss is not None and nats <= args.stop_at_eval_loss
+
+    def write_metrics() -> None:
+        metrics = summarize(sums, ranks, peak)
+        shown = {"loss": metrics.pop("loss"), "learning_rate": rate, "grad_norm": norm}
+        shown["tokens_per_second"] = metrics.pop("tokens_per_second")
+        log.write(step, epoch=epoch + 1, **shown, **metrics, minutes=minutes())
+        log.show(step, **shown)
+        sums.clear()
 
     def save() -> Path:
         path = output / f"checkpoint-{step}"
-        states = ranks.gather((loader.state, dict(sums)))
+        totals = dict(zip(SUMS, ranks.sum(*(sums[name] for name in SUMS))))
         progress = {"step": step, "skipped": skipped, "minutes": minutes(), "settings": settings}
-        progress |= {"config": config_dict(config), "world_size": ranks.world_size}
-        progress |= {"loader": [state for state, _ in states], "sums": [part for _, part in states]}
+        progress |= {"config": config_dict(config), "loader": ranks.gather(loader.state), "sums": totals}
         save_training(path, model, optimizers, progress, dtype=save_dtype, tokenizer=tokenizer)
         if ranks.rank == 0:
-            kept = checkpoints(output)
-            for old in kept[: -args.save_total_limit] if args.save_total_limit else []:
-                shutil.rmtree(old)
+            kept = [path for path in checkpoints(output) if _number(path) <= step]
             for old in kept[:-2]:
                 drop_training(old)
+            for old in kept[: -args.save_total_limit] if args.save_total_limit else []:
+                remove(old)
         return path
 
     def save_final() -> None:
         save_whole(model, output / FINAL, save_dtype, tokenizer, ranks)
 
+    def end_early() -> None:
+        log.tell(f"step {step}: the evaluated bound is at most {args.stop_at_eval_loss}; the run ends")
+        save_final()
+
+    stopped = False
     with Signals() as signals:
-        if held is not None and step == 0:
-            run_evaluation()
+        # at the start; resumed, where the evaluation that follows a save did not come about
+        evaluated = any(row["step"] == step and "eval_loss" in row for row in log.past)
+        if held is not None and ranks.gather(step % eval_every == 0 and not evaluated)[0] and run_evaluation():
+            end_early()
+            steps = step
         batches = loader.batches()
         while step < steps:
             step_began = time.perf_counter()
@@ -984,10 +1031,10 @@ def train(args: argparse.Namespace) -> None:
                     raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
                 log.tell(f"{text}; left out")
                 model.zero_grad(set_to_none=True)
-                total = 0.0
+                total, mine = 0.0, 0
             log.update()
             sums["loss"] += float(total)
-            sums["denominator"] += mine if total else 0
+            sums["denominator"] += mine
             sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in micro_batches)
             sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in micro_batches)
             if peak:
@@ -996,23 +1043,17 @@ def train(args: argparse.Namespace) -> None:
 
             last = step == steps or (args.max_minutes is not None and spent >= args.max_minutes)
             stopped = signalled > 0 and not last
+            if step % args.logging_steps == 0 or last:
+                write_metrics()
             if (step % save_every == 0 and not last) or stopped:
                 saved = save()
             if last:
                 save_final()
-            if held is not None and (step % eval_every == 0 or last) and not stopped:
-                nats = run_evaluation()
-                if not last and args.stop_at_eval_loss is not None and nats <= args.stop_at_eval_loss:
-                    log.tell(f"step {step}: the evaluated bound is at most {args.stop_at_eval_loss}; the run ends")
-                    save_final()
-                    last = True
-            if step % args.logging_steps == 0 or last:
-                metrics = summarize(sums, ranks, peak)
-                shown = {"loss": metrics.pop("loss"), "learning_rate": rate, "grad_norm": norm}
-                shown["tokens_per_second"] = metrics.pop("tokens_per_second")
-                log.write(step, epoch=epoch + 1, **shown, **metrics, minutes=minutes())
-                log.show(step, **shown)
-                sums.clear()
+            if held is not None and (step % eval_every == 0 or last) and not stopped and run_evaluation() and not last:
+                end_early()
+                last = True
+                if step % args.logging_steps:
+                    write_metrics()
             if last or stopped:
                 break
     batches.close()
@@ -1021,9 +1062,10 @@ def train(args: argparse.Namespace) -> None:
     if stopped:
         if ranks.rank == 0:
             print(f"stopped by a signal; wrote {saved}; the same command with --resume_from_checkpoint auto goes on")
-        sys.exit(130 if signals.number == signal.SIGINT else REQUEUE)
+        return 130 if signals.number == signal.SIGINT else REQUEUE
     if ranks.rank == 0:
         print(f"wrote  {output / FINAL} after {minutes():.1f} minutes")
+    return 0
 
 
 def gradients(
@@ -1055,8 +1097,7 @@ def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 
 def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
     """Metrics of the steps since the last line of the log, over all ranks."""
-    names = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")
-    total = dict(zip(names, ranks.sum(*(sums[name] for name in names))))
+    total = dict(zip(SUMS, ranks.sum(*(sums[name] for name in SUMS))))
     seconds = total["seconds"] / ranks.world_size
     metrics = {
         "loss": total["loss"] / max(1, total["denominator"]),
@@ -1113,18 +1154,18 @@ def _number(path: Path) -> int:
 
 def checkpoints(output: Path) -> list[Path]:
     """The numbered checkpoints of a run, oldest first."""
-    return sorted(output.glob("checkpoint-[0-9]*"), key=_number)
+    return sorted((path for path in output.glob("checkpoint-*") if path.name[11:].isdigit()), key=_number)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
     with one_line_errors(parser.prog):
-        try:
-            train(args)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        status = train(args)  # a rank that fails just ends: to leave the others in order would be to wait for them
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
