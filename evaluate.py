@@ -23,7 +23,11 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("evaluate.py needs lm-eval: pip install 'lm-eval[math]==0.4.13'") from error
+    missing = f"evaluate.py needs lm-eval ({error}): pip install 'lm-eval[math]==0.4.13'"
+    if __name__ != "__main__":
+        raise ModuleNotFoundError(missing) from error
+    print(missing, file=sys.stderr)
+    sys.exit(2)
 
 from cli import MDLM_BLOCK, SAMPLING, Parser, add_sampling, boolean, one_line_errors, switch
 
