@@ -262,18 +262,37 @@ def bd3lm_example(
 ) -> Example:
     """Block diffusion (arXiv 2503.09573, equation 8): masked tokens from their noisy block and the clean past.
 
-    Two streams in one sequence of 2T: the noisy copy, then the clean one. right_shift: a block's first token is
-    predicted by the clean stream's previous position, the others by the noisy stream's; with block_length 1 and
-    everything masked that is the causal model exactly.
+    Two streams in one sequence: the noisy copy, then the clean one. Only blocks with a supervised token have a noisy
+    copy (of the others nobody sees it, nor is it predicted from); in plain text these are all, in chat the answer's.
+    right_shift: a block's first token is predicted by the clean stream's previous position, the others by the noisy
+    stream's; with block_length 1 and everything masked that is the causal model exactly.
     """
-    T = batch.tokens.shape[1]
-    layout = Layout.of(batch.position, batch.document, block_length).two_stream()
-    streams = torch.cat([batch.tokens.masked_fill(noise.masked, mask_id), batch.tokens], dim=1)
-    predictor = _columns(batch)
+    clean = Layout.of(batch.position, batch.document, block_length)
+    kept, place = _learned_blocks(clean, batch.supervised)
+    W = kept.shape[1]
+    noisy = clean.map(lambda field: field.gather(1, kept))._replace(noisy=torch.ones_like(kept))
+    layout = Layout(*(torch.cat(pair, dim=1) for pair in zip(noisy[:4], clean[:4])))  # (B, W + T)
+    noised = batch.tokens.masked_fill(noise.masked, mask_id)
+    streams = torch.cat([noised.gather(1, kept), batch.tokens], dim=1)
+    predictor = place
     if right_shift:
-        predictor = torch.where(batch.position % block_length == 0, predictor + T - 1, predictor - 1)
+        predictor = torch.where(batch.position % block_length == 0, W + _columns(batch) - 1, place - 1)
     weight = loss_weight(noise.level, weight_type, scheduler)
     return _example(batch, streams, layout, predictor, noise.masked, weight, right_shift, norm_type)
+
+
+def _learned_blocks(layout: Layout, supervised: Tensor) -> tuple[Tensor, Tensor]:
+    """(kept (B, W), place (B, T)): columns of the blocks with a supervised token, in order, and where in them a column
+    stands. Where a row has fewer than W, others fill it, whose outputs nobody uses. W is a multiple of T / 16, so that
+    shapes recur."""
+    B, T = supervised.shape
+    changes = (layout.document.diff(dim=1) != 0) | (layout.block.diff(dim=1) != 0)
+    run = F.pad(changes.cumsum(dim=1), (1, 0))  # (B, T): the block's number in its row
+    learned = torch.zeros(B, T, dtype=torch.bool).scatter_reduce_(1, run, supervised, "amax").gather(1, run)
+    step = max(1, T // 16)
+    W = min(T, -(-max(1, int(learned.sum(dim=1).max())) // step) * step)
+    kept = (~learned).to(torch.int8).argsort(dim=1, stable=True)[:, :W]  # the learned first, then others, whole or not
+    return kept, learned.cumsum(dim=1) - 1
 
 
 def _columns(batch: Batch) -> Tensor:

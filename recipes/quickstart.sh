@@ -16,8 +16,8 @@ run() {
 
 train() {
     run train.py --stage sft --dataset_args builtin/sums --group_by_length False --max_length 64 \
-        --per_device_train_batch_size 32 --per_device_eval_batch_size 250 --optim muon --learning_rate 1e-2 \
-        --adam_beta2 0.95 --max_steps 1500 --eval_steps 100 --save_steps 0 --logging_steps 100 --overwrite "$@"
+        --per_device_train_batch_size 64 --per_device_eval_batch_size 250 --optim muon --adam_beta2 0.95 \
+        --max_steps 1000 --eval_steps 100 --save_steps 0 --logging_steps 100 --overwrite "$@"
 }
 
 score() {
@@ -27,12 +27,14 @@ score() {
         --max_new_tokens 8 --batch_size 125 --min_exact_match 95 "$@"
 }
 
-train --model_name_or_path builtin/tiny --objective ar --max_minutes 1.75 --stop_at_eval_loss 0.01 --output_dir "$RUNS/ar"
+train --model_name_or_path builtin/tiny --objective ar --learning_rate 2e-2 \
+    --max_minutes 2.25 --stop_at_eval_loss 0.003 --output_dir "$RUNS/ar"
 run convert.py --model_name_or_path "$RUNS/ar/checkpoint-final" --output_dir "$RUNS/a2d" --overwrite
-train --model_name_or_path "$RUNS/a2d" --objective mdlm --loss_weight_type uniform \
-    --max_minutes 2 --stop_at_eval_loss 0.01 --output_dir "$RUNS/mdlm"
-train --model_name_or_path "$RUNS/a2d" --objective bd3lm --block_size 4 --loss_weight_type uniform \
-    --max_minutes 2 --stop_at_eval_loss 0.01 --output_dir "$RUNS/bd3lm"
+train --model_name_or_path "$RUNS/a2d" --objective mdlm --right_shift_logits True --loss_weight_type uniform \
+    --learning_rate 7e-3 --max_minutes 2.1 --stop_at_eval_loss 0.003 --output_dir "$RUNS/mdlm"
+train --model_name_or_path "$RUNS/a2d" --objective bd3lm --block_size 4 --right_shift_logits True \
+    --loss_weight_type uniform --learning_rate 7e-3 --max_minutes 2.1 --stop_at_eval_loss 0.003 \
+    --output_dir "$RUNS/bd3lm"
 
 for name in mdlm bd3lm; do
     run sample.py --model_name_or_path "$RUNS/$name/checkpoint-final" --max_new_tokens 8 --steps 8 --show \

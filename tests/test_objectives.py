@@ -729,3 +729,19 @@ def test_the_bound_over_count_noise_is_the_mean_over_all_orders_of_revealing(K, 
     nll = -nll.gather(1, example.targets[:, None])[:, 0] * example.weights
     each = torch.zeros(draws, dtype=nll.dtype).index_add_(0, example.index // example.tokens.shape[1], nll)
     assert abs(float(each.mean()) - exact) < 4 * float(each.std()) / math.sqrt(draws)
+
+
+@pytest.mark.parametrize("right_shift", [False, True])
+def test_only_blocks_that_are_learned_have_a_noisy_copy(right_shift):
+    T, K = 32, 4
+    supervised = torch.zeros(3, T, dtype=torch.bool)
+    supervised[0, 25:31], supervised[1, 20:22], supervised[2, 8:12] = True, True, True
+    batch = make_batch(3, T, supervised=supervised)
+    noise = draw_noise(batch, block_length=K, noise_type="count")
+    model = tiny()
+    example = bd3lm_example(batch, noise, mask_id=MASK, block_length=K, right_shift=right_shift)
+    assert example.tokens.shape == (3, 2 * K + T)  # row 0 has two such blocks, the others are filled up
+    whole = batch._replace(supervised=torch.ones_like(supervised))
+    full = bd3lm_example(whole, noise, mask_id=MASK, block_length=K, right_shift=right_shift)
+    assert full.tokens.shape == (3, 2 * T)
+    close(loss(model, example)[0], loss(model, full)[0], **EXACT)
