@@ -33,7 +33,7 @@ import threading
 import traceback
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -1028,6 +1028,9 @@ def ahead(make, depth: int, *, process: bool = False):
             yield item
     finally:
         stop.set()
+        with suppress(queue.Empty):  # it may be waiting for room
+            while True:
+                box.get_nowait()
         worker.join(5)
         if process:
             worker.terminate()

@@ -1,0 +1,547 @@
+"""Long runs on many processes: the curve is that of one process, nothing is lost, and a failure says what it is.
+
+`python -m pytest tests/test_parallel.py -m slow -s` also runs what takes minutes, and shows the table of differences.
+"""
+
+import errno
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import launch
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import data
+import train
+
+LAUNCH = str(launch.ROOT / "tests/launch.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+OBJECTIVES = {"mdlm": [], "bd3lm": ["--block_size", "4"]}
+STAGES = {"sft": "builtin/sums", "pt": launch.TEXT}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    return launch.make_source(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr(data, "SUMS", launch.ROWS)
+    monkeypatch.setitem(data.BUILTIN, launch.TEXT, launch.text_rows)
+    monkeypatch.setattr(train, "curves", lambda *_: None)  # a second a run
+
+
+def flags_of(source, output, *more, objective="mdlm", stage="sft", rows=8, steps=10) -> list[str]:
+    """A run of ten steps of eight rows, every one in the log."""
+    flags = ["--model_name_or_path", source, "--output_dir", str(output), "--objective", objective, "--stage", stage]
+    flags += ["--dataset_args", STAGES[stage], "--max_length", "48", "--max_steps", str(steps), "--logging_steps", "1"]
+    flags += ["--eval_steps", "5", "--save_steps", "0", "--learning_rate", "1e-2", *OBJECTIVES[objective]]
+    return [*flags, "--per_device_train_batch_size", str(rows), *more]
+
+
+def start(plans: list[dict], processes: int = 1, **options) -> subprocess.Popen:
+    path = Path(plans[0]["flags"][3]).parent / f"plan-{next(NUMBER)}.json"
+    path.write_text(json.dumps(plans))
+    command = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, LAUNCH, str(path)], env=environment, **pipes | options)
+
+
+NUMBER = itertools.count()
+
+
+def ended(process: subprocess.Popen, *, timeout: float = 300) -> str:
+    """What a process that must succeed has said."""
+    said = process.communicate(timeout=timeout)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(output: Path) -> list[tuple]:
+    """(step, name, value) of all in metrics.jsonl that is the same on any machine."""
+    kept = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
+    return [(row["step"], name, row[name]) for row in metrics(output) for name in kept if name in row]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "checkpoint-final/model.safetensors")
+
+
+def difference(a: Path, b: Path) -> tuple[float, float]:
+    """The largest differences of the losses, trained on and evaluated, and of the final weights."""
+    losses = [[value for _, name, value in curve(path) if name.endswith("loss")] for path in (a, b)]
+    ours, theirs = weights(a), weights(b)
+    assert len(losses[0]) == len(losses[1]) > 10
+    return (
+        max(abs(x - y) for x, y in zip(*losses)),
+        max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours),
+    )
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    """To the bit."""
+    assert curve(a) == curve(b)
+    ours, theirs = weights(a), weights(b)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def refused(capsys, argv: list[str]) -> str:
+    """What a command that must fail says, in one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and said.startswith("train.py: ")
+    return said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One process = many
+
+
+def compare(tmp_path, source, cases: list[dict], divisions: list[tuple[int, int]], **more) -> list[tuple]:
+    """(case, division, difference of the losses, of the weights): against one process that accumulates four times."""
+    table = []
+    alone = [tmp_path / f"alone-{n}" for n in range(len(cases))]
+
+    def plans(outputs, processes, accumulation):
+        for case, output in zip(cases, outputs):
+            parallel = case["parallel"] if processes > 1 else "ddp"
+            flags = [*case.get("flags", []), "--gradient_accumulation_steps", str(accumulation)]
+            flags += ["--parallel", parallel, "--per_device_train_batch_size", str(8 // processes // accumulation)]
+            flags = flags_of(source, output, *flags, objective=case["objective"], stage=case["stage"])
+            local = {"local": max(1, processes // 2)} if parallel == "hybrid" else {"local": processes}
+            yield {"flags": flags, **local, **more}
+
+    ended(start(list(plans(alone, 1, 4))))
+    for processes, accumulation in divisions:
+        outputs = [tmp_path / f"{processes}x{accumulation}-{n}" for n in range(len(cases))]
+        ended(start(list(plans(outputs, processes, accumulation)), processes), timeout=900)
+        for case, one, output in zip(cases, alone, outputs):
+            table.append((case, (processes, accumulation), *difference(one, output)))
+    return table
+
+
+def test_two_processes_train_as_one(tmp_path, source):
+    cases = [
+        {"objective": "mdlm", "stage": "sft", "parallel": "zero2"},
+        {"objective": "bd3lm", "stage": "pt", "parallel": "ddp"},
+    ]
+    for *_, losses, final in compare(tmp_path, source, cases, [(2, 2)]):
+        assert losses < 1e-9 and final < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_every_division_and_every_parallel_trains_as_one_process(tmp_path, source, capsys, dtype):
+    ways = ("ddp", "zero2", "zero3", "hybrid")
+    cases = [
+        {"objective": objective, "stage": stage, "parallel": way}
+        for objective, stage, way in itertools.product(OBJECTIVES, STAGES, ways)
+    ]
+    packed = {"objective": "bd3lm", "stage": "sft", "parallel": "zero2", "flags": ["--packing"]}
+    recomputed = {"objective": "mdlm", "stage": "pt", "parallel": "zero3"}
+    recomputed["flags"] = ["--checkpoint_activations", "full"]
+    more = {"float32": True} if dtype == "float32" else {}
+    table = compare(tmp_path, source, [*cases, packed, recomputed], [(2, 2), (4, 1)], **more)
+    with capsys.disabled():
+        print(f"\n{dtype}, ten steps of eight rows, against 1 process x accumulation 4: largest differences")
+        for case, (processes, accumulation), losses, final in table:
+            name = " ".join([case["objective"], case["stage"], case["parallel"], *case.get("flags", [])])
+            print(f"  {name:45} {processes} x {accumulation}   losses {losses:7.1e}   final weights {final:7.1e}")
+    # float32: losses near 5 to ten units in the last place; a weight whose gradient is all rounding moves by up to the
+    # learning rate in each of ten steps
+    bounds = (1e-9, 1e-9) if dtype == "float64" else (1e-4, 1e-1)
+    assert all(losses < bounds[0] and final < bounds[1] for *_, losses, final in table)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resumed = uninterrupted
+
+
+class Ended(Exception):
+    """In the place of a run's end by force."""
+
+
+@pytest.mark.parametrize("where", ["gradients", "update", "save_training", "evaluate", "drop_training", "save_whole"])
+def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, source, monkeypatch, where):
+    more = ["--save_steps", "3", "--eval_steps", "3", "--logging_steps", "2", "--resume_from_checkpoint", "auto"]
+    train.main(flags_of(source, tmp_path / "whole", *more))
+    function, calls, output = getattr(train, where), 0, tmp_path / "torn"
+    for deadly in range(2, 40, 4):  # this call of the function is the last
+
+        def ending(*args, deadly=deadly, **options):
+            nonlocal calls
+            calls += 1
+            if calls == deadly:
+                raise Ended
+            return function(*args, **options)
+
+        calls = 0
+        monkeypatch.setattr(train, where, ending)
+        try:
+            train.main(flags_of(source, output, *more))
+        except Ended:
+            continue
+        break
+    assert_equal(tmp_path / "whole", output)
+    kept = [path.name for path in output.iterdir() if path.name.startswith(".")]
+    assert not kept
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_run_after_a_step_and_a_save(tmp_path, source, monkeypatch, number):
+    more = ["--resume_from_checkpoint", "auto", "--logging_steps", "4"]
+    train.main(flags_of(source, tmp_path / "whole", *more))
+    gradients, steps = train.gradients, 0
+
+    def signalled(*args):
+        nonlocal steps
+        steps += 1
+        if steps == 5:  # where an evaluation is due, too
+            os.kill(os.getpid(), number)
+        return gradients(*args)
+
+    monkeypatch.setattr(train, "gradients", signalled)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of(source, tmp_path / "torn", *more))
+    assert stop.value.code == (130 if number == signal.SIGINT else 75)
+    assert signal.getsignal(number) == before
+    assert [path.name for path in train.checkpoints(tmp_path / "torn")] == ["checkpoint-6"]
+    train.main(flags_of(source, tmp_path / "torn", *more))
+    assert_equal(tmp_path / "whole", tmp_path / "torn")
+    size = len(metrics(tmp_path / "torn"))
+    train.main(flags_of(source, tmp_path / "torn", *more))  # complete: nothing more is done
+    assert len(metrics(tmp_path / "torn")) == size
+
+
+def test_an_evaluation_that_a_save_came_before_is_made_up_for(tmp_path, source, monkeypatch):
+    more = ["--save_steps", "5", "--resume_from_checkpoint", "auto", "--stop_at_eval_loss", "100"]
+    train.main(flags_of(source, tmp_path / "whole", *more))
+    assert metrics(tmp_path / "whole")[-1]["step"] == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *args, **options: 1 / (not list((tmp_path / "torn").glob("c*-5"))))
+        with pytest.raises(ZeroDivisionError):
+            train.main(flags_of(source, tmp_path / "torn", *more))
+    train.main(flags_of(source, tmp_path / "torn", *more))
+    assert metrics(tmp_path / "torn")[-1]["eval_loss"] == metrics(tmp_path / "whole")[-1]["eval_loss"]
+    ours, theirs = weights(tmp_path / "torn"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_a_killed_process_left_behind_is_put_back_or_removed(tmp_path):
+    whole, replaced, gone = (tmp_path / name for name in ("checkpoint-2", ".checkpoint-2.old", ".checkpoint-4.old"))
+    for path in (whole, replaced, gone, tmp_path / ".checkpoint-6.writing"):
+        (path / "state").mkdir(parents=True)
+        (path / "config.json").write_text(path.name)
+    checkpoint.recover(tmp_path)
+    held = {path.name: (path / "config.json").read_text() for path in tmp_path.iterdir()}
+    assert held == {"checkpoint-2": "checkpoint-2", "checkpoint-4": ".checkpoint-4.old"}
+
+
+def test_the_two_newest_checkpoints_can_be_resumed_and_the_limit_is_kept(tmp_path, source):
+    def held(output):
+        return {path.name: (path / "state").exists() for path in train.checkpoints(output)}
+
+    train.main(flags_of(source, tmp_path / "all", "--save_steps", "2"))
+    assert held(tmp_path / "all") == {f"checkpoint-{n}": n > 4 for n in (2, 4, 6, 8)}
+    assert all(checkpoint.load_model(path) for path in (tmp_path / "all").glob("checkpoint-*"))
+    train.main(flags_of(source, tmp_path / "some", "--save_steps", "2", "--save_total_limit", "3"))
+    assert held(tmp_path / "some") == {f"checkpoint-{n}": n > 4 for n in (4, 6, 8)}
+    with pytest.raises(FileNotFoundError, match="holds no training state"):
+        checkpoint.read_progress(tmp_path / "all/checkpoint-2")
+
+
+def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tmp_path, source, capsys):
+    train.main(flags_of(source, tmp_path / "whole", "--save_steps", "3"))
+    resume = ["--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-6")]
+    train.main(flags_of(source, tmp_path / "other", *resume))
+    assert all(
+        torch.equal(value, weights(tmp_path / "whole")[name]) for name, value in weights(tmp_path / "other").items()
+    )
+    assert [row["step"] for row in metrics(tmp_path / "other") if "loss" in row] == [7, 8, 9, 10]
+    assert "holds a run" in refused(capsys, flags_of(source, tmp_path / "other", *resume))
+    before = curve(tmp_path / "whole")
+    train.main(flags_of(source, tmp_path / "whole", *resume, "--save_steps", "1", "--save_total_limit", "1"))
+    assert curve(tmp_path / "whole") == before
+    assert [path.name for path in train.checkpoints(tmp_path / "whole")] == ["checkpoint-9"]
+
+
+STREAM = ["--streaming", "True", "--shuffle_buffer", "16", "--resume_from_checkpoint", "auto"]
+
+
+def trained_on(output: Path) -> Counter:
+    """How often each row was trained on, by what it says."""
+    rows = Counter()
+    for path in output.parent.glob(f"{output.name}-rows-*"):
+        for line in path.read_text().splitlines():
+            rows.update(map(tuple, json.loads(line)["tokens"]))
+    return rows
+
+
+def test_a_resumed_stream_gives_no_row_twice_and_loses_none(tmp_path, source, monkeypatch):
+    def recorded(name):
+        make = train.training_example
+
+        def training_example(args, config):
+            example = make(args, config)
+
+            def of(batch):
+                with (tmp_path / f"{name}-rows-0").open("a") as file:
+                    rows = [row[known].tolist() for row, known in zip(batch["tokens"], batch["document"] >= 0)]
+                    file.write(json.dumps({"tokens": rows}) + "\n")
+                return example(batch)
+
+            return of
+
+        return training_example
+
+    sixty = ["--max_steps", "14"]  # 14 steps of 8 are a pass of 60 rows and most of another
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_example", recorded("whole"))
+        train.main(flags_of(source, tmp_path / "whole", *STREAM, *sixty, objective="bd3lm"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_example", recorded("torn"))
+        gradients, steps = train.gradients, 0
+
+        def signalled(*args):
+            nonlocal steps
+            steps += 1
+            if steps % 4 == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return gradients(*args)
+
+        patch.setattr(train, "gradients", signalled)
+        stops = 0
+        while not (tmp_path / "torn/checkpoint-final").exists():
+            try:
+                train.main(flags_of(source, tmp_path / "torn", *STREAM, *sixty, objective="bd3lm"))
+            except SystemExit as stop:
+                assert stop.code == 75
+                stops += 1
+    assert stops > 1
+    assert_equal(tmp_path / "whole", tmp_path / "torn")
+    assert trained_on(tmp_path / "whole") == trained_on(tmp_path / "torn")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures
+
+
+@pytest.mark.parametrize("tolerated", [0, 2])
+def test_a_gradient_that_is_not_finite_ends_the_run_or_is_left_out(tmp_path, source, monkeypatch, capsys, tolerated):
+    gradients, update, steps, updates = train.gradients, train.update, 0, 0
+
+    def poisoned(engine, sync, model, *rest):
+        nonlocal steps
+        steps += 1
+        total, norm = gradients(engine, sync, model, *rest)
+        return (float("nan"), float("nan")) if steps in (4, 5, 7) else (total, norm)
+
+    def counted(*args):
+        nonlocal updates
+        updates += 1
+        return update(*args)
+
+    monkeypatch.setattr(train, "gradients", poisoned)
+    monkeypatch.setattr(train, "update", counted)
+    more = ["--save_steps", "3", "--skip_nonfinite", str(tolerated)]
+    said = refused(capsys, flags_of(source, tmp_path / "run", *more))
+    step, last = (7, "checkpoint-6") if tolerated else (4, "checkpoint-3")
+    assert f"step {step}: the gradient is not finite, on samples" in said
+    assert f"last good checkpoint: {tmp_path}/run/{last};" in said
+    assert updates == step - 1 - tolerated
+    assert all(row["loss"] > 0 or row["step"] in (4, 5) for row in metrics(tmp_path / "run") if "loss" in row)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("written", [20_000, 400_000])  # bytes: into the weights, and into the state
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, source, capsys, written):
+    output, more = tmp_path / "run", ["--save_steps", "4", "--eval_strategy", "no"]
+    train.main(flags_of(source, tmp_path / "whole", *more))
+    save, saves = train.save_training, 0
+
+    def full(*args, **options):
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (written, hard))  # a file that grows further: EFBIG
+        save(*args, **options)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    train.save_training = full
+    try:
+        said = refused(capsys, flags_of(source, output, *more))
+    finally:
+        train.save_training = save
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.strerror(errno.EFBIG) in said, said
+    held = sorted(path.name for path in output.iterdir() if path.is_dir())
+    assert held == ["checkpoint-4"]
+    train.main(flags_of(source, output, *more, "--resume_from_checkpoint", "auto"))
+    assert_equal(tmp_path / "whole", output)
+
+
+def test_a_directory_that_cannot_be_written_is_told_in_one_line(tmp_path, source, capsys):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file/run") in refused(capsys, flags_of(source, tmp_path / "file/run"))
+    assert str(tmp_path / "file") in refused(capsys, flags_of(source, tmp_path / "file"))
+
+
+CONTRADICTIONS = {
+    "--objective bd3lm --block_size 4": "--objective bd3lm contradicts",
+    "--block_size 8": "only bd3lm has a block length",
+    "--dataset_args builtin/sums[train:40]": "--dataset_args builtin/sums[train:40] contradicts",
+    "--seed 1": "--seed 1 contradicts",
+    "--max_steps 20": "--max_steps 20 contradicts",
+    "--per_device_train_batch_size 4": "are 4 rows a step, but 8",
+    "--overwrite": "--overwrite and --resume_from_checkpoint contradict",
+    "--model_name_or_path OTHER": "a checkpoint of another model",
+    "--resume_from_checkpoint NOWHERE": "holds no training state",
+}
+
+
+def test_a_resumption_with_other_flags_is_refused_and_changes_nothing(tmp_path, source, capsys):
+    model = checkpoint.load_model(source)
+    model.config.rope_theta *= 2
+    shutil.copytree(source, tmp_path / "other")
+    (tmp_path / "other/config.json").write_text(json.dumps(checkpoint.config_dict(model.config)))
+    output = tmp_path / "run"
+    train.main(flags_of(source, output, "--save_steps", "4"))
+    shutil.rmtree(output / "checkpoint-final")
+    before = files(output)
+    for flags, expected in CONTRADICTIONS.items():
+        flags = flags.replace("OTHER", str(tmp_path / "other")).replace("NOWHERE", str(tmp_path))
+        more = ["--save_steps", "4", "--resume_from_checkpoint", "auto", *flags.split()]
+        said = refused(capsys, flags_of(source, output, *more))
+        assert expected in said, said
+        assert files(output) == before
+    block = flags_of(source, tmp_path / "blocks", "--save_steps", "4", objective="bd3lm")
+    train.main(block)
+    shutil.rmtree(tmp_path / "blocks/checkpoint-final")
+    said = refused(capsys, [*block, "--resume_from_checkpoint", "auto", "--block_size", "8"])
+    assert "--block_size 8 contradicts" in said and "of a run with 4" in said
+    for path in train.checkpoints(output):
+        checkpoint.drop_training(path)
+    before = files(output)
+    said = refused(capsys, flags_of(source, output, "--resume_from_checkpoint", "auto"))
+    assert "holds no training state to resume from" in said and files(output) == before
+
+
+def test_a_damaged_state_is_told_in_one_line(tmp_path, source, capsys):
+    output = tmp_path / "run"
+    train.main(flags_of(source, output, "--save_steps", "4"))
+    shutil.rmtree(output / "checkpoint-final")
+    for shard in (output / "checkpoint-8/state").glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:1000])
+    said = refused(capsys, flags_of(source, output, "--save_steps", "4", "--resume_from_checkpoint", "auto"))
+    assert "checkpoint-8 does not fit this run or is damaged" in said
+
+
+def test_a_rank_that_fails_ends_the_others_and_its_traceback_comes_first(tmp_path, source):
+    began = time.monotonic()
+    plan = {"flags": flags_of(source, tmp_path / "run", "--max_steps", "1000", rows=4), "fail": [1, 3]}
+    process = start([plan], 2)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and time.monotonic() - began < 100
+    first = said.index("Traceback (most recent call last)")
+    assert said.index("RuntimeError: a fault of this rank's own") < (said.find("Traceback", first + 1) % len(said))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others(tmp_path, source):
+    plan = {"flags": flags_of(source, tmp_path / "run", "--max_steps", "100000", rows=4)}
+    plan["events"] = str(tmp_path / "events")
+    process = start([plan], 2)
+    pids = wait_for(tmp_path / "events", "step", 10)
+    os.kill(pids[-1], signal.SIGKILL)
+    began = time.monotonic()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "Signal 9" in said and time.monotonic() - began < 40
+
+
+def wait_for(events: Path, name: str, count: int, timeout: float = 120) -> list[int]:
+    """The processes of the events of that name, once there are so many."""
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        lines = [line.split() for line in events.read_text().splitlines()] if events.exists() else []
+        if sum(event == name for event, _ in lines) >= count:
+            return [int(pid) for event, pid in lines if event == name]
+        time.sleep(0.01)
+    raise TimeoutError(f"{count} events {name} did not come")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, of_rank, expected",
+    [
+        (["--learning_rate", "-1"], [], "--learning_rate -1.0: expected more than 0"),
+        (["--learning_rat", "1"], [], "did you mean --learning_rate?"),
+        (["--dataset_args", "builtin/sum"], [], "unknown dataset builtin/sum"),
+        ([], ["--learning_rate", "1e-4"], "--learning_rate is 0.01 here, 0.0001 on another process"),
+        ([], ["--learning_rate", "-1"], "--learning_rate -1.0: expected more than 0"),
+    ],
+)
+def test_a_mistake_on_many_processes_is_told_in_one_line(tmp_path, source, flags, of_rank, expected):
+    plan = {"flags": flags_of(source, tmp_path / "run", *flags), "rank flags": {"1": of_rank}}
+    process = start([plan], 2)
+    said = process.communicate(timeout=120)[0]
+    lines = [line for line in said.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and expected in lines[0], said
+    assert process.returncode == 1 and "exitcode  : 2" in said  # the rank's; torchrun's own is 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_torchrun_ends_the_run_after_a_save_and_it_goes_on(tmp_path, source, number):
+    """With --signals_to_handle for SIGUSR1, as recipes/train.slurm.sh has it; on two processes that read a stream by
+    worker processes, then on one, on which nothing is lost either."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for n in range(4):
+        rows = [{"messages": row["messages"]} for row in data.sums_rows("train")[n::4]]
+        (shards / f"{n}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [*STREAM, "--dataset_args", str(shards), "--max_steps", "24", "--dataloader_num_workers", "1"]
+
+    def plan(name, rows):
+        flags = flags_of(source, tmp_path / name, *more, objective="bd3lm", rows=rows)
+        record, events = str(tmp_path / f"{name}-rows-{{rank}}"), str(tmp_path / f"{name}-events")
+        return {"flags": flags, "record": record, "events": events}
+
+    ended(start([plan("whole", 8)]))
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps([plan("torn", 4)]))
+    command = [*TORCHRUN, "2", "--signals_to_handle", "SIGTERM,SIGINT,SIGUSR1", LAUNCH, str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(tmp_path / "torn-events", "step", 10)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[0]
+    stopped = [path.name for path in train.checkpoints(tmp_path / "torn")]
+    assert process.returncode == 1 and len(stopped) == 1, said
+    assert "stopped by a signal; wrote" in said and "RuntimeError" not in said, said
+    ended(start([plan("torn", 8)]))
+    losses, final = difference(tmp_path / "whole", tmp_path / "torn")
+    assert losses < 1e-9 and final < 1e-9
+    assert trained_on(tmp_path / "whole") == trained_on(tmp_path / "torn")
