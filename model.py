@@ -35,7 +35,7 @@ class Config:
     head_dim: int = 32  # independent of hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    rope_theta: float = 1e4
     rope_scaling: dict | None = None  # None, or rope_type llama3 with its four numbers
     tie_word_embeddings: bool = True
     attention_bias: bool = False
