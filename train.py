@@ -603,7 +603,13 @@ def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, co
     for layer in model.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    return model, model.set_requires_gradient_sync
+
+    def sync(on: bool) -> None:
+        model.set_requires_gradient_sync(on)
+        if args.parallel == "zero2":
+            model.set_reshard_after_backward(on)  # the next micro-batch finds the weights gathered
+
+    return model, sync
 
 
 def _kept(args: argparse.Namespace) -> dict:

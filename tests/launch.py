@@ -9,6 +9,7 @@ PLAN.json is a list of runs, one after the other in the same processes: {"flags"
     "rank flags": {"1": [...]}      flags that only this rank is given
     "record": FILE          a line {"samples", "tokens"} there of each micro-batch that is trained on; {rank} in it too
     "events": FILE          a line "NAME PID" there when a start, step, save, final or evaluation begins
+    "count": FILE           a line {collective: calls} there of each step's passes
     "fail": [RANK, STEP]    that rank raises RuntimeError in that step
     "poison": [STEPS]       the gradients of these steps are not finite
     "signal": [NUMBER, STEP]        this process is sent that signal in that step
@@ -19,6 +20,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +99,14 @@ def run(plan: dict) -> None:
             raise RuntimeError("a fault of this rank's own")
         if steps == plan.get("signal", [0, 0])[1]:
             os.kill(os.getpid(), plan["signal"][0])
-        total, norm = original["gradients"](engine, sync, model, examples, *rest)
+        if "count" in plan:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                total, norm = original["gradients"](engine, sync, model, examples, *rest)
+            calls = Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
+            with Path(f"{plan['count']}.{rank}").open("a") as file:
+                file.write(json.dumps(calls) + "\n")
+        else:
+            total, norm = original["gradients"](engine, sync, model, examples, *rest)
         if steps in plan.get("poison", []):
             for parameter in model.parameters():
                 parameter.grad.mul_(float("nan"))
@@ -132,7 +141,7 @@ HOOKED = ("gradients", "training_example", "save_training", "save_whole", "evalu
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without
-    plans = json.loads(Path(sys.argv[1]).read_text())
+    plans = json.loads(Path(sys.argv[-1]).read_text())
     if len(plans) > 1:  # one process group serves all
         import train
 

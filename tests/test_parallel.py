@@ -52,14 +52,15 @@ def flags_of(source, output, *more, objective="mdlm", stage="sft", rows=8, steps
 
 
 def start(plans: list[dict], processes: int = 1, **options) -> subprocess.Popen:
+    """options: Popen's."""
     path = Path(plans[0]["flags"][3]).parent / f"plan-{next(NUMBER)}.json"
     path.write_text(json.dumps(plans))
     command = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, LAUNCH, str(path)], env=environment, **pipes | options)
+    return subprocess.Popen([*command, LAUNCH, str(path)], **PIPES | {"env": ENVIRONMENT} | options)
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 NUMBER = itertools.count()
 
 
@@ -146,6 +147,29 @@ def test_two_processes_train_as_one(tmp_path, source):
     ]
     for *_, losses, final in compare(tmp_path, source, cases, [(2, 2)]):
         assert losses < 1e-9 and final < 1e-9
+
+
+@pytest.mark.slow
+def test_inner_micro_batches_communicate_nothing_but_what_zero3_gathers(tmp_path, source):
+    ways = ("ddp", "zero2", "zero3")
+
+    def counts(accumulation) -> dict[str, Counter]:
+        plans = []
+        for way in ways:
+            flags = ["--parallel", way, "--gradient_accumulation_steps", str(accumulation), "--eval_strategy", "no"]
+            name = tmp_path / f"{way}-{accumulation}"
+            flags = flags_of(source, name, *flags, rows=8 // accumulation, steps=2)
+            plans.append({"flags": flags, "count": f"{name}.count"})
+        ended(start(plans, 2))
+        lines = {way: (tmp_path / f"{way}-{accumulation}.count.0").read_text().splitlines() for way in ways}
+        return {way: Counter(json.loads(of_way[-1])) for way, of_way in lines.items()}
+
+    once, four_times = counts(1), counts(4)
+    print(once, four_times)
+    assert once["ddp"] == four_times["ddp"]
+    assert once["zero2"] == four_times["zero2"] and once["zero2"].total() > 0
+    more = four_times["zero3"] - once["zero3"]
+    assert all("allgather" in name for name in more) and more.total() > 0
 
 
 @pytest.mark.slow
@@ -545,3 +569,106 @@ def test_a_signal_to_torchrun_ends_the_run_after_a_save_and_it_goes_on(tmp_path,
     losses, final = difference(tmp_path / "whole", tmp_path / "torn")
     assert losses < 1e-9 and final < 1e-9
     assert trained_on(tmp_path / "whole") == trained_on(tmp_path / "torn")
+
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for ((n = 0; n < SLURM_NNODES; n++)); do "$@" & tasks+=($!); done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+highest=0
+for task in "${tasks[@]}"; do
+    wait "$task"; status=$?
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; status=$?; done
+    ((status > highest)) && highest=$status
+done
+exit $highest
+"""
+SCONTROL = """#!/bin/bash
+[[ $1 == show ]] && echo localhost || echo "$@" >>"$REQUEUED"
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_requeues_a_run_that_was_warned_and_it_goes_on_but_not_one_that_fails(tmp_path, source):
+    """With stand-ins for srun, which passes signals on, and scontrol; two nodes of one process."""
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    requeued = tmp_path / "requeued"
+    environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "NPROC": "1"}
+    environment |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "REQUEUED": str(requeued)}
+
+    def submitted(plan, job: int) -> subprocess.Popen:
+        path = tmp_path / "plan.json"
+        path.write_text(json.dumps([plan]))
+        script = str(launch.ROOT / "recipes/train.slurm.sh")
+        command = ["bash", script, LAUNCH, str(path)]
+        return subprocess.Popen(command, **PIPES, env=environment | {"SLURM_JOB_ID": str(os.getpid() + job)})
+
+    more = ["--parallel", "hybrid", "--resume_from_checkpoint", "auto", "--max_steps", "200", "--eval_steps", "50"]
+    ended(start([{"flags": flags_of(source, tmp_path / "whole", *more[2:])}]))
+    plan = {"flags": flags_of(source, tmp_path / "torn", *more, rows=4), "events": str(tmp_path / "events")}
+    job = submitted(plan, 0)
+    wait_for(tmp_path / "events", "step", 10)
+    job.send_signal(signal.SIGUSR1)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode != 0 and requeued.read_text() == f"requeue {os.getpid()}\n", said
+    assert "stopped by a signal; wrote" in said and not (tmp_path / "torn/checkpoint-final").exists()
+    requeued.unlink()
+    job = submitted(plan, 1)
+    said = job.communicate(timeout=300)[0]
+    assert job.returncode == 0 and not requeued.exists() and "resume " in said, said
+    losses, final = difference(tmp_path / "whole", tmp_path / "torn")
+    assert losses < 1e-9 and final < 1e-9
+    job = submitted(plan | {"flags": flags_of(source, tmp_path / "failing", rows=4), "fail": [1, 3]}, 2)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode != 0 and not requeued.exists() and "a fault of this rank's own" in said
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_as_if_left_alone():
+    command = [sys.executable, str(launch.ROOT / "tests/torn_runs.py")]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    print(said.stdout)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("30 kills")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA
+
+ON_CPU = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.cuda
+def test_a_gpu_trains_as_the_cpu_does(tmp_path, source):
+    more = ["--compute_dtype", "float32", "--gradient_accumulation_steps", "2"]
+    exact = [{"flags": flags_of(source, tmp_path / name, *more, stage="pt", rows=4)} for name in ("cpu64", "gpu64")]
+    blocks = {name: flags_of(source, tmp_path / name, *more, objective="bd3lm", rows=4) for name in ("cpu", "gpu")}
+    single = [{"flags": flags, "float32": True} for flags in blocks.values()]
+    half = flags_of(source, tmp_path / "half", "--compute_dtype", "bfloat16", objective="bd3lm")
+    ended(start([exact[0], single[0]], env=ON_CPU))
+    ended(start([exact[1], single[1], {"flags": half, "float32": True}]))
+    losses, final = difference(tmp_path / "cpu64", tmp_path / "gpu64")  # mdlm in float64: one law for both devices
+    assert losses < 1e-9 and final < 1e-9
+    assert difference(tmp_path / "cpu", tmp_path / "gpu")[0] < 0.02  # FlexAttention, TF32: ten bits of mantissa
+    assert difference(tmp_path / "cpu", tmp_path / "half")[0] < 0.2  # seven bits
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("parallel", ["ddp", "zero2", "zero3", "hybrid"])
+def test_two_gpus_train_as_one_and_a_stopped_run_goes_on_there(tmp_path, source, parallel):
+    more = ["--compute_dtype", "float32", "--save_steps", "4"]
+    ended(start([{"flags": flags_of(source, tmp_path / "one", *more, stage="pt")}], env=ENVIRONMENT | FIRST_GPU))
+    two = flags_of(source, tmp_path / "two", *more, "--parallel", parallel, stage="pt", rows=4)
+    ended(start([{"flags": two}], 2))
+    losses, final = difference(tmp_path / "one", tmp_path / "two")
+    assert losses < 1e-9 and final < 1e-9
+    shutil.rmtree(tmp_path / "two/checkpoint-final")
+    ended(start([{"flags": [*two, "--resume_from_checkpoint", "auto"]}], 2))
+    losses, final = difference(tmp_path / "one", tmp_path / "two")
+    assert losses < 1e-9 and final < 1e-9
+
+
+FIRST_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
