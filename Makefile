@@ -3,24 +3,28 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test lint clean
 
 quickstart: $(VENV)/installed
 	PYTHON=$(PY) sh recipes/quickstart.sh
 
-test: $(VENV)/installed lint
+test: $(VENV)/installed-test lint
 	$(PY) -m pytest
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanoA2D needs Python 3.11 or newer; pass PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/installed-test: requirements-test.txt $(VENV)/installed
+	$(PIP) -r requirements-test.txt
 	touch $@
 
 clean:
