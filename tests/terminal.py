@@ -27,6 +27,7 @@ class Terminal:
         self.status = None
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a shell gives it, though the tests run in the background
             environment = {**os.environ, "TERM": term, "OMP_NUM_THREADS": "1", "INPUTRC": "/dev/null"}
             arguments = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
             os.execve(sys.executable, arguments, environment)
