@@ -270,6 +270,7 @@ def cheat(right: set[str]):
 
 
 def test_scoring_counts_what_is_right_by_task_and_pooled(run, monkeypatch):
+    monkeypatch.setattr(data, "SUMS", {"train": 60, "validation": 20, "test": 40})
     rows = list(data.raw("builtin/sums[test:40]", "test"))
     right = {row["messages"][0]["content"] for i, row in enumerate(rows) if i % 4 == 0 or row["task"] == "add"}
     monkeypatch.setattr(sample, "denoise", cheat(right))
