@@ -993,12 +993,13 @@ class Loader(Batches):
         self.check(state, self._settings())
         self.at = state["epoch"], state["step"]
 
-    def useful_share(self, block_length: int | None = None) -> float:
+    def useful_share(self, block_length: int | None = None, length: int | None = None) -> float:
         """Of the cells of the first epoch's canvases, the share that holds the rows' own tokens; the rest is padding,
-        or fills a row's last block."""
+        or fills a row's last block. block_length, length: as collate has them."""
         order, G = self.order(0), self.global_batch_size
         batches = [self.rows.lengths[order[begin : begin + G]] for begin in range(0, len(order), G)]
-        return self.rows.useful / sum(len(lengths) * int(filled(lengths.max(), block_length)) for lengths in batches)
+        cells = sum(len(lengths) * (length or int(filled(lengths.max(), block_length))) for lengths in batches)
+        return self.rows.useful / cells
 
 
 def ahead(make, depth: int, *, process: bool = False):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -700,13 +701,13 @@ class Log:
             rows = [json.loads(line) for line in (self.output / METRICS).read_text().splitlines()]
             curves({self.output.name: rows}, self.output / CURVES)
 
-    def show(self, step: int, **metrics: float) -> None:
-        """On the bar."""
+    def show(self, step: int, left: float, **metrics: float) -> None:
+        """On the bar, which tells the time left by itself; left: minutes."""
         if self.silent:
             return
         text = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if self.bar.disable:
-            print(f"step {step}/{self.total} {text}", flush=True)
+            print(f"step {step}/{self.total} {text} minutes_left {left:.3g}", flush=True)
         else:
             self.bar.set_postfix_str(text)
 
@@ -810,19 +811,22 @@ def build_loaders(args: argparse.Namespace, config: Config, tokenizer: Tokenizer
             source, shuffle_buffer=args.shuffle_buffer, workers=args.dataloader_num_workers, **batches
         )
         return loader, held, collate, {}, f"{args.dataset_args}: streamed; {held_lines}"
-    rows = load(split="train")
+    loader_of = functools.partial(data.Loader, group_by_length=args.stage == "sft" and args.group_by_length, **batches)
+    loader = loader_of(load(split="train"))
+    canvas = {"block_length": blocks.get("block_length"), "length": args.pad_to}
+    shares = [f"{loader.useful_share(**canvas):.0%} of what is computed are their tokens"]
     if args.packing:
-        rows = data.Packed(rows, pack_length, **blocks)
-    loader = data.Loader(rows, group_by_length=args.stage == "sft" and args.group_by_length, **batches)
+        loader = loader_of(data.Packed(loader.rows, pack_length, **blocks))
+        shares.append(f"packed {loader.useful_share(**canvas):.0%}")
+    rows = loader.rows
     counts = ", ".join(f"{name} {count:,}" for name, count in rows.counts.items())
-    share = loader.useful_share(blocks.get("block_length"))
     return (
         loader,
         held,
         collate,
         rows.counts,
         f"{args.dataset_args}: {len(rows):,} rows of {rows.lengths.mean():.0f} tokens on average ({counts}); "
-        f"{share:.0%} of what is computed are their tokens; {held_lines}",
+        f"{', '.join(shares)}; {held_lines}",
     )
 
 
@@ -960,7 +964,7 @@ def train(args: argparse.Namespace) -> int:
         log.tell(f"resume {begin_at}")
     else:
         log.write(0, **{f"rows {name}": count for name, count in counts.items()})
-    began = time.perf_counter() - 60 * minutes_before
+    began, first_step = time.perf_counter() - 60 * minutes_before, step
     peak = _peak(ranks.device)
     save_dtype = getattr(torch, args.save_dtype or config.dtype)
 
@@ -980,8 +984,10 @@ def train(args: argparse.Namespace) -> int:
         metrics = summarize(sums, ranks, peak)
         shown = {"loss": metrics.pop("loss"), "learning_rate": rate, "grad_norm": norm}
         shown["tokens_per_second"] = metrics.pop("tokens_per_second")
-        log.write(step, epoch=epoch + 1, **shown, **metrics, minutes=minutes())
-        log.show(step, **shown)
+        left = (minutes() - minutes_before) / (step - first_step) * (steps - step)
+        left = left if args.max_minutes is None else min(left, max(0.0, args.max_minutes - minutes()))
+        log.write(step, epoch=epoch + 1, **shown, **metrics, minutes=minutes(), minutes_left=left)
+        log.show(step, left, **shown)
         sums.clear()
 
     def save() -> Path:
@@ -1113,10 +1119,13 @@ def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
         "tokens": total["tokens"],
         "supervised_tokens": total["supervised"],
     }
-    if peak:
+    if peak:  # model FLOPs utilization: those a step needs (model.train_flops), of those the devices could have done
         metrics["mfu"] = total["flops"] / seconds / (peak * ranks.world_size)
     if ranks.device.type == "cuda":
         metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    else:  # of the whole process; in bytes on macOS, in kilobytes elsewhere
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        metrics["peak_memory_gb"] = resident * (1 if sys.platform == "darwin" else 1024) / 1e9
     return metrics
 
 

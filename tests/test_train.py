@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import sys
 import types
 from contextlib import nullcontext
@@ -300,6 +301,32 @@ def test_builtin_tiny_starts_from_nothing_and_its_ar_checkpoint_declares_no_mask
     model, tokenizer = load_model(tmp_path / "checkpoint-final"), Tokenizer(tmp_path / "checkpoint-final")
     assert model.config.model_type == "qwen3" and tokenizer.mask_added
     assert tokenizer.mask_id < model.config.vocab_size and model.config.vocab_size % 64 == 0
+
+
+def test_the_log_tells_rates_memory_and_the_time_left(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "_peak", lambda device: 1e9)
+    monkeypatch.setattr(train, "train_flops", lambda *_: 5_000_000)
+    flags = ["--max_steps", "6", "--logging_steps", "2", "--eval_strategy", "no", "--gradient_accumulation_steps", "2"]
+    rows = [row for row in run(source, tmp_path / "run", *flags) if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        seconds = row["tokens"] / row["tokens_per_second"]
+        assert 0 < seconds < 60 * row["minutes"]
+        assert row["supervised_tokens_per_second"] == pytest.approx(row["supervised_tokens"] / seconds)
+        assert row["tokens_per_second_per_process"] == row["tokens_per_second"]  # of one process
+        assert row["mfu"] == pytest.approx(4 * 5e6 / seconds / 1e9)  # a line is two steps of two micro-batches
+        assert 0.05 < row["peak_memory_gb"] < 1000
+    assert [row["minutes_left"] for row in rows] == pytest.approx(
+        [2 * rows[0]["minutes"], rows[1]["minutes"] / 2, 0], abs=1e-3
+    )
+    assert "minutes_left" in capsys.readouterr().out
+
+
+def test_packing_tells_the_share_of_useful_tokens_before_and_after(source, tmp_path, capsys):
+    packing = ["--packing", "True", "--objective", "bd3lm", "--block_size", "4", "--max_length", "128"]
+    run(source, tmp_path / "run", *packing, "--group_by_length", "False")
+    said = re.search(r"(\d+)% of what is computed are their tokens, packed (\d+)%", capsys.readouterr().out)
+    assert 50 < int(said[1]) < int(said[2]) <= 100
 
 
 def test_weights_and_biases_gets_what_the_metrics_hold(source, tmp_path, monkeypatch):
