@@ -290,7 +290,7 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
         type=int,
         default=0,
         metavar="N",
-        help="leave out up to N steps whose gradient is not finite; one more ends the run",
+        help="leave out up to N steps whose loss or gradient is not finite; one more ends the run",
     )
     add("--logging_steps", type=int, default=10, metavar="N", help="a line in metrics.jsonl every so many steps")
     add(
@@ -370,8 +370,6 @@ def complete_noise(args: argparse.Namespace, objective: str) -> None:
 
 def held_run(output: Path, overwrite: bool) -> list[Path]:
     """What a run left in `output`. Raises ValueError where that must not be replaced."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output_dir {output} is a file; choose a directory")
     held = [path for name in ("checkpoint-*", METRICS, ARGS, CURVES) for path in sorted(output.glob(name))]
     if held and not overwrite:
         raise ValueError(f"--output_dir {output} holds a run ({held[0].name}); choose another, or pass --overwrite")
@@ -584,7 +582,8 @@ def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, co
 
         ddp = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
         if reduce_dtype == torch.bfloat16:
-            ddp.register_comm_hook(None, bf16_compress_hook)
+            # In a lambda, as DDP refuses that hook, known by its name, without NCCL; gloo sums bfloat16 as well.
+            ddp.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
         return ddp, functools.partial(setattr, ddp, "require_backward_grad_sync")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -832,6 +831,10 @@ def build_loaders(args: argparse.Namespace, config: Config, tokenizer: Tokenizer
 
 def resume_point(args: argparse.Namespace, output: Path) -> Path | None:
     """The checkpoint to go on from; None: from the start. ValueError or FileNotFoundError where that cannot be."""
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):  # told before the data are read, not an hour later
+        reason = "cannot be written to" if there.is_dir() else "is a file"
+        raise ValueError(f"--output_dir {output}: {there} {reason}; choose another directory")
     if args.resume_from_checkpoint is None:
         held_run(output, args.overwrite)
         return None
@@ -1038,7 +1041,7 @@ def train(args: argparse.Namespace) -> int:
                 skipped += 1
                 samples = ranks.gather([n for batch in micro_batches for n in batch["sample"].tolist()])
                 good = max(checkpoints(output), key=_number, default="none was written")
-                text = f"step {step}: the gradient is not finite, on samples {samples} of epoch {epoch}"
+                text = f"step {step}: the loss or the gradient is not finite, on samples {samples} of epoch {epoch}"
                 if skipped > args.skip_nonfinite:
                     raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
                 log.tell(f"{text}; left out")
@@ -1085,14 +1088,16 @@ def gradients(
 ):
     """(summed loss of this rank, norm of the gradient) of a global batch, whose clipped gradient is then in the model.
 
-    denominator: of the global batch. Gradients are averaged over ranks, hence the factor.
+    denominator: of the global batch. Gradients are averaged over ranks, hence the factor. Where a loss is not finite,
+    nor is the gradient.
     """
     total = 0.0
     for n, example in enumerate(examples):
         sync(n == len(examples) - 1)
         with autocast():
             value, _ = loss(engine, example.to(ranks.device))
-        (value * (ranks.world_size / max(1, denominator))).backward()
+        scale = torch.full_like(value, ranks.world_size / max(1, denominator))
+        value.backward(torch.where(value.isfinite(), scale, math.nan))  # so that all ranks learn of it by the gradient
         total += value.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP

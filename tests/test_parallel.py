@@ -6,6 +6,7 @@
 import errno
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -19,7 +20,9 @@ from pathlib import Path
 import launch
 import pytest
 import torch
+from conftest import tiny
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 import checkpoint
 import data
@@ -173,6 +176,29 @@ def test_inner_micro_batches_communicate_nothing_but_what_zero3_gathers(tmp_path
 
 
 @pytest.mark.slow
+def test_bfloat16_is_for_products_and_sums_and_leaves_the_weights_float32(tmp_path, source):
+    ways, flags = ("ddp", "zero2", "zero3", "hybrid"), ["--gradient_accumulation_steps", "2"]
+    ended(start([{"flags": flags_of(source, tmp_path / "exact", *flags, rows=4), "float32": True}]))
+    plans = []
+    for way, compute, summed in itertools.product(ways, DTYPES, DTYPES):
+        more = ["--parallel", way, "--compute_dtype", compute, "--reduce_dtype", summed, "--save_steps", "9"]
+        output = tmp_path / f"{way}-{compute}-{summed}"
+        plans.append({"flags": flags_of(source, output, *flags, *more, rows=2), "float32": True})
+    ended(start(plans, 2))
+    for way, compute, summed in itertools.product(ways, DTYPES, DTYPES):
+        output = tmp_path / f"{way}-{compute}-{summed}"
+        losses, _ = difference(tmp_path / "exact", output)
+        assert losses < (1e-5 if compute == summed == "float32" else 0.05)
+        assert (losses > 1e-5) == ("bfloat16" in (compute, summed))  # the flags do something
+        stored = FileSystemReader(output / "checkpoint-9/state").read_metadata().state_dict_metadata
+        kept = {entry.properties.dtype for entry in stored.values() if hasattr(entry, "properties")}
+        assert kept == {torch.float32}
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_every_division_and_every_parallel_trains_as_one_process(tmp_path, source, capsys, dtype):
     ways = ("ddp", "zero2", "zero3", "hybrid")
@@ -307,6 +333,31 @@ def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tm
     assert [path.name for path in train.checkpoints(tmp_path / "whole")] == ["checkpoint-9"]
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_under_any_other_parallel(tmp_path, source):
+    """On four processes, then on two, in float64: sixteen pairs, and from one process to each, and back."""
+    ways, from_one = ("ddp", "zero2", "zero3", "hybrid"), tmp_path / "one"
+
+    def plan(output, processes, *more):
+        flags = ["--gradient_accumulation_steps", str(4 // processes), "--save_steps", "5", *more]
+        return {"flags": flags_of(source, output, *flags, rows=2), "local": max(1, processes // 2)}
+
+    def resumed(output, way, processes):
+        more = ["--resume_from_checkpoint", str(output / "checkpoint-5"), "--parallel", way]
+        return plan(tmp_path / f"{output.name}-{way}-{processes}", processes, *more)
+
+    ended(start([plan(from_one, 1)]))
+    ended(start([plan(tmp_path / way, 4, "--parallel", way) for way in ways], 4))
+    sources = [from_one, *(tmp_path / way for way in ways)]
+    ended(start([resumed(output, way, 2) for output in sources for way in ways], 2), timeout=600)
+    ended(start([resumed(output, "ddp", 1) for output in sources]))
+    for output in tmp_path.glob("*-*-[12]"):
+        assert [row["step"] for row in metrics(output) if "loss" in row] == [6, 7, 8, 9, 10]
+        ours, theirs = weights(output), weights(from_one)
+        assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-9, output.name
+    assert len(list(tmp_path.glob("*-*-[12]"))) == 25
+
+
 STREAM = ["--streaming", "True", "--shuffle_buffer", "16", "--resume_from_checkpoint", "auto"]
 
 
@@ -388,10 +439,25 @@ def test_a_gradient_that_is_not_finite_ends_the_run_or_is_left_out(tmp_path, sou
     more = ["--save_steps", "3", "--skip_nonfinite", str(tolerated)]
     said = refused(capsys, flags_of(source, tmp_path / "run", *more))
     step, last = (7, "checkpoint-6") if tolerated else (4, "checkpoint-3")
-    assert f"step {step}: the gradient is not finite, on samples" in said
+    assert f"step {step}: the loss or the gradient is not finite, on samples" in said
     assert f"last good checkpoint: {tmp_path}/run/{last};" in said
     assert updates == step - 1 - tolerated
     assert all(row["loss"] > 0 or row["step"] in (4, 5) for row in metrics(tmp_path / "run") if "loss" in row)
+
+
+def test_a_loss_that_is_not_finite_counts_as_such_a_gradient(tmp_path, source, monkeypatch, capsys):
+    loss, calls = train.loss, 0
+
+    def infinite(*args):  # whose own gradient is finite
+        nonlocal calls
+        calls += 1
+        total, denominator = loss(*args)
+        return total + (math.inf if calls == 4 else 0), denominator
+
+    monkeypatch.setattr(train, "loss", infinite)
+    said = refused(capsys, flags_of(source, tmp_path / "run", "--eval_strategy", "no"))
+    assert "step 4: the loss or the gradient is not finite, on samples [[24, 25, 26, 27, 28, 29, 30, 31]]" in said
+    assert "last good checkpoint: none was written" in said
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -427,8 +493,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, source, capsys, w
 
 def test_a_directory_that_cannot_be_written_is_told_in_one_line(tmp_path, source, capsys):
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file/run") in refused(capsys, flags_of(source, tmp_path / "file/run"))
-    assert str(tmp_path / "file") in refused(capsys, flags_of(source, tmp_path / "file"))
+    for output in (tmp_path / "file/run", tmp_path / "file"):
+        said = refused(capsys, flags_of(source, output))
+        assert f"--output_dir {output}: {tmp_path}/file is a file" in said
+    for more in ([], ["--resume_from_checkpoint", "auto"]):
+        said = refused(capsys, flags_of(source, Path("/proc/self/run"), *more))  # not even for root
+        assert "--output_dir /proc/self/run: /proc/self" in said and "cannot be written to" in said
 
 
 CONTRADICTIONS = {
@@ -633,6 +703,43 @@ def test_runs_killed_at_random_moments_end_as_if_left_alone():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+
+
+@pytest.mark.parametrize(
+    "device, objective, compute, bound",
+    [
+        pytest.param("cpu", "mdlm", "float32", 1e-4, marks=pytest.mark.slow),
+        pytest.param("cpu", "bd3lm", "float32", 1e-4, marks=pytest.mark.slow),
+        pytest.param("cuda", "mdlm", "float32", 0.02, marks=pytest.mark.cuda),  # TF32
+        pytest.param("cuda", "bd3lm", "float32", 0.02, marks=pytest.mark.cuda),
+        pytest.param("cuda", "bd3lm", "bfloat16", 0.2, marks=pytest.mark.cuda),
+    ],
+)
+def test_compiled_layers_train_as_plain_ones_and_no_later_epoch_compiles(
+    tmp_path, source, monkeypatch, device, objective, compute, bound
+):
+    """An epoch has batches of many lengths, and a last one of fewer rows: what is compiled must serve them all."""
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    update, graphs = train.update, []
+
+    def counted(*args):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return update(*args)
+
+    monkeypatch.setattr(train, "update", counted)
+    for name, more in (("plain", []), ("compiled", ["--torch_compile", "True"])):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        graphs.clear()
+        flags = flags_of(source, tmp_path / name, "--compute_dtype", compute, *more, objective=objective, steps=20)
+        train.main(flags)
+    assert graphs[0] > 0 and len(set(graphs[8:])) == 1, graphs  # 60 rows are 8 steps
+    assert difference(tmp_path / "plain", tmp_path / "compiled")[0] < bound
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # CUDA
 
 ON_CPU = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
@@ -651,6 +758,24 @@ def test_a_gpu_trains_as_the_cpu_does(tmp_path, source):
     assert losses < 1e-9 and final < 1e-9
     assert difference(tmp_path / "cpu", tmp_path / "gpu")[0] < 0.02  # FlexAttention, TF32: ten bits of mantissa
     assert difference(tmp_path / "cpu", tmp_path / "half")[0] < 0.2  # seven bits
+
+
+@pytest.mark.cuda
+def test_the_fused_optimizer_updates_on_a_gpu_as_on_the_cpu():
+    after = []
+    for device in ("cpu", "cuda"):
+        model, generator = tiny().train().to(device), torch.Generator().manual_seed(0)
+        optimizers = train.build_optimizers(
+            model, train.arguments().parse_args(flags_of("", "", "--weight_decay", "0.1"))
+        )
+        assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW"] and optimizers[0].defaults["fused"]
+        for step in range(5):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, dtype=torch.float64, generator=generator).to(device)
+            train.update(optimizers, 1e-2 / (step + 1))
+        after.append([parameter.detach().cpu() for parameter in model.parameters()])
+    for ours, theirs in zip(*after):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.cuda
