@@ -1,26 +1,38 @@
-"""Every figure the README quotes, by one command: `python bench.py train`.
+"""Every figure the README quotes, by one command each: `python bench.py train | sample | likelihood | load`.
 
 Each table compares ours with a plain implementation that does the same work in the obvious way and wastes nothing else,
 in the same run: two fresh processes, so that peak memory is each one's own, that take their steps in turn, so that a
-machine that drifts drifts for both.
+machine that drifts drifts for both. Two ways whose results differ have no ratio: the program then ends with status 1.
 
-FLOPs are those of the matrix products, as model.train_flops counts them.
+FLOPs are those of the matrix products (model.forward_flops, and three times that for a training step).
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from diffusion import Batch, bd3lm_example, draw_noise, loss, loss_weight, mdlm_example
-from model import PEAK_FLOPS, Config, LanguageModel, train_flops
+from diffusion import (
+    Batch,
+    bd3lm_example,
+    denoise,
+    draw_noise,
+    log_likelihood,
+    loss,
+    loss_weight,
+    mdlm_example,
+)
+from model import PEAK_FLOPS, Config, KVCache, LanguageModel, Layout, forward_flops, train_flops
 
 # family, vocabulary, hidden, intermediate, layers, heads, key/value heads, head_dim
 MODELS = {
@@ -31,7 +43,60 @@ MODELS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is measured
+# Two processes, a step each in turn
+
+
+def compare(arguments: list[str], case: str, ways: tuple[str, ...], warmup: int, steps: int) -> dict:
+    """{way: what its process said}: lists over the timed steps, and what it said at its end."""
+
+    def read(child) -> dict:
+        line = child.stdout.readline()
+        if not line:
+            sys.exit(f"bench.py: the process of {case} ended with status {child.wait()}; its output is above")
+        return json.loads(line)
+
+    children = {
+        way: subprocess.Popen(
+            [sys.executable, __file__, *arguments, "--case", case, way],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for way in ways
+    }
+    results = {}
+    for way, child in children.items():  # one after the other: what comes before the first step is not disturbed
+        read(child)
+        results[way] = {}
+    for number in range(warmup + steps):
+        for way, child in children.items():
+            child.stdin.write("step\n")
+            child.stdin.flush()
+            for name, value in read(child).items():
+                if number >= warmup:
+                    results[way].setdefault(name, []).append(value)
+    for way, child in children.items():
+        child.stdin.close()
+        results[way] |= read(child)
+        child.wait()
+    return results
+
+
+def serve(args, step, end=dict) -> None:
+    """The other side of `compare`: a line when ready, one for each step asked for, one at the end.
+
+    step(number) -> what to say of it; end() -> what to say of all. Seconds and the peak of memory are added here.
+    """
+    before = peak_memory(args.device, reset=True)
+    print(json.dumps({}), flush=True)
+    for number, _ in enumerate(sys.stdin):
+        began = time.perf_counter()
+        said = step(number)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds} | {name: value() for name, value in said.items()}), flush=True)
+    print(json.dumps({"memory": peak_memory(args.device) - before} | end()), flush=True)
 
 
 def peak_memory(device: str, reset: bool = False) -> int:
@@ -56,6 +121,46 @@ def peak_memory(device: str, reset: bool = False) -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def machine(device: str) -> dict:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        commit = None
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+    return {"cpu": cpu, "cores": cores, "gpu": gpu} | versions
+
+
+def heading(args, title: str) -> dict:
+    """Prints what is measured on what; returns the machine."""
+    where = machine(args.device)
+    print(title)
+    print(", ".join(f"{name} {value}" for name, value in where.items() if value is not None))
+    return where
+
+
+def random_model(args, **declared) -> LanguageModel:
+    """A model of the shape asked for, with random weights, in evaluation mode: fp32, cuda: bf16."""
+    from dataclasses import replace
+
+    config = MODELS[args.model]
+    config = replace(config, mask_token_id=config.vocab_size - 1, right_shift=False, **declared)
+    model = LanguageModel(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model.to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training step
+
+
 def plain_loss(model, example, batch, noise, device: str) -> torch.Tensor:
     """The loss of `example` from the logits of every position fed, in torch's own functions."""
     T = batch.tokens.shape[1]
@@ -67,7 +172,6 @@ def plain_loss(model, example, batch, noise, device: str) -> torch.Tensor:
 
 
 def train_case(args, objective: str, way: str) -> None:
-    """One process: a line of JSON when ready, one after each step that a line on stdin asks for, one at the end."""
     device, config = args.device, MODELS[args.model]
     B, T, mask_id = args.batch, args.length, config.vocab_size - 1
     torch.manual_seed(0)
@@ -78,8 +182,7 @@ def train_case(args, objective: str, way: str) -> None:
     data = torch.randint(mask_id, (B, T))
     everything, zeros = torch.ones(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.int64)
 
-    def step(number: int):
-        """(the mean loss, the example it is of) of a whole training step."""
+    def step(number: int) -> dict:
         sample = number * B + torch.arange(B)
         batch = Batch(data, everything, zeros, torch.arange(T).expand(B, T), sample)
         block_length = args.block_size if objective == "bd3lm" else None
@@ -98,95 +201,33 @@ def train_case(args, objective: str, way: str) -> None:
         mean.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return mean.detach(), example
+        mean = mean.detach()
 
-    before = peak_memory(device, reset=True)
-    print(json.dumps({}), flush=True)
-    for number, _ in enumerate(sys.stdin):
-        began = time.perf_counter()
-        mean, example = step(number)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        rows = int((example.weights > 0).sum()) if way == "ours" else example.tokens.numel()
-        flops = train_flops(config, example.layout, rows)
-        print(json.dumps({"seconds": seconds, "loss": mean.item(), "flops": flops}), flush=True)
-    print(json.dumps({"memory": peak_memory(device) - before}), flush=True)
+        def flops() -> int:
+            rows = int((example.weights > 0).sum()) if way == "ours" else example.tokens.numel()
+            return train_flops(config, example.layout, rows)
 
+        return {"loss": mean.item, "flops": flops}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The comparison
-
-
-def compare(arguments: list[str], objective: str, warmup: int, steps: int) -> dict:
-    """{way: {seconds, loss, flops (each a list over the timed steps), memory}} of the two ways, a step each in turn."""
-
-    def read(child) -> dict:
-        line = child.stdout.readline()
-        if not line:
-            sys.exit(f"bench.py: the process of {objective} ended with status {child.wait()}; its output is above")
-        return json.loads(line)
-
-    children = {
-        way: subprocess.Popen(
-            [sys.executable, __file__, *arguments, "--case", objective, way],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for way in ("ours", "plain")
-    }
-    results = {way: read(child) | {"seconds": [], "loss": [], "flops": []} for way, child in children.items()}
-    for number in range(warmup + steps):
-        for way, child in children.items():
-            child.stdin.write("step\n")
-            child.stdin.flush()
-            for name, value in read(child).items():
-                if number >= warmup:
-                    results[way][name].append(value)
-    for way, child in children.items():
-        child.stdin.close()
-        results[way] |= read(child)
-        child.wait()
-    return results
-
-
-def machine(device: str) -> dict:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        commit = None
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
-    return {"cpu": cpu, "cores": cores, "gpu": gpu} | versions
+    serve(args, step)
 
 
 def train(args, arguments: list[str]) -> dict:
     """Prints the table of training steps and returns its figures."""
-    if args.case:
-        return train_case(args, *args.case)
-    where = machine(args.device)
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in (where["gpu"] or "")), None)
     cuda = args.device == "cuda"
     precision, memory = ("bf16 autocast", "allocated memory") if cuda else ("fp32", "RSS")
-    print(
-        f"training step: {args.model}, batch {args.batch} x {args.length}, block {args.block_size}, {precision}, AdamW"
+    where = heading(
+        args,
+        f"training step: {args.model}, batch {args.batch} x {args.length}, block {args.block_size}, {precision}, AdamW",
     )
-    print(", ".join(f"{name} {value}" for name, value in where.items() if value is not None))
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in (where["gpu"] or "")), None)
     print(f"s/step: median [least, most] of {args.steps}; GB: peak {memory} above that before the first step")
     print("faster, memory: against plain, the median ratio of paired steps and the ratio of GB\n")
     share = "  MFU" if peak else ""
     print(f"{'':12}   s/step {'[least, most]':>16} tokens/s  GFLOP GFLOP/s{share}    GB  faster  memory")
     table = {}
     for objective in ("mdlm", "bd3lm"):
-        ways = compare(arguments, objective, args.warmup, args.steps)
+        ways = compare(arguments, objective, ("ours", "plain"), args.warmup, args.steps)
         ours, plain = ways["ours"], ways["plain"]
         for way, row in ways.items():
             seconds = row["seconds"]
@@ -201,9 +242,8 @@ def train(args, arguments: list[str]) -> dict:
                 f"{statistics.mean(row['flops']) / 1e9:6.0f} {row['flops_per_second'] / 1e9:7.0f}{share} "
                 f"{row['memory'] / 1e9:5.2f} {row['faster']:6.2f}x {row['memory_ratio']:7.2f}"
             )
-        # Two ways that do not compute the same have no ratio; autocast rounds to 8 bits.
         apart = max(abs(a - b) / abs(b) for a, b in zip(ours["loss"], plain["loss"]))
-        if apart > (2e-2 if cuda else 1e-4):
+        if apart > (2e-2 if cuda else 1e-4):  # autocast rounds to 8 bits
             sys.exit(f"bench.py: the two ways' {objective} losses differ: {ours['loss']} and {plain['loss']}")
         table[objective] = ways
     if cuda and not peak:
@@ -211,42 +251,464 @@ def train(args, arguments: list[str]) -> dict:
     return {"machine": where, "train": table}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@torch.no_grad()
+def plain_denoise(model, prompts: list[list[int]], n: int, steps: int, K: int):
+    """The canvas (B, T) after each forward: `denoise`'s greedy decoding with blocks that begin where prompts end.
+
+    Logits of every position of every step, no cache for mdlm; for bd3lm the prefix is encoded anew for every block.
+    """
+    config, device = model.config, model.head_weight.device
+    B, T = len(prompts), max(map(len, prompts)) + n
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    column = torch.arange(T, device=device).expand(B, T)
+    tokens = torch.zeros(B, T, dtype=torch.int64, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    masked = (column >= lengths[:, None]) & (column < lengths[:, None] + n)
+    tokens[masked] = config.mask_token_id
+    document = torch.where(column < lengths[:, None] + n, 0, -1)
+    cached = config.objective == "bd3lm"
+    layout = Layout.of(column, None if (document == 0).all() else document)
+    if cached:
+        layout = Layout.of(column, document, K, -lengths % K)
+
+    def at(columns):
+        return layout.map(lambda field: field.gather(1, columns))
+
+    for begin in range(0, n, K):
+        columns = lengths[:, None] + torch.arange(begin, min(begin + K, n), device=device)  # (B, K)
+        if cached:
+            cache = KVCache(config, B, T + 1, dtype=model.head_weight.dtype, device=device)
+            P = int(lengths.max()) + begin
+            prefix = at(column[:, :P])
+            inside = column[:, :P] < lengths[:, None] + begin
+            prefix = prefix._replace(document=torch.where(inside, prefix.document, -1))
+            to = torch.where(inside, column[:, :P], T)
+            model(tokens[:, :P], prefix, cache=cache, columns=to, head=lambda hidden, weight: None)
+        for _ in range(steps * K // n):
+            if cached:
+                logits = model(tokens.gather(1, columns), at(columns), cache=cache, columns=columns)
+            else:
+                logits = model(tokens, layout)  # (B, T, V)
+            logits[..., config.mask_token_id] = -torch.inf
+            p, token = logits.float().softmax(dim=-1).max(dim=-1)
+            if not cached:
+                p, token = p.gather(1, columns), token.gather(1, columns)
+            p = p.masked_fill(~masked.gather(1, columns), -torch.inf)
+            chosen = p.topk(n // steps, dim=1).indices
+            places = columns.gather(1, chosen)
+            tokens.scatter_(1, places, token.gather(1, chosen))
+            masked.scatter_(1, places, False)
+            yield tokens
+
+
+def sample_case(args, case: str, way: str) -> None:
+    objective, batch = case.split("-")
+    model = random_model(args, objective=objective, block_length=args.block_size if objective == "bd3lm" else None)
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    lengths = [args.prompt_tokens * share // 64 for share in (64, 48, 33, 17)]
+    prompts = [
+        torch.randint(config.vocab_size - 1, (lengths[row % 4],), generator=generator).tolist()
+        for row in range(int(batch))
+    ]
+    work = {"tokens": 0, "rows": 0, "pairs": 0}
+
+    def count(_, inputs, options) -> None:
+        B, T = inputs[0].shape
+        keys = options["cache"].keys.shape[2] if options.get("cache") is not None else T
+        work["tokens"] += B * T
+        work["pairs"] += B * T * keys
+        if options.get("index") is not None:
+            work["rows"] += len(options["index"])
+        elif options.get("head") is None:
+            work["rows"] += B * T
+
+    def start():
+        if way == "ours":
+            steps = denoise(
+                model,
+                prompts,
+                max_new_tokens=args.new_tokens,
+                steps=args.steps,
+                block_size=args.block_size,
+                block_align="prompt",
+            )
+            next(steps)  # the canvas before the first forward
+            return (step.tokens for step in steps)
+        return plain_denoise(model, prompts, args.new_tokens, args.steps, args.block_size)
+
+    for _ in zip(range(args.warmup), start()):
+        pass
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    canvases = start()
+    last = [None]
+
+    def step(number: int) -> dict:
+        last[0] = next(canvases)
+        return {}
+
+    def end() -> dict:
+        digest = hashlib.sha256(json.dumps(last[0].tolist()).encode()).hexdigest()
+        return {"flops": forward_flops(config, **work), "digest": digest, "fed": work}
+
+    serve(args, step, end)
+
+
+def bandwidth(device: str) -> float:
+    """Bytes/s at which this machine reads memory: the best of five sums over half a GiB."""
+    x = torch.ones(2**27, device=device)
+    seconds = []
+    for _ in range(6):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        x.sum().item()
+        seconds.append(time.perf_counter() - began)
+    return 4 * x.numel() / min(seconds)
+
+
+def weight_bytes(config: Config, size: int) -> int:
+    """Bytes of the weights that a forward reads: the layers' matrices and the head, once."""
+    return size * forward_flops(config, tokens=1, rows=1, pairs=0) // 2
+
+
+def sample(args, arguments: list[str]) -> dict:
+    """Prints the table of sampling and returns its figures."""
+    cuda, config = args.device == "cuda", MODELS[args.model]
+    where = heading(
+        args,
+        f"sampling {args.new_tokens} tokens after {args.prompt_tokens} (batch: after 1, 3/4, 1/2, 1/4 of that) in "
+        f"{args.steps} steps: {args.model}, block {args.block_size}, {'bf16' if cuda else 'fp32'}, greedy",
+    )
+    floor = weight_bytes(config, 2 if cuda else 4) / (read := bandwidth(args.device))
+    print(f"ms: median [least, most] of a forward; floor: {1e3 * floor:.2f} ms, its weights at {read / 1e9:.1f} GB/s")
+    print("faster: plain's time for all steps against ours; the tokens are compared and equal\n")
+    print(f"{'':18} {'ms':>8} {'[least, most]':>18} forwards/s tokens/s  floor/ms GFLOP/s  faster")
+    table = {}
+    for objective in ("mdlm", "bd3lm"):
+        for batch in args.batch:
+            case = f"{objective}-{batch}"
+            ways = compare(arguments, case, ("ours", "plain"), 0, args.steps)
+            for way, row in ways.items():
+                seconds = row["seconds"]
+                row["faster"] = sum(ways["plain"]["seconds"]) / sum(seconds)
+                row["tokens_per_second"] = batch * args.new_tokens / sum(seconds)
+                row["flops_per_second"] = row["flops"] / sum(seconds)
+                row["bandwidth_share"] = floor * len(seconds) / sum(seconds)
+                spread = f"[{1e3 * min(seconds):.1f}, {1e3 * max(seconds):.1f}]"
+                print(
+                    f"{objective:6}x{batch:<3} {way:6}  {1e3 * statistics.median(seconds):8.2f} {spread:>18} "
+                    f"{len(seconds) / sum(seconds):10.1f} {row['tokens_per_second']:8.1f} "
+                    f"{row['bandwidth_share']:9.0%} {row['flops_per_second'] / 1e9:7.0f} {row['faster']:6.2f}x"
+                )
+            if ways["ours"]["digest"] != ways["plain"]["digest"] and not cuda:  # bf16 breaks ties otherwise
+                sys.exit(f"bench.py: the two ways' tokens differ in {case}")
+            table[case] = ways
+    return {"machine": where, "bandwidth": read, "sample": table}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihood
+
+
+@torch.no_grad()
+def two_stream_likelihood(model, contexts, answers, draws: int) -> list[float]:
+    """The bd3lm bound of each answer by one forward over noisy and clean context and answer for each draw."""
+    config, device = model.config, model.head_weight.device
+    K, estimates = config.block_length, []
+    generator = torch.Generator().manual_seed(0)
+    for context, answer in zip(contexts, answers):
+        P, T = len(context), len(context) + len(answer)
+        tokens = torch.tensor([context + answer], device=device)
+        layout = Layout.of(torch.arange(T, device=device)[None], None, K).two_stream()
+        blocks = [(max(P, start), min(start + K, T)) for start in range(P // K * K, T, K)]
+        total = 0.0
+        for _ in range(1 if len(answer) == 1 else draws):
+            noisy, where, weight = tokens.clone(), [], []
+            for start, stop in blocks:
+                m = stop - start
+                n = int(torch.randint(1, m + 1, (), generator=generator))
+                where.append(start + torch.randperm(m, generator=generator)[:n])
+                weight.append(torch.full((n,), m / n, dtype=torch.float64))
+            index = torch.cat(where).to(device)
+            noisy[0, index] = config.mask_token_id
+            logits = model(torch.cat([noisy, tokens], dim=1), layout, index=index)
+            log_p = logits.float().log_softmax(dim=1).gather(1, tokens[0, index, None])[:, 0]
+            total += float((log_p.double().cpu() * torch.cat(weight)).sum())
+        estimates.append(total / (1 if len(answer) == 1 else draws))
+    return estimates
+
+
+def likelihood_case(args, case: str, way: str) -> None:
+    objective, P, L, draws = case.split("-")
+    model = random_model(args, objective=objective, block_length=args.block_size if objective == "bd3lm" else None)
+    generator = torch.Generator().manual_seed(0)
+
+    def text(n: int) -> list[int]:
+        return torch.randint(model.config.vocab_size - 1, (n,), generator=generator).tolist()
+
+    contexts, answers = [], []
+    for _ in range(args.requests // 4):
+        contexts += [text(int(P))] * 4
+        answers += [text(int(L)) for _ in range(4)]
+
+    def score(contexts, answers) -> list[float]:
+        noise = torch.Generator().manual_seed(1)
+        return log_likelihood(model, contexts, answers, draws=int(draws), generator=noise)[0].tolist()
+
+    def everything() -> list[float]:
+        if way == "one at a time":
+            return [score([context], [answer])[0] for context, answer in zip(contexts, answers)]
+        if way == "two streams":
+            return two_stream_likelihood(model, contexts, answers, int(draws))
+        return score(contexts, answers)
+
+    contexts, answers, whole = contexts[:8], answers[:8], (contexts, answers)
+    everything()  # warm
+    contexts, answers = whole
+    serve(args, lambda number: {"nats": (lambda result: lambda: result)(everything())})
+
+
+def likelihood(args, arguments: list[str]) -> dict:
+    """Prints the table of scoring and returns its figures."""
+    where = heading(
+        args,
+        f"log-likelihood of {args.requests} requests, 4 answers to a question: {args.model}, block {args.block_size}",
+    )
+    print(f"s: median [least, most] of {args.runs}; forwards of at most 4,096 tokens; faster: against the second way")
+    print("one at a time: the same call with one request each, the same draws, equal estimates")
+    print("two streams: a forward over context and answer, noisy and clean, for each request and draw\n")
+    print(f"{'':6} {'context + answer':>17} {'draws':>5}  {'way':13} {'s':>7} {'[least, most]':>16} faster")
+    table = {}
+    cases = {"mdlm": ("one at a time", (32, 8)), "bd3lm": ("two streams", (32, 8))}
+    for objective, (other, _) in cases.items():
+        for P, L, draws in ((100, 1, 32), (60, 8, 16)):
+            case = f"{objective}-{P}-{L}-{draws}"
+            ways = compare(arguments, case, ("ours", other), 0, args.runs)
+            for way, row in ways.items():
+                seconds = row["seconds"]
+                row["faster"] = statistics.median(b / a for a, b in zip(seconds, ways[other]["seconds"]))
+                print(
+                    f"{objective:6} {f'{P} + {L}':>17} {draws:5}  {way:13} {statistics.median(seconds):7.2f} "
+                    f"{f'[{min(seconds):.2f}, {max(seconds):.2f}]':>16} {row['faster']:5.1f}x"
+                )
+            ours, theirs = (torch.tensor(row.pop("nats")[-1]) for row in ways.values())
+            # two streams has draws of its own: the means over all requests agree to their noise
+            apart = (ours - theirs).abs().max() if other == "one at a time" else (ours - theirs).mean().abs()
+            if apart > (1e-3 if other == "one at a time" or L == 1 else 0.02 * ours.mean().abs()):
+                sys.exit(f"bench.py: the two ways' estimates differ in {case} by {apart:.3g} nats")
+            table[case] = ways
+    return {"machine": where, "likelihood": table}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_case(args, case: str, way: str) -> None:
+    dtype = getattr(torch, case)
+
+    def step(number: int) -> dict:
+        from checkpoint import load_config, load_model
+
+        if way == "ours":
+            model = load_model(args.path, dtype=dtype, device=args.device)
+        else:
+            import safetensors.torch
+
+            model = LanguageModel(load_config(args.path))
+            state = {}
+            for file in sorted(Path(args.path).glob("*.safetensors")):
+                state |= safetensors.torch.load_file(file)
+            model.load_state_dict(state, strict=False)
+            model.to(args.device, dtype)
+        bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        return {"bytes": lambda: bytes}
+
+    serve(args, step)
+
+
+def load(args, arguments: list[str]) -> dict:
+    """Prints how long a checkpoint takes to load, what memory, and how long each program's --help; returns it all."""
+    from checkpoint import save_model
+
+    where = heading(args, f"loading {args.path or args.model + ' with random weights, stored as bfloat16'}")
+    table = {"load": {}, "help": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        if args.path is None:
+            model = LanguageModel(MODELS[args.model])
+            model.init_weights(torch.Generator().manual_seed(0))
+            args.path = os.path.join(directory, args.model)
+            save_model(model.to(torch.bfloat16), args.path)
+            del model
+            arguments = [*arguments, "--path", args.path]
+        print(f"s: median [least, most] of {args.runs} fresh processes, the file being in the system's cache")
+        print("peak: the process's growth against the bytes of the loaded weights\n")
+        print(f"{'':9} {'':6} {'s':>6} {'[least, most]':>16} {'GB':>6} {'peak':>6} faster")
+        for dtype in ("bfloat16", "float32"):
+            runs = [compare(arguments, dtype, ("ours", "plain"), 0, 1) for _ in range(args.runs)]
+            plain = statistics.median(run["plain"]["seconds"][0] for run in runs)
+            for way in ("ours", "plain"):
+                seconds = [run[way]["seconds"][0] for run in runs]
+                bytes = runs[0][way]["bytes"][0]
+                peak = max(run[way]["memory"] for run in runs) / bytes
+                faster = plain / statistics.median(seconds)
+                table["load"][f"{dtype} {way}"] = {"seconds": seconds, "bytes": bytes, "peak": peak, "faster": faster}
+                print(
+                    f"{dtype:9} {way:6} {statistics.median(seconds):6.2f} "
+                    f"{f'[{min(seconds):.2f}, {max(seconds):.2f}]':>16} {bytes / 1e9:6.2f} {peak:5.2f}x {faster:5.1f}x"
+                )
+    print(f"\nseconds until a process ends: median [least, most] of {args.runs}, in turn")
+    here = Path(__file__).parent
+    commands = {"python -c 'import torch'": ["-c", "import torch"]} | {
+        f"python {name}.py --help": [str(here / f"{name}.py"), "--help"]
+        for name in ("train", "sample", "chat", "evaluate", "convert", "data", "bench")
+    }
+    for _ in range(args.runs):
+        for name, command in commands.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            table["help"].setdefault(name, []).append(time.perf_counter() - began)
+    for name, seconds in table["help"].items():
+        print(f"{name:27} {statistics.median(seconds):6.2f} [{min(seconds):.2f}, {max(seconds):.2f}]")
+    return {"machine": where, **table}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves of runs
+
+
+def curves(args, arguments: list[str]) -> None:
+    """Draws the metrics of several runs in one picture."""
+    import display
+
+    runs = {}
+    for run in args.runs:
+        path = Path(run) / "metrics.jsonl"
+        try:
+            runs[Path(run).name] = [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, json.JSONDecodeError) as error:
+            args.refuse(f"{run}: not a run of train.py ({path.name}: {error}); expected its --output_dir")
+    display.curves(runs, args.picture)
+    print(f"curves of {len(runs)} runs drawn to {args.picture}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures ours against a plain implementation in the same run.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser(
+    parser = argparse.ArgumentParser(
+        description="Measures ours against a plain implementation in the same run. On cuda nothing has been measured "
+        "yet.",
+        epilog="python bench.py TABLE --help has its flags.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="TABLE")
+
+    def table(name: str, function, case, help: str, description: str):
+        p = commands.add_parser(
+            name, help=help, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        p.set_defaults(function=function, run_case=case, refuse=p.error)
+        p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: fp32; cuda: bf16")
+        p.add_argument("--output", metavar="FILE.json", help="also write the figures here")
+        p.add_argument("--case", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)  # one of the processes
+        return p.add_argument
+
+    model = {"choices": list(MODELS), "default": "mid", "help": "the model's shape; its weights are random"}
+    block = {"type": int, "default": 32, "help": "tokens of a block of bd3lm, and of mdlm's sampling"}
+    add = table(
         "train",
-        help="the training step of mdlm and bd3lm",
-        description="Time and memory of the training step of mdlm and bd3lm: forward, backward, optimizer, noise. Two "
-        "processes at a time hold a model each. On cuda nothing has been measured yet.",
+        train,
+        train_case,
+        "the training step of mdlm and bd3lm",
+        "Time and memory of the training step of mdlm and bd3lm: forward, backward, optimizer, noise. Two processes at "
+        "a time hold a model each.",
+    )
+    add("--model", **model)
+    add("--batch", type=int, default=4, help="rows")
+    add("--length", type=int, default=256, help="tokens of a row")
+    add("--block_size", **block)
+    add("--steps", type=int, default=5, help="timed steps of each way")
+    add("--warmup", type=int, default=1, help="steps before them")
+    add = table(
+        "sample",
+        sample,
+        sample_case,
+        "decoding with mdlm and bd3lm",
+        "Time of greedy decoding. plain: logits of every position, no cache for mdlm, the prefix encoded anew for "
+        "every block of bd3lm.",
+    )
+    add("--model", **model)
+    add("--batch", type=int, nargs="+", default=[1, 4], help="rows")
+    add("--prompt_tokens", type=int, default=64, help="tokens of the longest prompt")
+    add("--new_tokens", type=int, default=128, help="tokens to generate, a multiple of the block size")
+    add("--steps", type=int, default=128, help="forwards for them, so many that each block has a whole number")
+    add("--block_size", **block)
+    add("--warmup", type=int, default=2, help="forwards before the timed ones")
+    add = table(
+        "likelihood",
+        likelihood,
+        likelihood_case,
+        "scoring answers with mdlm and bd3lm",
+        "Time of scoring multiple-choice requests: one-token answers, as of MMLU, and longer ones.",
+    )
+    add("--model", **model)
+    add("--requests", type=int, default=256, help="4 to a question")
+    add("--block_size", **block | {"help": "tokens of a block of bd3lm"})
+    add("--runs", type=int, default=1, help="timed runs of each way")
+    add = table(
+        "load",
+        load,
+        load_case,
+        "loading a checkpoint, and --help",
+        "Time and memory of loading a checkpoint, and the time each program's --help takes. plain: the model made, "
+        "the whole file read, then copied in.",
+    )
+    add("--model", **model | {"default": "qwen3-0.6b"})
+    add("--path", help="load this directory instead (default: random weights, written to a temporary directory)")
+    add("--runs", type=int, default=3, help="fresh processes of each")
+    p = commands.add_parser(
+        "curves",
+        help="the loss curves of several runs in one picture",
+        description="Draws loss, bound, learning rate and gradient norm of several runs.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.set_defaults(function=train)
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: fp32; cuda: bf16 autocast")
-    p.add_argument("--model", choices=list(MODELS), default="mid", help="the model's shape; its weights are random")
-    p.add_argument("--batch", type=int, default=4, help="rows")
-    p.add_argument("--length", type=int, default=256, help="tokens of a row")
-    p.add_argument("--block_size", type=int, default=32, help="tokens of a block of bd3lm")
-    p.add_argument("--steps", type=int, default=5, help="timed steps of each way")
-    p.add_argument("--warmup", type=int, default=1, help="steps before them")
-    p.add_argument("--output", metavar="FILE.json", help="also write the figures here")
-    p.add_argument("--case", nargs=2, metavar=("OBJECTIVE", "WAY"), help=argparse.SUPPRESS)  # one of the processes
+    p.set_defaults(function=curves, case=None, output=None, device="cpu", refuse=p.error)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="an --output_dir of train.py")
+    p.add_argument("--picture", default="curves.png", metavar="FILE.png", help="where to")
     args = parser.parse_args(arguments)
-    for name in ("batch", "length", "block_size", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
-    if args.warmup < 0:
-        parser.error(f"--warmup {args.warmup}: expected at least 0")
+    for name in ("batch", "length", "block_size", "steps", "prompt_tokens", "new_tokens", "requests", "runs"):
+        value = getattr(args, name, 1)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number < 1:
+                args.refuse(f"--{name} {number}: expected at least 1")
+    if getattr(args, "warmup", 0) < 0:
+        args.refuse(f"--warmup {args.warmup}: expected at least 0")
+    if args.command == "sample":
+        if args.new_tokens % args.block_size:
+            args.refuse(f"--new_tokens {args.new_tokens}: expected a multiple of the block size {args.block_size}")
+        if args.new_tokens % args.steps or args.steps * args.block_size % args.new_tokens:
+            args.refuse(
+                f"--steps {args.steps}: expected to divide {args.new_tokens} tokens, and evenly over their blocks"
+            )
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device; use --device cpu")
+        args.refuse("--device cuda: torch sees no CUDA device; use --device cpu")
     return args
 
 
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
+    if args.case:
+        return args.run_case(args, *args.case)
     figures = args.function(args, arguments)
     if figures and args.output:
-        settings = {name: value for name, value in vars(args).items() if name not in ("function", "output", "case")}
+        unsaid = ("function", "run_case", "refuse", "output", "case")
+        settings = {name: value for name, value in vars(args).items() if name not in unsaid}
         with open(args.output, "w") as file:
             json.dump({"settings": settings, **figures}, file, indent=1)
         print(f"figures written to {args.output}")

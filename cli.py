@@ -216,7 +216,7 @@ def check_messages(messages, where: str) -> None:
 
 SAMPLING = (
     *("max_new_tokens", "steps", "block_size", "steps_per_block", "block_align", "scheduler"),
-    *("temperature", "top_k", "top_p", "remasking", "stochastic_transfer", "threshold"),
+    *("temperature", "top_k", "top_p", "remasking", "stochastic_transfer", "threshold", "entropy", "factor"),
     *("cfg_scale", "cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens"),
 )
 
@@ -272,6 +272,20 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
         metavar="P",
         help="reveal every token of probability above P at each step, at least one, instead of a fixed number; "
         "0.9 takes several times fewer forwards",
+    )
+    add(
+        "--entropy",
+        type=float,
+        metavar="NATS",
+        help="reveal the surest tokens while the entropies of those before add up to at most NATS (EB-Sampler), 0.1 "
+        "say, instead of a fixed number",
+    )
+    add(
+        "--factor",
+        type=float,
+        metavar="F",
+        help="reveal the n most probable tokens, n the largest with (n + 1)(1 - probability of the n-th) below F "
+        "(Fast-dLLM), 1 say, instead of a fixed number",
     )
     add(
         "--cfg_scale",

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import KVCache, LanguageModel, Layout
+from model import KVCache, LanguageModel, Layout, attention_mask
 
 OBJECTIVES = ("ar", "mdlm", "bd3lm")
 
@@ -446,6 +446,34 @@ def confidence_threshold(threshold: float):
     return rule
 
 
+def entropy_bound(bound: float):
+    """Reveals the surest positions while the entropies of those before add up to at most `bound` nats.
+
+    EB-Sampler, arXiv 2505.24857: the sum over the revealed without the largest bounds what revealing them together,
+    as if they were independent, can cost. confidence is the negative entropy; the schedule is not used.
+    """
+
+    def rule(confidence, token, masked, quota, generator):
+        entropy, order = (-confidence).masked_fill(~masked, math.inf).sort(dim=1, stable=True)
+        spent = entropy.cumsum(dim=1) - entropy  # by those before; inf - inf is of positions that are not masked
+        return masked & (torch.empty_like(spent).scatter_(1, order, spent) > bound)
+
+    return rule
+
+
+def confidence_factor(factor: float):
+    """Reveals the n most confident positions, n the largest with (n + 1)(1 - the n-th's probability) < `factor`.
+
+    Fast-dLLM's factor rule (arXiv 2505.22618, section 3.3); at least the best one; the schedule is not used.
+    """
+
+    def rule(confidence, token, masked, quota, generator):
+        place = ranks(confidence, masked)
+        return masked & ((place + 2) * (1 - confidence) >= factor) & (place > 0)
+
+    return rule
+
+
 def path_planning(confidence, token, masked, quota, generator):
     """Masks the least confident of the block's answer, revealed ones included, `quota` fewer than there were.
 
@@ -504,6 +532,8 @@ def denoise(
     remasking: str = "low_confidence",
     stochastic_transfer: bool = False,
     threshold: float | None = None,
+    entropy: float | None = None,
+    factor: float | None = None,
     cfg_scale: float = 0.0,
     cfg_keep_tokens: tuple[int, ...] = (),
     suppress_tokens: tuple[int, ...] = (),
@@ -511,6 +541,7 @@ def denoise(
     end_ids: tuple[int, ...] = (),
     kept: Kept | None = None,
     generator: torch.Generator | None = None,
+    static: bool | None = None,
 ) -> Iterator[Step]:
     """Fills the masks of a batch of canvases, a `Step` at the start and after each forward. Ids in, ids out.
 
@@ -527,8 +558,9 @@ def denoise(
     steps_per_block. Each block's reveals follow `reveal_schedule` of its own mask count.
 
     temperature 0: the likeliest token. remasking: which tokens stay, "low_confidence" (by untempered probability),
-    "random", or "p2" (`path_planning`: what the current block has revealed may be masked again). threshold: reveal all
-    tokens more confident than this instead of a fixed count; steps then goes unused. cfg_scale s: logits
+    "random", or "p2" (`path_planning`: what the current block has revealed may be masked again). threshold, entropy,
+    factor: reveal as many as `confidence_threshold`, `entropy_bound` or `confidence_factor` allows instead of a fixed
+    count; steps then goes unused. cfg_scale s: logits
     u + (s + 1)(c - u), u with the given tokens but cfg_keep_tokens masked. suppress_tokens never occur;
     begin_suppress_tokens count as improbable only when confidence is compared, as in the reference. The mask id is
     never chosen. end_ids: a row is done at its first generated one with nothing masked before it (p2: in its block).
@@ -536,9 +568,13 @@ def denoise(
     kept: for a single row of ar or bd3lm. The complete blocks of the prompt's longest common prefix with kept.tokens
     are taken from its cache instead of being computed again, with the same outcome; it then holds this row's.
 
+    static (default: on CUDA): shapes that recur, and nothing that is read back before the step after it is under way;
+    on CUDA a forward with its choice of tokens is then recorded as a graph and replayed.
+
     Raises ValueError for options that contradict the model, the prompts or each other.
     """
     config, device = model.config, model.head_weight.device
+    static = device.type == "cuda" if static is None else static
     objective = config.objective or "mdlm"
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}")
@@ -612,23 +648,33 @@ def denoise(
     if temperature == 0 and (top_k, top_p) != (None, None):
         option = f"top_p {top_p}" if top_k is None else f"top_k {top_k}"
         raise ValueError(f"{option} changes nothing at temperature 0; raise --temperature or leave it out")
-    if threshold is not None:
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold {threshold}: expected a probability between 0 and 1, 0.9 say")
+    if threshold is not None and not 0 < threshold < 1:
+        raise ValueError(f"threshold {threshold}: expected a probability between 0 and 1, 0.9 say")
+    if entropy is not None and not 0 <= entropy < math.inf:
+        raise ValueError(f"entropy {entropy}: expected 0 nats or more, 0.1 say")
+    if factor is not None and not 0 < factor < math.inf:
+        raise ValueError(f"factor {factor}: expected above 0, 1 say")
+    adaptive = {"threshold": threshold, "entropy": entropy, "factor": factor}
+    adaptive = {name: value for name, value in adaptive.items() if value is not None}
+    if len(adaptive) > 1:
+        raise ValueError(f"{' and '.join(adaptive)} each say how many tokens a step reveals; leave out all but one")
+    for name in adaptive:
         if remasking == "random":
-            raise ValueError("threshold compares confidences, remasking random does not have any; drop one of the two")
+            raise ValueError(f"{name} compares confidences, remasking random does not have any; drop one of the two")
         if remasking == "p2":
-            raise ValueError("threshold replaces the schedule, by which remasking p2 masks again; drop one of the two")
+            raise ValueError(f"{name} replaces the schedule, by which remasking p2 masks again; drop one of the two")
         if stochastic_transfer or steps_per_block is not None:
             option = "stochastic_transfer" if stochastic_transfer else "steps_per_block"
-            raise ValueError(f"threshold replaces the schedule, which {option} is about; drop one of the two")
+            raise ValueError(f"{name} replaces the schedule, which {option} is about; drop one of the two")
     if kept is not None:
         if not cached or len(prompts) > 1:
             raise ValueError(f"kept: {len(prompts)} rows of {objective}; expected one of ar or bd3lm, or leave it out")
         if cfg_scale or block_align == "prompt":
             raise ValueError("kept: guidance and block_align prompt change what earlier tokens see; leave it out")
-    rule = fixed_count if threshold is None else confidence_threshold(threshold)
-    rule = path_planning if remasking == "p2" else rule
+    rules = {"threshold": confidence_threshold, "entropy": entropy_bound, "factor": confidence_factor}
+    rule = path_planning if remasking == "p2" else fixed_count
+    for name, value in adaptive.items():
+        rule = rules[name](value)
 
     # The canvas. Column = position; rows are padded on the right.
     column = torch.arange(T, device=device).expand(B, T)
@@ -642,7 +688,7 @@ def denoise(
             masked[row, : len(prompt)] = torch.tensor(canvas_masks[row], dtype=torch.bool)
     tokens, masked = tokens.to(device), masked.to(device)
     tokens[masked] = 0 if mask_id is None else mask_id
-    generated = masked
+    generated = masked.clone()
     # Decoding blocks, their masks and the schedule of each.
     offset = torch.zeros(B, dtype=torch.int64, device=device)
     if canvas_masks is None and (block_align or ("sequence" if cached else "prompt")) == "prompt":
@@ -669,107 +715,189 @@ def denoise(
         cache = KVCache(config, copies * B, T + 1, dtype=model.head_weight.dtype, device=device)  # column T: a dump
     else:
         layout = Layout.of(column, None if min(lengths) == T else document)
+        whole = layout.map(lambda field: torch.cat([field] * copies))._replace(kind=layout.kind)
+        mask = attention_mask(whole, whole)
     pick = functools.partial(
         _pick,
         cfg_scale=cfg_scale,
-        suppress=list(suppress_tokens),
-        begin_suppress=list(begin_suppress_tokens),
+        suppress=torch.tensor(suppress_tokens, dtype=torch.int64, device=device),
+        begin_suppress=torch.tensor(begin_suppress_tokens, dtype=torch.int64, device=device),
         mask_id=mask_id,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        entropy=entropy is not None,
         generator=generator,
     )
     ends = torch.tensor(end_ids, dtype=torch.int64, device=device)
+    rows = torch.arange(B, device=device)
+    # The state of decoding, which `advance` changes in place: tokens, masked, and
     filled = torch.zeros(B, dtype=torch.int64, device=device)  # columns before this one are in the cache, clean
+    step = torch.zeros(B, dtype=torch.int64, device=device)  # forwards spent on the row's current block
+    done = ~masked.any(dim=1)
+    confidence = torch.zeros(B, T, dtype=torch.promote_types(model.head_weight.dtype, torch.float32), device=device)
     if kept is not None:
         _reuse(kept, cache, layout, tokens[0], masked[0], K)
         filled += len(kept.tokens)
-    step = torch.zeros(B, dtype=torch.int64, device=device)  # forwards spent on the row's current block
-    done = ~masked.any(dim=1)
-    forwards = 0
-    confidence = torch.zeros(B, T, dtype=torch.promote_types(model.head_weight.dtype, torch.float32), device=device)
-    yield Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence)
 
-    while not done.all():
+    def window() -> tuple[Tensor, ...]:
+        """(current, start, first, stop), (B,) each: the block at work, its first column, and which columns to feed.
+
+        Those are whatever is clean and not yet in the cache, and the current block; with right shift also the position
+        before it, which predicts its first token. AR feeds no mask.
+        """
         first_masked = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), length - 1)
-        current = block.gather(1, first_masked[:, None])  # (B, 1)
-        candidates = masked & (block == current) & ~done[:, None]
+        current = block.gather(1, first_masked[:, None])[:, 0]
+        start = (current * K - offset).clamp(min=0)
+        if not cached:
+            return current, start, torch.zeros_like(start), length
+        first, stop = filled, torch.minimum((current + 1) * K - offset, length)
+        if right_shift:
+            first = torch.minimum(filled, (start - 1).clamp(min=0))
+            stop = torch.maximum(start, first + 1) if K == 1 else stop
+        return current, start, first, stop
+
+    def advance(W: int) -> None:
+        """One forward over `W` columns of each row, from its window's first on, and the choice of tokens after it."""
+        current, start, first, stop = window()
+        here = block == current[:, None]
+        candidates = masked & here & ~done[:, None]
         asked = candidates  # p2 also compares what it has revealed
         if remasking == "p2":
-            asked = generated & (block == current) & ~done[:, None]
-        start = (current[:, 0] * K - offset).clamp(min=0)
-        # The window [first, stop) of columns to feed: whatever is clean and not yet in the cache, and the current
-        # block; with right shift also the position before it, which predicts its first token. AR feeds no mask.
+            asked = generated & here & ~done[:, None]
+        columns, fetch, fed = None, column, layout
         if cached:
-            first = filled
-            stop = torch.minimum((current[:, 0] + 1) * K - offset, length)
-            if right_shift:
-                first = torch.minimum(filled, (start - 1).clamp(min=0))
-                stop = torch.maximum(start, first + 1) if K == 1 else stop
-            W = int((stop - first).max())
             columns = first[:, None] + torch.arange(W, device=device)  # (B, W)
             inside = columns < stop[:, None]
             fetch = columns.clamp(max=T - 1)
             columns = torch.where(inside, columns, T)
-            fed = layout.map(lambda field, at=fetch: field.gather(1, at))
+            fed = layout.map(lambda field: field.gather(1, fetch))
             fed = fed._replace(document=torch.where(inside, fed.document, -1))
-            filled = start
-        else:
-            W, first, fetch, columns, fed = T, torch.zeros_like(start), column, None, layout
         inputs = tokens.gather(1, fetch)
         if copies == 2:
             inputs = torch.cat([inputs, inputs.masked_fill(hidden_given.gather(1, fetch), mask_id)])
             fed = fed.map(lambda field: torch.cat([field, field]))._replace(kind=fed.kind)
             columns = columns if columns is None else torch.cat([columns, columns])
-        # The outputs wanted: those that predict a candidate. On CUDA a count that needs no synchronisation.
-        if device.type == "cuda":
-            chosen = torch.nonzero_static(asked, size=B * min(K, T), fill_value=-1)
+        # The outputs wanted: those that predict a candidate; static: a block's, for as many are in every step.
+        if static:
+            place = start[:, None] + torch.arange(min(K, T), device=device)
+            wanted = asked.gather(1, place.clamp(max=T - 1)) & (place < T)
+            row, place = rows[:, None].expand_as(place).flatten(), torch.where(wanted, place, T).flatten()
         else:
-            chosen = asked.nonzero()  # (N, 2)
-        row, place = chosen.clamp(min=0).unbind(dim=1)
-        predictor = (place - int(right_shift)).clamp(min=0) - first[row]
+            row, place = asked.nonzero().unbind(dim=1)  # (N,) each
+        predictor = (place.clamp(max=T - 1) - int(right_shift) - first[row]).clamp(0, W - 1)
         index = row * W + predictor
         if copies == 2:
             index = torch.cat([index, index + B * W])
 
-        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             # Half as many rows as in training: choosing copies its logits, in float64 where there is a temperature.
             pairs = zip(*(half.split(CHUNK // 2) for half in hidden.chunk(copies)))  # conditional, unconditional
-            picks = [pick([rows @ weight.T for rows in pair]) for pair in pairs]
+            picks = [pick([_logits(rows, weight) for rows in pair]) for pair in pairs]
             return tuple(torch.cat(column) for column in zip(*picks))
 
-        picked, probability = model(
-            inputs, fed, cache=cache if cached else None, columns=columns, index=index, head=head
-        )
-        forwards += 1
-        if kept is not None:
-            kept.tokens = tokens[0, : int(filled)].tolist()
-        # Candidates' tokens and probabilities back on the canvas; the padding of `chosen` goes to a column that is cut.
-        place = torch.where(chosen[:, 1] < 0, T, place)
-        token = tokens.new_zeros(B, T + 1).index_put_((row, place), picked)[:, :T]
-        score = probability.new_full((B, T + 1), -math.inf).index_put_((row, place), probability)[:, :T]
-        likely = score
+        context = {"cache": cache, "columns": columns} if cached else {"mask": mask}
+        picked, probability, score = model(inputs, fed, index=index, head=head, **context)
         if remasking == "random":
-            drawn = torch.rand(probability.shape, generator=generator, device=device)
-            score = drawn.new_full((B, T + 1), -math.inf).index_put_((row, place), drawn)[:, :T]
-        quota = schedule[torch.arange(B, device=device), current[:, 0], step.clamp(max=schedule.shape[-1] - 1)]
-        still = rule(score, token, candidates, quota, generator)
-        tokens = torch.where(candidates & ~still, token, tokens)
-        confidence = torch.where(candidates & ~still, likely, confidence).masked_fill(still, 0.0)
+            score = torch.rand(probability.shape, generator=generator, device=device)
+
+        def canvas(values: Tensor, empty) -> Tensor:
+            """(B, T): values (N,) at their places, `empty` elsewhere; column T, of no place, is cut."""
+            return values.new_full((B, T + 1), empty).index_put_((row, place), values)[:, :T]
+
+        token, likely = canvas(picked, 0), canvas(probability, -math.inf)
+        quota = schedule[rows, current, step.clamp(max=schedule.shape[-1] - 1)]
+        still = rule(canvas(score, -math.inf), token, candidates, quota, generator)
+        revealed = candidates & ~still
+        tokens.copy_(torch.where(revealed, token, tokens))
+        confidence.copy_(torch.where(revealed, likely, confidence).masked_fill(still, 0.0))
         if remasking == "p2" and mask_id is not None:
-            tokens = tokens.masked_fill(still, mask_id)
-        masked = (masked & ~candidates) | still
-        step = torch.where((masked & (block == current)).any(dim=1), step + 1, 0)
+            tokens.masked_fill_(still, mask_id)
+        masked.copy_((masked & ~candidates) | still)
+        filled.copy_(start)
+        step.copy_(torch.where((masked & here).any(dim=1), step + 1, 0))
         # A row ends at its first generated end token with nothing masked before it.
-        ended = generated & ~masked & torch.isin(tokens, ends)
+        ended = generated & ~masked & (tokens[:, :, None] == ends).any(dim=2)
         end = torch.where(ended.any(dim=1), ended.int().argmax(dim=1), T)
         before = column < end[:, None]
         if remasking == "p2":  # which may mask the end token again until its block is finished
             before = block <= block.gather(1, end.clamp(max=T - 1)[:, None])
-        settled = ~(masked & before).any(dim=1)
-        done = done | settled
-        yield Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence)
+        done.logical_or_(~(masked & before).any(dim=1))
+
+    forwards = 0
+    yield Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence.clone())
+    if static:
+        _, _, first, stop = window()
+        own, lead = (0, 1) if objective == "ar" else (K, int(right_shift))
+        widths = _widths(int((stop - first).max()), schedule, own, lead, K, rule is fixed_count)
+        run = _recorded(advance, generator) if device.type == "cuda" else advance
+    while True:
+        over = _later(done.all())
+        if static:
+            run(next(widths) if cached else T)
+            if over():  # every row was done before this forward, which changed nothing
+                return
+        elif over():
+            return
+        else:
+            _, _, first, stop = window()
+            advance(int((stop - first).max()))
+        forwards += 1
+        if kept is not None:
+            kept.tokens = tokens[0, : int(filled)].tolist()
+        yield Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence.clone())
+
+
+def _widths(first: int, schedule: Tensor, own: int, lead: int, K: int, fixed: bool) -> Iterator[int]:
+    """How many columns each forward feeds, known before decoding: the first so many, then of a row its block, `own`,
+    and the `lead` columns before it; and where it begins a block, all from the one before on, of K a block.
+
+    Where only the reading of tokens tells when a row begins a block (not `fixed`), that is as if one always did.
+    """
+    begins: dict[int, int] = {}  # forward: columns
+    for counts in (schedule > 0).sum(dim=2).tolist():  # forwards of each block of the row
+        blocks, forward = [b for b, count in enumerate(counts) if count], 0
+        for before, b in itertools.pairwise(blocks):
+            forward += counts[before]
+            begins[forward] = max(begins.get(forward, 0), (b - before) * K + own)
+    widest = max([own + lead, *begins.values()])
+    yield first
+    for forward in itertools.count(1):
+        yield max(own + lead, begins.get(forward, 0)) if fixed else widest
+
+
+def _recorded(advance, generator: torch.Generator | None):
+    """`advance` on CUDA: of each width the first call as it is, the second recorded as a graph, which then replays."""
+    graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+
+    def run(W: int) -> None:
+        if W not in graphs:
+            graphs[W] = None
+            return advance(W)
+        if graphs[W] is None:
+            graphs[W] = torch.cuda.CUDAGraph()
+            if generator is not None:
+                graphs[W].register_generator_state(generator)
+            with torch.cuda.graph(graphs[W]):
+                advance(W)
+        graphs[W].replay()
+
+    return run
+
+
+def _later(flag: Tensor):
+    """A function that returns the value of `flag` (); on CUDA it waits for what came before it, not after."""
+    if not flag.is_cuda:
+        return flag.item
+    copy, ready = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+    copy.copy_(flag, non_blocking=True)
+    ready.record()
+
+    def value() -> bool:
+        ready.synchronize()
+        return copy.item()
+
+    return value
 
 
 def _reuse(kept: Kept, cache: KVCache, layout: Layout, tokens: Tensor, masked: Tensor, K: int) -> None:
@@ -786,25 +914,47 @@ def _reuse(kept: Kept, cache: KVCache, layout: Layout, tokens: Tensor, masked: T
     kept.cache = cache
 
 
-def _pick(scores, *, cfg_scale, suppress, begin_suppress, mask_id, temperature, top_k, top_p, generator):
-    """(token, probability), each (N,), from logits [(N, V)] or, with guidance, [conditional, unconditional]."""
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(N, V) of hidden (N, D) and the head's weight (V, D).
+
+    On the CPU computed as (V, N), of at least two columns: of the few rows of a step that takes a third of the time,
+    of one row, which would go to one thread, less still (MKL, 2 cores).
+    """
+    if hidden.is_cuda:
+        return hidden @ weight.T
+    N = len(hidden)
+    return (weight @ (hidden.expand(2, -1) if N == 1 else hidden).T).T[:N]
+
+
+def _pick(scores, *, cfg_scale, suppress, begin_suppress, mask_id, temperature, top_k, top_p, entropy, generator):
+    """(token, probability, score), each (N,), from logits [(N, V)] or, with guidance, [conditional, unconditional],
+    which it may overwrite. The score is the probability; with `entropy` the distribution's negative entropy."""
     logits = scores[0].to(torch.promote_types(scores[0].dtype, torch.float32))
     if cfg_scale:
         free = scores[1].to(logits.dtype)
         logits = free + (cfg_scale + 1) * (logits - free)
-    logits[:, suppress] = -math.inf
-    if mask_id is None:
-        allowed = logits
-    else:  # never chosen, yet its share of the probability counts, as in the reference
-        allowed = logits.index_fill(1, torch.tensor(mask_id, device=logits.device), -math.inf)
+    logits.index_fill_(1, suppress, -math.inf)
+    if mask_id is not None:  # never chosen, yet its share of the probability counts, as in the reference
+        share = logits[:, mask_id].clone()
+        logits[:, mask_id] = -math.inf
     if temperature:
+        allowed = logits
         if top_k is not None or top_p is not None:
-            allowed = restrict(allowed / temperature, top_k, top_p) * temperature
+            allowed = restrict(logits / temperature, top_k, top_p) * temperature
         uniform = torch.rand(allowed.shape, generator=generator, device=allowed.device, dtype=torch.float64)
-        allowed = gumbel(allowed, temperature, uniform)
-    token = allowed.argmax(dim=1)
-    logits[:, begin_suppress] = -math.inf
-    return token, (logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)).exp()
+        token = gumbel(allowed, temperature, uniform).argmax(dim=1)
+    else:
+        token = logits.argmax(dim=1)
+    if mask_id is not None:
+        logits[:, mask_id] = share
+    logits.index_fill_(1, begin_suppress, -math.inf)
+    norm = logits.logsumexp(dim=1)
+    probability = (logits.gather(1, token[:, None])[:, 0] - norm).exp()
+    if not entropy:
+        return token, probability, probability
+    p = logits.softmax(dim=1)
+    mean = (p * logits.clamp_(min=torch.finfo(logits.dtype).min)).sum(dim=1)  # 0 * -inf would be NaN
+    return token, probability, mean - norm
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, write) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, write, index) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (  # each (B, T, heads, C)
             projection(x).view(B, T, -1, self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -248,7 +248,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if write is not None:
             k, v = write(k, v)
-        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+        heads = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(heads if index is None else heads.flatten(0, 1)[index])
 
 
 class MLP(nn.Module):
@@ -271,8 +272,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, write=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, write)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, write=None, index=None) -> Tensor:
+        """x (B, T, D) to the same; with `index` (N,), flat positions in B*T, to those of them alone, (N, D)."""
+        heads = self.self_attn(self.input_layernorm(x), cos, sin, mask, write, index)
+        x = heads + (x if index is None else x.flatten(0, 1)[index])
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -334,10 +337,9 @@ class LanguageModel(nn.Module):
             mask = attention_mask(layout, layout if cache is None else cache.layout)
         for i, layer in enumerate(self.model.layers):
             write = None if cache is None else functools.partial(cache.write, i, columns)
-            x = layer(x, cos, sin, mask, write)
-        if index is not None:
-            x = x.flatten(0, 1)[index]  # (N, D)
-        x = self.model.norm(x)
+            # The last layer's other outputs have no use, of the clean stream of BD3LM above all.
+            x = layer(x, cos, sin, mask, write, index if i == len(self.model.layers) - 1 else None)
+        x = self.model.norm(x)  # (B, T, D), or (N, D)
         return F.linear(x, self.head_weight) if head is None else head(x, self.head_weight)
 
 
@@ -347,20 +349,24 @@ class LanguageModel(nn.Module):
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 by device name (NVIDIA's data sheets)
 
 
-def train_flops(config: Config, layout: Layout, rows: int) -> int:
-    """FLOPs of the matrix products of a training step, 2 a multiply-add, forward 1 part and backward 2 parts.
+def forward_flops(config: Config, tokens: int, rows: int, pairs: int) -> int:
+    """FLOPs of the matrix products of a forward, 2 a multiply-add; a training step takes three times as many.
 
-        6 * P * tokens            P: weights of the layers' matrices; tokens: B*T, or 2*B*T in the two streams of BD3LM
-        6 * V * D * rows          the head; rows: the predictions that are made
-        12 * L * H * C * pairs    scores and weighted values; pairs: (query, key) that see each other
+        2 * P * tokens            P: weights of the layers' matrices; tokens: those fed, 2*B*T in BD3LM's two streams
+        2 * V * D * rows          the head; rows: the predictions that are made
+        4 * L * H * C * pairs     scores and weighted values; pairs: (query, key)
 
-    Embedding, norms, softmax, rotation and optimizer are not counted, nor what a kernel computes behind a mask. All
-    rows of `layout` are taken to be like the first.
+    Embedding, norms, softmax, rotation and optimizer are not counted.
     """
     D, C, inner = config.hidden_size, config.head_dim, config.intermediate_size
     H, G, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
     weights = L * (2 * D * H * C + 2 * D * G * C + 3 * D * inner)
+    return 2 * weights * tokens + 2 * config.vocab_size * D * rows + 4 * L * H * C * pairs
+
+
+def train_flops(config: Config, layout: Layout, rows: int) -> int:
+    """FLOPs of a training step on `layout`, forward 1 part and backward 2 parts; of the pairs, those that see each
+    other. All rows of `layout` are taken to be like the first."""
     first = layout.map(lambda field: field[:1])
     pairs = visible(first.map(lambda field: field[:, :, None]), first.map(lambda field: field[:, None, :])).sum()
-    pairs = layout.position.shape[0] * int(pairs)
-    return 6 * weights * layout.position.numel() + 6 * config.vocab_size * D * rows + 12 * L * H * C * pairs
+    return 3 * forward_flops(config, layout.position.numel(), rows, layout.position.shape[0] * int(pairs))

@@ -229,6 +229,8 @@ SETTINGS = {
     "remasking": "random",
     "stochastic_transfer": "True",
     "threshold": "0.9",
+    "entropy": "0.1",
+    "factor": "1.0",
     "cfg_scale": "1.5",
     "cfg_keep_tokens": "3,4",
     "suppress_tokens": "5",

@@ -202,6 +202,8 @@ EVERY_FLAG = [
     ("--remasking", "random", "--stochastic_transfer", "True"),
     ("--steps_per_block", "3"),
     ("--threshold", "0.3"),
+    ("--entropy", "0.5"),
+    ("--factor", "1.0"),
     ("--cfg_scale", "1.0", "--cfg_keep_tokens", "[3, 4]"),
     ("--suppress_tokens", "5,6", "--begin_suppress_tokens", "7"),
 ]

@@ -14,8 +14,10 @@ from diffusion import (
     Noise,
     ar_example,
     bd3lm_example,
+    confidence_factor,
     confidence_threshold,
     denoise,
+    entropy_bound,
     fixed_count,
     gumbel,
     mdlm_example,
@@ -569,13 +571,108 @@ def test_a_threshold_reveals_what_is_above_it_and_at_least_one():
     assert left.int().tolist() == [[1, 0, 0, 0], [1, 0, 1, 0], [0] * 4]
 
 
-@pytest.mark.parametrize("threshold", (0.05, 0.2, 0.5))
+def test_an_entropy_bound_adds_up_what_comes_before():
+    entropy = torch.tensor([[0.1, 0.5, 0.2, 0.05], [2.0, 1.0, 3.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    masked = torch.tensor([[True, True, True, True], [True, True, True, False], [False] * 4])
+    confidence = (-entropy).masked_fill(~masked, -math.inf)
+    for bound, left in {  # rising: 0.05 0.1 0.2 0.5, before which 0 0.05 0.15 0.35 nats; and 1 2 3, before which 0 1 3
+        0.0: [[1, 1, 1, 0], [1, 0, 1, 0], [0] * 4],
+        0.2: [[0, 1, 0, 0], [1, 0, 1, 0], [0] * 4],
+        1.5: [[0, 0, 0, 0], [0, 0, 1, 0], [0] * 4],
+    }.items():
+        assert entropy_bound(bound)(confidence, None, masked, None, None).int().tolist() == left
+
+
+def test_a_factor_reveals_as_many_as_their_least_confident_bears():
+    confidence = torch.tensor([[0.5, 0.95, 0.8, 0.99], [0.1, 0.3, 0.2, 0.99], [0.9, 0.9, 0.9, 0.9]])
+    masked = torch.tensor([[True, True, True, True], [True, True, True, False], [False] * 4])
+    for factor, left in {  # (n + 1)(1 - p): 0.02 0.15 0.8 2.5; and 1.4 2.4 3.6
+        0.01: [[1, 1, 1, 0], [1, 0, 1, 0], [0] * 4],
+        1.0: [[1, 0, 0, 0], [1, 0, 1, 0], [0] * 4],
+        3.0: [[0, 0, 0, 0], [1, 0, 0, 0], [0] * 4],
+    }.items():
+        assert confidence_factor(factor)(confidence, None, masked, None, None).int().tolist() == left
+
+
+@pytest.mark.parametrize(
+    "rule", [{"threshold": p} for p in (0.05, 0.2, 0.5)] + [{"entropy": 3.0}, {"factor": 2.0}], ids=str
+)
 @each_mode
-def test_a_threshold_reveals_something_at_every_forward_and_everything_in_the_end(mode, threshold):
-    steps = decode(mode, a_model(mode), PROMPTS, threshold=threshold)
+def test_an_adaptive_rule_reveals_something_at_every_forward_and_everything_in_the_end(mode, rule):
+    steps = decode(mode, a_model(mode), PROMPTS, **rule)
     for before, after in itertools.pairwise(steps):
         assert (before.masked.sum(dim=1) > after.masked.sum(dim=1))[~before.done].all()
     assert not steps[-1].masked.any()
+    strictest = {"threshold": 1 - 1e-9, "entropy": 0.0, "factor": 1e-9}
+    one_by_one = decode(mode, a_model(mode), PROMPTS, **{name: strictest[name] for name in rule})
+    assert steps[-1].forwards <= one_by_one[-1].forwards == NEW
+
+
+@pytest.mark.parametrize("shape", ([2.0, 1.0, 0.0, -math.inf], [0.5, 0.5, -math.inf, 0.5]), ids=str)
+def test_the_entropy_is_that_of_the_untempered_distribution(shape):
+    logits = torch.tensor([shape], dtype=torch.float64)
+    p = logits.softmax(dim=1)
+    empty = torch.tensor([], dtype=torch.int64)
+    options = {"cfg_scale": 0.0, "suppress": empty, "begin_suppress": empty, "mask_id": None, "generator": None}
+    for temperature in (0.0, 2.0):
+        _, _, score = diffusion._pick(
+            [logits.clone()], temperature=temperature, top_k=None, top_p=None, entropy=True, **options
+        )
+        assert score.item() == pytest.approx(torch.special.xlogy(p, p).sum().item(), abs=1e-12)
+
+
+# Shapes that recur
+
+OPTIONS = (
+    *({}, {"steps": 4}, {"threshold": 0.2}, {"entropy": 3.0}, {"factor": 2.0}, {"stochastic_transfer": True}),
+    *({"end_ids": (3, 4, 5, 6, 7, 8)}, {"cfg_scale": 1.5}, {"remasking": "random"}, {"temperature": 1.0}),
+)
+
+
+def recorded(monkeypatch, model) -> list[tuple[int, int]]:
+    """(columns fed, outputs wanted) of each forward, filled as the model runs."""
+    calls, forward = [], model.forward
+
+    def record(tokens, layout, **options):
+        calls.append((tokens.shape[1], len(options["index"])))
+        return forward(tokens, layout, **options)
+
+    monkeypatch.setattr(model, "forward", record)
+    return calls
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@each_mode
+def test_static_shapes_decode_the_same(mode, options, monkeypatch):
+    model = a_model(mode)
+    calls = recorded(monkeypatch, model)
+    runs = []
+    for static in (False, True):
+        calls.clear()
+        runs.append(decode(mode, model, PROMPTS, **options, static=static, generator=torch.Generator().manual_seed(0)))
+    ours, theirs = runs
+    if options.get("temperature") or options.get("remasking"):  # other numbers are drawn for other positions
+        assert len(ours) == len(theirs)
+    else:
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.forwards == b.forwards
+            torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:])
+    assert len(set(calls[1:])) <= 2 and len({wanted for _, wanted in calls}) == 1
+
+
+@pytest.mark.parametrize("options", ({}, {"threshold": 0.2}, {"remasking": "p2"}), ids=str)
+@each_infilling_mode
+def test_static_shapes_fill_in_the_same(mode, options, monkeypatch):
+    if mode == "ar" and options.get("remasking") == "p2":
+        options = {}
+    canvases = [random_tokens(n, seed=n).tolist() for n in (33, 6, 19)]
+    masks = [[i in (3, 4, 17, 18, 30) for i in range(len(canvas))] for canvas in canvases]
+    runs = [
+        decode(mode, a_model(mode), canvases, canvas_masks=masks, max_new_tokens=3, steps=9, static=static, **options)
+        for static in (False, True)
+    ]
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:])
 
 
 # Choosing tokens
@@ -748,6 +845,10 @@ CONTRADICTIONS = [
     (MDLM, [[1]], {"top_k": 5}, "top_k 5 changes nothing at temperature 0; raise --temperature or leave it out"),
     (MDLM, [[1]], {"top_p": 0.9}, "top_p 0.9 changes nothing at temperature 0; raise --temperature or leave it out"),
     *((MDLM, [[1]], {"threshold": p}, f"threshold {p}: expected a probability between") for p in (0.0, 1.0, -1.0)),
+    (MDLM, [[1]], {"entropy": -0.1}, "entropy -0.1: expected 0 nats or more"),
+    (MDLM, [[1]], {"factor": 0.0}, "factor 0.0: expected above 0"),
+    (MDLM, [[1]], {"factor": 1.0, "entropy": 1.0}, "entropy and factor each say how many.*leave out all but one"),
+    (MDLM, [[1]], {"entropy": 1.0, "remasking": "random"}, "entropy compares confidences.*drop one of the two"),
     (MDLM, [[1]], {"threshold": 0.5, "stochastic_transfer": True}, "which stochastic_transfer is about; drop one"),
     (MDLM, [[1]], {"threshold": 0.5, "steps_per_block": 2}, "which steps_per_block is about; drop one of the two"),
     (MDLM, [[1]], {"kept": diffusion.Kept()}, "kept: 1 rows of mdlm; expected one of ar or bd3lm"),
