@@ -227,8 +227,7 @@ class Chat:
             row = json.loads(path.read_bytes().decode("utf-8").split("\n", 1)[0])
         except ValueError as error:
             raise ValueError(f"{path} holds no conversation ({error}); expected what /save writes") from error
-        messages = row.get("messages") if isinstance(row, dict) else None
-        check_messages(messages, str(path))
+        messages = check_messages(row.get("messages") if isinstance(row, dict) else None, str(path))
         begins = [message["content"] for message in messages if message["role"] == "system"]
         turns = messages[len(begins) :]
         if len(begins) > 1 or [m["role"] for m in turns] != ["user", "assistant"] * (len(turns) // 2):

@@ -198,17 +198,18 @@ def canvas(tokenizer, prompt: list[int], *, predicted_from_before: bool) -> tupl
     return begin + [0 if hole else token for token, hole in zip(prompt, holes)], [False for _ in begin] + holes
 
 
-def check_messages(messages, where: str) -> None:
-    """Refuses, naming `where` they come from, what is no list of chat messages."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: messages must be a list of at least one, each with a role and a content")
-    for message in messages:
-        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
-            raise ValueError(
-                f"{where}: message {json.dumps(message)[:80]}; expected a role (system, user, assistant or tool) and a "
-                "content that is a string"
-            )
+def check_messages(messages, where: str, *, answered: bool = False) -> list[dict]:
+    """`messages`, unless tokenizer.mistake finds one; then ValueError, which names `where` they come from."""
+    from tokenizer import ROLES, mistake
+
+    if reason := mistake(messages, answered=answered):
+        told = json.dumps(messages, ensure_ascii=False, default=str)
+        raise ValueError(
+            f"{where}: {reason} in {told if len(told) <= 100 else told[:100] + '…'}; expected a list of messages, each "
+            f"with a role ({', '.join(ROLES[:-1])} or {ROLES[-1]}) and a content that is a string"
+            + (", the last one the assistant's" if answered else "")
+        )
+    return messages
 
 
 # ---------------------------------------------------------------------------------------------------------------------

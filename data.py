@@ -41,6 +41,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from tokenizer import Tokenizer, mistake
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -369,25 +371,11 @@ TO_MESSAGES = {
     ("instruction", "output"): _of_instruction,
     ("question", "answer"): _of_question,
 }
-ROLES = ("system", "user", "assistant", "tool")
 
 
 def _to_messages(columns: list[str]):
     """The function from a row to its messages, or None where the set is no chat."""
     return next((to for needed, to in TO_MESSAGES.items() if set(needed) <= set(columns)), None)
-
-
-def _mistake(messages) -> str | None:
-    """Why nothing can be learnt from a row's messages, if that is so."""
-    if not isinstance(messages, list) or not messages:
-        return "no messages"
-    for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            return f"unknown role {role!r:.40}"
-        if not isinstance(message.get("content"), str):
-            return "content that is no string"
-    return None if messages[-1]["role"] == "assistant" else "no assistant turn at the end"
 
 
 def answer_filter(spec: Spec, columns: list[str]):
@@ -398,12 +386,12 @@ def answer_filter(spec: Spec, columns: list[str]):
             f"{spec.name}[lang:{spec.lang}]: lang looks into the answers of a chat, and this set is none (it has "
             f"{', '.join(columns)}); leave it out"
         )
-    return partial(_answer_contains, to_messages=to_messages, word=spec.lang, sources=_sources())
+    return partial(_answer_contains, to_messages=to_messages, word=spec.lang, sources=_sources(mistake))
 
 
 def _answer_contains(row, *, to_messages, word: str, sources) -> bool:
     messages = to_messages(row)
-    return _mistake(messages) is None and word in messages[-1]["content"]
+    return mistake(messages, answered=True) is None and word in messages[-1]["content"]
 
 
 def _sources(*others) -> list[str]:
@@ -454,7 +442,7 @@ def texts(dataset_args: str, stage: str, text_field: str = "text"):
             for found in map(content, rows):
                 if stage == "pt" and isinstance(found, str):
                     yield found
-                elif stage == "sft" and _mistake(found) is None:
+                elif stage == "sft" and mistake(found, answered=True) is None:
                     yield from (text for message in found for text in (message["role"], message["content"]))
 
 
@@ -475,8 +463,8 @@ def tokenize_chat(
     A row longer than max_length is cut on the right, or dropped (truncation filter). One that then has nothing to
     learn, because its prompt alone fills max_length, is dropped, and so is one that the template does not take.
     """
-    if mistake := _mistake(messages):
-        return Encoded([], [], f"dropped:{mistake}")
+    if reason := mistake(messages, answered=True):
+        return Encoded([], [], f"dropped:{reason}")
     try:
         tokens, supervised = tokenizer.render(messages, train_on=train_on)
     except ValueError as error:
@@ -1109,7 +1097,6 @@ def look(row: dict, tokenizer, *, colour: bool) -> str:
 
 def prepare(args: argparse.Namespace) -> None:
     from checkpoint import replacing, resolve
-    from tokenizer import Tokenizer
 
     output = args.output_dir and Path(args.output_dir)
     if output and output.exists():

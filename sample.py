@@ -178,20 +178,18 @@ def from_json(line: str, where: str) -> Request:
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError(f'{where}: expected an object with either "prompt" or "messages"')
     if "messages" in row:
-        check_messages(row["messages"], where)
-        return Request(row["messages"])
+        return Request(check_messages(row["messages"], where))
     if not isinstance(row["prompt"], str):
         raise ValueError(f"{where}: the prompt is a {type(row['prompt']).__name__}; expected a string")
     return Request(row["prompt"])
 
 
 def scored(row: dict, source: str) -> Request:
-    messages = row.get("messages")
-    if messages is None:
+    if "messages" not in row:
         raise ValueError(f"{source} is no chat (it has {', '.join(row)}); scoring compares with an assistant's turn")
-    check_messages(messages, source)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(f"{source}: a row ends in no assistant's turn; scoring compares the answer with it")
+    messages = check_messages(row["messages"], source, answered=True)
+    if len(messages) < 2:
+        raise ValueError(f"{source}: a chat of an answer alone, {messages}; scoring needs a turn before it")
     return Request(messages[:-1], task=row.get("task"), expected=messages[-1]["content"])
 
 

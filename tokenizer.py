@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MASK = "<|mask|>"
 END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")  # ends of a turn or a text, in Qwen and Llama
+ROLES = ("system", "user", "assistant", "tool")
 JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 SPLIT = (  # Qwen's: contractions, words, single digits, punctuation, line ends, spaces
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,6 +27,20 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def mistake(messages, *, answered: bool = False) -> str | None:
+    """Why `messages` are no chat, if that is so: a list of dicts with a role and a content that is a string; answered:
+    one that ends in an assistant's turn, as what is learnt must."""
+    if not isinstance(messages, list) or not messages:
+        return "no messages"
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            return f"unknown role {role!r:.40}"
+        if not isinstance(message.get("content"), str):
+            return "content that is no string"
+    return "no assistant turn at the end" if answered and messages[-1]["role"] != "assistant" else None
 
 
 class Tokenizer:

@@ -290,7 +290,7 @@ MISTAKES = {
     "/load bad.jsonl": "bad.jsonl holds no conversation",
     "/load latin.jsonl": "latin.jsonl holds no conversation",
     "/load system.jsonl": "expected turns of user and assistant, one after the other",
-    "/load wizard.jsonl": "wizard.*expected a role",
+    "/load wizard.jsonl": "unknown role 'wizard' in .*expected",
 }
 
 

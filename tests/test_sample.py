@@ -564,12 +564,12 @@ INPUTS = {
         b'{"prompt": "a"}\n{"text": "b"}',
     ): 'p.jsonl, line 2: expected an object with either "prompt" or "messages"',
     ("p.jsonl", b'{"prompt": 5}'): "line 1: the prompt is a int; expected a string",
-    ("p.jsonl", b'{"messages": []}'): "line 1: messages must be a list of at least one",
-    ("p.jsonl", b'{"messages": [{"role": "wizard", "content": "a"}]}'): "wizard.*expected a role",
+    ("p.jsonl", b'{"messages": []}'): r"line 1: no messages in \[\]; expected a list of messages",
+    ("p.jsonl", b'{"messages": [{"role": "wizard", "content": "a"}]}'): "unknown role 'wizard' in .*expected",
     (
         "p.jsonl",
         b'{"messages": [{"role": "user", "content": ["a"]}]}',
-    ): "expected a role .* and a content that is a string",
+    ): "content that is no string in .*expected .* with a role .* and a content that is a string",
     ("p.jsonl", b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'): (
         "prompt 1 ends in the assistant's turn; leave that out"
     ),
