@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from cli import (
-    MDLM_BLOCK,
     Parser,
     add_model,
     add_sampling,
@@ -23,7 +22,10 @@ from cli import (
     open_model,
     replacing_file,
     sampling,
+    seed,
+    surplus,
     switch,
+    with_block,
 )
 from diffusion import Kept, denoise
 from display import MASKED, Rate, Stream, spans, styled, terminal
@@ -149,7 +151,7 @@ class Chat:
         """change an option (VALUE none: its default); without a name, list them"""
         parser = Setting("/set", "")
         add_chat(parser)
-        parser.add_argument("--seed", type=int, default=42)
+        parser.add_argument("--seed", type=seed, default=42)
         now = self.options | {"visualize": self.visualize, "seed": self.generator.initial_seed()}
         if not rest:
             for name, value in now.items():
@@ -300,7 +302,7 @@ class Chat:
 
     def _decode(self, ids: list[int], holes: list[bool] | None, kept: Kept | None) -> tuple[str, bool]:
         """Shows how the canvas is denoised; the text it came to, and whether Ctrl-C stopped it."""
-        options = self._complete(self.options)
+        options = with_block(self.options, self.model.config.objective)
         if holes is not None:
             options["max_new_tokens"] = 0
         end_ids = tuple(self.tokenizer.end_ids) if holes is None else ()
@@ -346,18 +348,14 @@ class Chat:
         ended = stop < len(tokens) and not masked[stop]
         notes = [str(Rate(sum((wanted or [])[:stop]) + ended, seconds, forwards))]
         notes += [f"{reused} of {len(ids)} prompt tokens kept"] if reused else []
+        notes += surplus(options, self.model.config.objective, sum(wanted or []))
         notes += ["stopped"] if pressed else []
         self._tell("[" + "; ".join(notes) + "]")
         return self.tokenizer.decode(tokens[:stop]), bool(pressed)
 
-    def _complete(self, options: dict) -> dict:
-        if self.model.config.objective == "mdlm" and options["block_size"] is None:
-            return options | {"block_size": MDLM_BLOCK}
-        return options
-
     def _check(self, options: dict) -> None:
         """Refuses options that the sampler would refuse."""
-        next(denoise(self.model, [[0]], **self._complete(options)))
+        next(denoise(self.model, [[0]], **with_block(options, self.model.config.objective)))
 
     def _take_back(self) -> str:
         """Removes the last exchange; the user's text of it."""

@@ -11,6 +11,7 @@ import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,11 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F6
 SHARD_BYTES = 5_000_000_000
 OURS = ("objective", "block_length", "mask_token_id", "right_shift")  # what transformers does not know of
 STATE, PROGRESS = "state", "progress.json"  # in a checkpoint that training can be resumed from
+REQUIRED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "max_position_embeddings",
+)
+COUNTS = (*REQUIRED, "num_key_value_heads", "head_dim", "block_length")
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -52,8 +58,8 @@ def load_config(path: str | Path) -> Config:
     file = resolve(path) / "config.json"
     if not file.is_file():
         found = sorted(inner.parent.name for inner in file.parent.glob("*/config.json"))
-        hint = f"; did you mean {file.parent / found[-1]}?" if found else ""
-        raise FileNotFoundError(f"{file.parent} holds no config.json{hint}")
+        hint = f"did you mean {file.parent / found[-1]}?" if found else "expected a Hugging Face checkpoint's directory"
+        raise FileNotFoundError(f"{file.parent} holds no config.json; {hint}")
     try:
         return read_config(json.loads(file.read_bytes()))
     except ValueError as error:
@@ -65,7 +71,8 @@ def read_config(raw: dict) -> Config:
 
     Raises ValueError, naming the field, for whatever would change the computation and is not implemented here.
     """
-    family = raw.get("model_type", "").removeprefix("a2d-")
+    _check_types(raw)
+    family = (raw.get("model_type") or "").removeprefix("a2d-")
     if family not in FAMILIES:
         raise ValueError(
             f"model_type {raw.get('model_type')!r}: expected {', '.join(FAMILIES)}, or one with a2d- before"
@@ -90,8 +97,7 @@ def read_config(raw: dict) -> Config:
     for name, unsupported in refused.items():
         if unsupported:
             raise ValueError(f"{name} {json.dumps(raw[name])} is not supported")
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [name for name in (*required, "max_position_embeddings", "rms_norm_eps") if raw.get(name) is None]:
+    if missing := [name for name in (*REQUIRED, "rms_norm_eps") if raw.get(name) is None]:
         raise ValueError(f"field missing: {', '.join(missing)}")
 
     known_fields = {field.name for field in fields(Config)} - {"extra"}
@@ -112,7 +118,25 @@ def read_config(raw: dict) -> Config:
         raise ValueError(f"objective {config.objective!r}: expected one of {', '.join(OBJECTIVES)}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+        raise ValueError(
+            f"{config.num_attention_heads} heads of {config.head_dim} for {config.num_key_value_heads} of keys and "
+            "values: expected a multiple of that number, and an even head_dim"
+        )
     return config
+
+
+def _check_types(raw) -> None:
+    """Raises ValueError, naming the field, where config.json holds what nothing can be computed with."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{json.dumps(raw)[:40]}: expected an object with model_type, hidden_size and so on")
+    kinds = {name: get_args(kind) or (kind,) for name, kind in get_type_hints(Config).items() if name != "extra"}
+    for name, kind in (kinds | {"rope_parameters": (dict,), "torch_dtype": (str,)}).items():
+        value = raw.get(name)
+        if value is not None and type(value) not in (*kind, *([int] if float in kind else [])):
+            raise ValueError(f"{name} {json.dumps(value)[:40]}: expected {kind[0].__name__}")
+        if isinstance(value, int | float) and (value < 0 or (value == 0 and name in COUNTS)):
+            raise ValueError(f"{name} {value}: expected more")
 
 
 def is_diffusion(config: Config) -> bool:
@@ -240,8 +264,14 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     if not index.is_file():
-        raise FileNotFoundError(f"{path} holds no model.safetensors (other formats of weights are not read)")
-    files = [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        raise FileNotFoundError(
+            f"{path} holds no model.safetensors; expected that or its index and shards, which transformers writes: "
+            "save_pretrained(...)"
+        )
+    try:
+        files = [path / name for name in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} names no shards ({error!r}); fetch the model again") from error
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}, which {index.name} names, is missing; fetch the model again")
@@ -312,6 +342,17 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
+def writing(path: str | Path):
+    """Names `path` in an OSError that names no file, as that of a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; make room there", str(path)) from error
+
+
+@contextmanager
 def replacing(path: str | Path):
     """A new directory beside `path` to write into; it takes the name `path` when the block is left, not before.
 
@@ -324,7 +365,8 @@ def replacing(path: str | Path):
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        yield new
+        with writing(path):
+            yield new
         for written in (*new.rglob("*"), new):
             _sync(written)
         if path.exists():

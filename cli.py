@@ -32,6 +32,12 @@ def ids(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
 class _Manual(argparse.RawDescriptionHelpFormatter):
     """Names every flag's default at the end of its help, unless the help speaks of it or there is none to name."""
 
@@ -95,11 +101,14 @@ def one_line_errors(prog: str):
 @contextmanager
 def replacing_file(path: str | Path):
     """A path beside `path` to write to; it takes the name `path` when the block is left, and is removed on an error."""
+    from checkpoint import writing
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.writing")
     try:
-        yield new
+        with writing(path):
+            yield new
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
@@ -136,7 +145,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="of the weights and the computation (default: as stored)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda if there is one")
-    add("--seed", type=int, default=42, help="of everything random")
+    add("--seed", type=seed, default=42, help="of everything random")
 
 
 def open_model(args: argparse.Namespace):
@@ -170,12 +179,7 @@ def open_model(args: argparse.Namespace):
         "mask_token_id": None if tokenizer.mask_added else tokenizer.mask_id,
     }
     declare(config, **declared)  # refuses before the weights are read
-    unfit = [i for i in tokenizer.ids if i >= config.vocab_size and (i != tokenizer.mask_id or objective != "ar")]
-    if unfit:
-        raise ValueError(
-            f"{path}: the tokenizer has token id {max(unfit)} and the embedding {config.vocab_size} rows; they are not "
-            "of one model"
-        )
+    tokenizer.fit(config.vocab_size, mask=objective != "ar")
     model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device)
     declare(model.config, **declared)
     return model, tokenizer
@@ -310,3 +314,26 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
 def sampling(args: argparse.Namespace) -> dict:
     """The keyword arguments of diffusion.denoise that the flags of `add_sampling` gave."""
     return {name: getattr(args, name) for name in SAMPLING}
+
+
+def surplus(options: dict, objective: str, tokens: int) -> list[str]:
+    """A remark, or none: more steps than tokens are allowed, and cost nothing."""
+    scheduled = objective != "ar" and options["threshold"] is None and options["steps_per_block"] is None
+    if not scheduled or not 0 < tokens < options["steps"]:
+        return []
+    return [f"steps {options['steps']} for at most {tokens} tokens: those that would reveal none are left out"]
+
+
+def with_block(options: dict, objective: str) -> dict:
+    """`options` of `sampling` with mdlm's decoding block, if none was given.
+
+    ValueError where the one given is longer than the answer, which then would be one block whatever it says.
+    """
+    if objective != "mdlm":
+        return options
+    given, new = options["block_size"], options["max_new_tokens"]
+    if given is None:
+        return options | {"block_size": MDLM_BLOCK}
+    if new and given > new and options["block_align"] != "sequence":
+        raise ValueError(f"block_size {given} exceeds the {new} tokens of max_new_tokens; pass at most {new}")
+    return options

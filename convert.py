@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import OBJECTIVES, load_config, load_model, resolve, save_model
-from cli import Parser, boolean, one_line_errors, switch
+from cli import Parser, boolean, one_line_errors, seed, switch
 from model import Config, LanguageModel
 from tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ something else or to go back to a plain causal checkpoint (--to ar).""",
         False,
         "random weights, N(0, initializer_range), in the source's shape, whose own are not read",
     )
-    add("--seed", type=int, default=42, help="of the random weights (default: 42)")
+    add("--seed", type=seed, default=42, help="of the random weights (default: 42)")
     add("--objective", choices=OBJECTIVES[1:], help="declare this objective (default: what the source declares)")
     add("--block_size", type=int, metavar="TOKENS", help="declare this block length; for bd3lm, which needs one")
     add(
@@ -135,6 +135,7 @@ def convert(args: argparse.Namespace) -> list[tuple[str, str]]:
     else:
         model = load_model(source)
     config, tensors = model.config, model.state_dict()
+    tokenizer.fit(config.vocab_size, mask=False)
     stored, rows = config.dtype, config.vocab_size
     redeclare(config, args, tokenizer.mask_id)
     mask = "none declared"

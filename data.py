@@ -22,6 +22,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import queue
@@ -132,7 +133,7 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
         found = find_split(spec, splits, split)
         rows = splits[found]
     if len(rows) == 0:
-        raise ValueError(f"{spec.name} has no rows in its split {found}")
+        raise ValueError(f"{spec.name} has no rows in its split {found}; name a set that has some")
     if spec.lang is not None:
         says = answer_filter(spec, _columns(rows))
         if isinstance(rows, list):
@@ -181,7 +182,10 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
     places = [Path(root, spec.name).expanduser() for root in ("", os.environ.get("BASE_DATASETS_DIR", ""))]
     path = next((place for place in places if place.exists()), None)
     if path is None and (Path(spec.name).suffix in BUILDERS or spec.name[0] in "./~"):
-        raise FileNotFoundError(f"no data at {' or '.join(dict.fromkeys(map(str, places)))}")
+        raise FileNotFoundError(
+            f"no data at {' or '.join(dict.fromkeys(map(str, places)))}; expected a file, a directory, a Hub id or a "
+            f"builtin set ({', '.join(BUILTIN)})"
+        )
     load = partial(datasets.load_dataset, streaming=streaming)
     if path is not None and path.is_file():
         if path.suffix not in BUILDERS:
@@ -201,7 +205,7 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
                 configs = datasets.get_dataset_config_names(source)
     if load.args[0] == "text":
         load = partial(load, keep_linebreaks=True)  # a row is a line, with its end
-    with told(spec.name):
+    with told(spec.name), silent("datasets"):
         loaded = [load(name=config) for config in configs]
         if len(loaded) > 1:  # configurations differ in their columns
             shared = set.intersection(*(set(_columns(rows)) for part in loaded for rows in part.values()))
@@ -218,12 +222,24 @@ def _suffixes(directory: Path) -> set[str]:
 
 
 @contextmanager
+def silent(name: str):
+    """Keeps a package from logging what it then raises."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
 def told(name: str):
     """Tells what `datasets` and what it calls raise while they read a set as one line that names the set."""
     try:
         yield
     except StopIteration:
-        raise ValueError(f"{name} has no rows") from None
+        raise ValueError(f"{name} has no rows; name a set that has some") from None
     except Exception as error:
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
         reason = " ".join(str(cause).split())
@@ -693,14 +709,13 @@ def save_preprocessed(directory: Path, splits: dict[str, Rows], dataset_args: st
         total, dtypes = int(rows.bounds[-1]), {"tokens": np.int32, "supervised": np.uint8}
         with tqdm(total=total, unit="token", unit_scale=True, desc=f"write {split}") as bar:
             for (name, dtype), chunks in zip(dtypes.items(), (rows.tokens, rows.supervised)):
-                array = np.lib.format.open_memmap(place / f"{name}.npy", mode="w+", dtype=dtype, shape=(total,))
-                end = 0
-                for chunk in chunks:
-                    chunk = chunk[: total - end]
-                    array[end : end + len(chunk)] = chunk
-                    end += len(chunk)
-                    bar.update(len(chunk) / 2)
-                array.flush()
+                about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (total,)}
+                with (place / f"{name}.npy").open("wb") as file:  # a full disk would kill who writes to a memory map
+                    np.lib.format.write_array_header_1_0(file, about)
+                    for chunk, left in zip(chunks, total - np.cumsum([0, *map(len, chunks)])):
+                        chunk = np.ascontiguousarray(chunk[:left], dtype)
+                        file.write(chunk)
+                        bar.update(len(chunk) / 2)
     made = {"dataset_args": dataset_args, **settings, "counts": {split: rows.counts for split, rows in splits.items()}}
     (directory / "preprocessed.json").write_text(json.dumps(made, indent=2) + "\n")
 

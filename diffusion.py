@@ -641,6 +641,8 @@ def denoise(
         raise ValueError(f"block_align {block_align!r} is unknown; expected sequence or prompt")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature {temperature}: expected 0 (the likeliest token) or more")
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale {cfg_scale}: expected a number, 0 for no guidance")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k {top_k}: expected at least 1; leave it out to choose among all tokens")
     if top_p is not None and not 0 < top_p <= 1:

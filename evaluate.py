@@ -4,6 +4,8 @@ Importing this file registers a2d_ar, a2d_mdlm and a2d_bd3lm with lm-eval. (It h
 `evaluate`, which some upstream tasks import: as a program it makes way for that one.)
 """
 
+import difflib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -29,7 +31,7 @@ except ModuleNotFoundError as error:
     print(missing, file=sys.stderr)
     sys.exit(2)
 
-from cli import MDLM_BLOCK, SAMPLING, Parser, add_sampling, boolean, one_line_errors, switch
+from cli import MDLM_BLOCK, SAMPLING, Parser, add_sampling, boolean, one_line_errors, seed, switch
 
 HERE = Path(__file__).resolve().parent
 MANUAL = """\
@@ -66,7 +68,12 @@ model_args (a mistyped one is an error):
 
 class _Options(Parser):
     def error(self, message: str):
-        raise ValueError(message.replace("argument --", "model_arg ").replace("arguments are required: --", "is "))
+        lacking = message.partition("are required: --")[2]
+        raise ValueError(
+            f"model_args lack {lacking}; expected {lacking}=CHECKPOINT among them"
+            if lacking
+            else message.replace("argument --", "model_arg ")
+        )
 
 
 def model_options() -> Parser:
@@ -94,7 +101,7 @@ def model_options() -> Parser:
         help="let the tokenizer add its special tokens to prompts (default: ar True, as lm-eval's hf; else False, as "
         "in training)",
     )
-    add("--seed", type=int, default=42, help="of the noise of likelihoods and of sampling")
+    add("--seed", type=seed, default=42, help="of the noise of likelihoods and of sampling")
     add_sampling(parser, max_new_tokens=None, steps=None, temperature=None)
     for action in parser._actions:
         replaced = {
@@ -117,8 +124,6 @@ def model_options() -> Parser:
 
 def parse_model_args(given: dict):
     """Typed options of model_args; ValueError for one that does not exist or does not parse."""
-    import difflib
-
     parser = model_options()
     known = [action.dest for action in parser._actions if action.dest != "help"]
     for name in given:
@@ -161,12 +166,22 @@ class A2D(TemplateLM):
         self.options.device = device
         self.model, self.tokenizer = open_model(self.options)
         self._device = torch.device(device)
+        self._check_sampling()
         self.room = 131072 if on_gpu else 4096  # tokens of a forward; halved where memory does not suffice
         self.max_length = min(self.options.max_length or 2**62, self.model.config.max_position_embeddings)
         # What this process did: requests, tokens, forwards (a sequence each) and seconds, of "generated" and "scored".
         self.counts = Counter()
         self.prompts = defaultdict(set)  # task: a hash of each of its requests
         self.standard_errors = []  # of each likelihood request, a dict
+
+    def _check_sampling(self) -> None:
+        """Refuses options that the sampler would refuse, before any task is loaded."""
+        from diffusion import denoise
+
+        given = {name: getattr(self.options, name) for name in SAMPLING}
+        drawn = (given["top_k"], given["top_p"]) != (None, None)  # the temperature may be the task's
+        instead = {"max_new_tokens": 1, "steps": 1, "temperature": float(drawn)}
+        next(denoise(self.model, [[0]], **given | {k: v for k, v in instead.items() if given[k] is None}))
 
     # -- what lm-eval asks of a model
 
@@ -197,21 +212,10 @@ class A2D(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
         """The chat as the model's template writes it; without a generation prompt it ends with the last message's text,
         which the model then continues (gen_prefix)."""
-        from jinja2 import TemplateError
-
-        from tokenizer import compiled
-
         if self.tokenizer.template is None:
             raise ValueError(f"{self.options.pretrained} has no chat template; leave out --apply_chat_template")
-        try:
-            text = compiled(self.tokenizer.template).render(
-                messages=chat_history,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=self.options.enable_thinking,
-                **self.tokenizer.special,
-            )
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        thinking = self.options.enable_thinking
+        text = self.tokenizer.fill(chat_history, reply=add_generation_prompt, thinking=thinking)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"]
@@ -582,7 +586,10 @@ def write_manifest(lm: A2D, counts: Counter, output_path: str, argv: list[str], 
     """Writes the manifest, and the likelihoods' standard errors, beside lm-eval's newest results; returns its path."""
     path = Path(output_path)
     found = path.parent.glob(f"{path.stem}_*.json") if path.suffix == ".json" else path.glob("*/results_*.json")
-    newest = max((file for file in found if file.stat().st_mtime >= began - 1), key=lambda file: file.stat().st_mtime)
+    written = [file for file in found if file.stat().st_mtime >= began - 1]
+    if not written:  # which it only warns of
+        raise OSError(f"lm-eval could not write its results to {output_path}; make room there, then run it again")
+    newest = max(written, key=lambda file: file.stat().st_mtime)
     results = json.loads(newest.read_text())
     made = manifest(lm, counts, results, argv, time.time() - began)
     name = newest.name.removeprefix("results_")
@@ -600,9 +607,15 @@ def table(directories: list[str]) -> str:
     files = [file for directory in directories for file in Path(directory).rglob("manifest_*.json")]
     if not files:
         raise FileNotFoundError(f"no manifest_*.json below {', '.join(directories)}; --output_path makes them")
-    cells, columns = {}, {}
-    for file in sorted(files, key=lambda file: json.loads(file.read_text())["date"]):
-        made = json.loads(file.read_text())
+    cells, columns, manifests = {}, {}, []
+    for file in files:
+        try:
+            manifests.append(json.loads(file.read_bytes()))
+            for name in ("date", "sampler", "checkpoint", "model", "requested", "tasks"):
+                manifests[-1][name]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no manifest of evaluate.py ({error!r}); remove it") from error
+    for made in sorted(manifests, key=lambda made: made["date"]):
         sampler = {k: v for k, v in made["sampler"].items() if v not in (None, False, [], 0.0)}
         method = {k: v for k, v in sampler.items() if k not in ("max_new_tokens", "temperature", "top_k", "top_p")}
         method = {k: v for k, v in method.items() if (k, v) not in {("scheduler", "linear")} and v != "low_confidence"}
@@ -673,6 +686,16 @@ class _HubEvaluate:
         return PathFinder.find_spec(name, elsewhere)
 
 
+def refuse_flags(message: str, parser) -> None:
+    """What lm-eval's parser says of a mistake, in one line, with the nearest name for a flag that does not exist."""
+    wrong = re.search("unrecognized arguments:.*?(--[^ =]+)", message)
+    if wrong is None:
+        raise ValueError(f"{message}; python evaluate.py --help tells more")
+    near = difflib.get_close_matches(wrong[1], parser._option_string_actions, n=1)
+    way = f"did you mean {near[0]}?" if near else "python evaluate.py --help and lm-eval run --help list them"
+    raise ValueError(f"unknown flag {wrong[1]}; {way}")
+
+
 def run(argv: list[str]) -> None:
     """Hands the command line to lm-eval, with our models and tasks; then writes the manifest."""
     import yaml
@@ -685,6 +708,8 @@ def run(argv: list[str]) -> None:
     setup_logging("ERROR" if int(os.environ.get("RANK", 0)) else logging.INFO)
     sys.argv = ["evaluate.py", *([] if argv[:1] in (["run"], ["ls"], ["validate"]) else ["run"]), *argv]
     harness = HarnessCLI()
+    for parser in (harness._parser, *harness._subparsers.choices.values()):
+        parser.error = functools.partial(refuse_flags, parser=harness._subparsers.choices[sys.argv[1]])
     args = harness.parse_args()
     if sys.argv[1] != "run":
         return harness.execute(args)
@@ -697,6 +722,15 @@ def run(argv: list[str]) -> None:
             load_yaml(str(file), resolve_func=False)
         except (yaml.YAMLError, TypeError) as error:
             raise ValueError(f"{file} is no task: {error}") from error
+    if given.get("output_path"):
+        place = Path(given["output_path"]).absolute()
+        place = next(
+            path for path in (place.parent if place.suffix == ".json" else place, *place.parents) if path.exists()
+        )
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise ValueError(
+                f"--output_path {given['output_path']}: {place} is no directory to write to; choose another"
+            )
     lm = None
     if given.get("model") in MODELS:
         model_args = given.get("model_args") or {}

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 import data
 from cli import (
-    MDLM_BLOCK,
     Parser,
     add_model,
     add_sampling,
@@ -23,7 +22,9 @@ from cli import (
     open_model,
     replacing_file,
     sampling,
+    surplus,
     switch,
+    with_block,
 )
 from diffusion import denoise
 from display import (
@@ -360,14 +361,7 @@ def sample(args: argparse.Namespace) -> int:
         raise ValueError("--chat_template True: the tokenizer has no chat template; pass False to continue plain text")
     if args.system is not None and (tokenizer.template is None or args.chat_template is False):
         raise ValueError(f"--system {args.system} needs a chat template; leave it out where text is continued")
-    options = sampling(args)
-    if model.config.objective == "mdlm" and options["block_size"] is None:
-        options["block_size"] = MDLM_BLOCK
-    elif args.max_new_tokens and args.block_align != "sequence" and (args.block_size or 0) > args.max_new_tokens:
-        raise ValueError(
-            f"--block_size {args.block_size} exceeds the {args.max_new_tokens} tokens of --max_new_tokens; pass at "
-            f"most {args.max_new_tokens}"
-        )
+    options = with_block(sampling(args), model.config.objective)
     for n, request in enumerate(todo, 1):
         encode(request, n, args, model, tokenizer)
 
@@ -404,6 +398,9 @@ def sample(args: argparse.Namespace) -> int:
         score = show_table(rates)
     else:
         print(rate_of([part for parts in rates.values() for part in parts]))
+    most = max(sum(request.holes or []) + new_tokens(request, args) for request in todo)
+    for remark in surplus(options, model.config.objective, most):
+        print(remark)
     write(args, todo, trace, model, options)
     if args.min_exact_match is not None and score < args.min_exact_match:
         print(

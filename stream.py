@@ -99,7 +99,7 @@ def _source(spec: data.Spec, split: str) -> Source:
 def _first_columns(source: Source) -> list[str]:
     row = next(Pass(source._replace(limit=1), range(len(source.shards))), None)
     if row is None:
-        raise ValueError(f"{source.name} has no rows")
+        raise ValueError(f"{source.name} has no rows; name a set that has some")
     return list(row)
 
 

@@ -6,6 +6,7 @@ Reads and writes the files of a Hugging Face directory; no tensors, no Hub, no t
 import functools
 import json
 import tempfile
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,15 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+@contextmanager
+def told(file: Path):
+    """Tells whatever is raised while a file is read as ValueError, with the file's name."""
+    try:
+        yield
+    except Exception as error:  # `tokenizers` raises no other
+        raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; fetch it again") from error
 
 
 def mistake(messages, *, answered: bool = False) -> str | None:
@@ -59,15 +69,23 @@ class Tokenizer:
                 f"{path} holds no tokenizer.json; transformers writes one: "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        self.files = {name: json.loads((path / name).read_bytes()) for name in JSON_FILES if (path / name).is_file()}
-        config = self.files.setdefault("tokenizer_config.json", {})
+        self.files, self.template_file = {}, None
         template = path / "chat_template.jinja"
-        self.template_file = template.read_text(encoding="utf-8") if template.is_file() else None
+        for file in (file for file in (template, *(path / name for name in JSON_FILES)) if file.is_file()):
+            with told(file):
+                if file == template:
+                    self.template_file = file.read_text(encoding="utf-8")
+                elif isinstance(content := json.loads(file.read_bytes()), dict):
+                    self.files[file.name] = content
+                else:
+                    raise ValueError(f"{json.dumps(content)[:40]}, expected an object")
+        config = self.files.setdefault("tokenizer_config.json", {})
         self.template = self.template_file or config.get("chat_template")
         if isinstance(self.template, list):
             self.template = {named["name"]: named["template"] for named in self.template}.get("default")
 
-        self.core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        with told(path / "tokenizer.json"):
+            self.core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         self.core.no_truncation()
         self.core.no_padding()
         self.special = {}  # what a template knows of: bos_token, eos_token and the like, as strings
@@ -108,11 +126,24 @@ class Tokenizer:
         """Every id the vocabulary gives a meaning; a model's embedding often has more rows."""
         return list(self.core.get_vocab().values())
 
+    def fit(self, rows: int, *, mask: bool = True) -> None:
+        """ValueError unless an embedding of so many rows has one for every id; mask False: but for the mask token's."""
+        last = max(i for i in self.ids if mask or i != self.mask_id)
+        if last >= rows:
+            raise ValueError(
+                f"the tokenizer has token id {last} and the embedding {rows} rows, so they are not of one model; fetch "
+                "both from one place"
+            )
+
     def __len__(self) -> int:
         return self.core.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens that it spells out become theirs, none is added."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, which Python makes of bytes that are no UTF-8
+            raise ValueError(f"{ascii(text)[:60]} is no UTF-8 text; convert it, iconv -t utf-8 say") from error
         return self.core.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
@@ -152,7 +183,7 @@ class Tokenizer:
         """
         if train_on not in ("last", "all"):
             raise ValueError(f"train_on {train_on!r}: expected last or all")
-        whole = self._fill(messages, reply, thinking)
+        whole = self.fill(messages, reply=reply, thinking=thinking)
         if reply:
             ids = self.encode(whole)
             return ids, [False] * len(ids)
@@ -162,9 +193,9 @@ class Tokenizer:
         turns = [i for i in range(last) if messages[i]["role"] == "assistant"] if train_on == "all" else []
         prefixes = []
         for i in [*turns, last]:
-            prompt, turn = self._fill(messages[:i], True, thinking), whole
+            prompt, turn = self.fill(messages[:i], reply=True, thinking=thinking), whole
             if i < last:
-                turn = self._fill(messages[: i + 1], False, thinking)
+                turn = self.fill(messages[: i + 1], reply=False, thinking=thinking)
             if not (whole.startswith(prompt) and whole.startswith(turn)):
                 way_out = (
                     "train on the last turn only" if i < last else "is the answer written for the other `thinking`?"
@@ -186,15 +217,17 @@ class Tokenizer:
             supervised[len(prompt) : len(turn)] = [True] * (len(turn) - len(prompt))
         return ids, supervised
 
-    def _fill(self, messages: list[dict], reply: bool, thinking: bool) -> str:
+    def fill(self, messages: list[dict], *, reply: bool, thinking: bool) -> str:
+        """The chat as text by the template. ValueError where there is none, or it fails."""
         if self.template is None:
             raise ValueError("the tokenizer has no chat template; use plain text (--stage pt, --chat_template False)")
         try:
             return compiled(self.template).render(
                 messages=messages, add_generation_prompt=reply, enable_thinking=thinking, **self.special
             )
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program of the checkpoint's, and can fail in any way
+            reason = error if isinstance(error, TemplateError) else repr(error)
+            raise ValueError(f"the chat template refuses these messages: {reason}") from error
 
     @classmethod
     def train(cls, texts, vocab_size: int, template: str = CHATML) -> "Tokenizer":

@@ -7,6 +7,7 @@ diffusion.py, what a batch is in data.py.
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -44,8 +45,9 @@ from checkpoint import (
     resolve,
     save_model,
     save_training,
+    writing,
 )
-from cli import Parser, boolean, one_line_errors, replacing_file, switch
+from cli import Parser, boolean, one_line_errors, replacing_file, seed, switch
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
 from display import curves
 from model import PEAK_FLOPS, Config, LanguageModel, train_flops
@@ -235,7 +237,7 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
     add("--max_minutes", type=float, help="end the run by then; the learning rate's schedule ends with it")
     add("--per_device_train_batch_size", type=int, default=16, metavar="ROWS", help="rows of a micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
-    add("--seed", type=int, default=42, help="of the order of rows, the noise and random weights")
+    add("--seed", type=seed, default=42, help="of the order of rows, the noise and random weights")
     add(
         "--compute_dtype",
         choices=["bfloat16", "float32"],
@@ -324,7 +326,6 @@ def complete(args: argparse.Namespace) -> None:
         "skip_nonfinite": 0,
         "shuffle_buffer": 1,
         "dataloader_num_workers": 0,
-        "seed": 0,
         "max_grad_norm": 0,
         "save_steps": 0,
     }
@@ -401,9 +402,7 @@ def build_model(args: argparse.Namespace) -> tuple[LanguageModel, Tokenizer]:
         right_shift=args.right_shift_logits,
         mask_token_id=mask_id,
     )
-    used = max(i for i in tokenizer.ids if config.objective != "ar" or i != tokenizer.mask_id) + 1
-    if used > config.vocab_size:
-        raise ValueError(f"the tokenizer has ids up to {used - 1}, the embedding only {config.vocab_size} rows")
+    tokenizer.fit(config.vocab_size, mask=config.objective != "ar")
     K = config.block_length if config.objective == "bd3lm" else 1
     if K > args.max_length:
         raise ValueError(f"block size {K} exceeds --max_length {args.max_length}; lower the one or raise the other")
@@ -690,7 +689,8 @@ class Log:
     def write(self, step: int, **metrics: float | str) -> None:
         """A line in metrics.jsonl."""
         if not self.silent:
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            with writing(self.output / METRICS):
+                self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             if self.wandb is not None:
                 self.wandb.log(metrics, step=step)
 
@@ -698,7 +698,8 @@ class Log:
         """curves.png of what metrics.jsonl holds."""
         if not self.silent:
             rows = [json.loads(line) for line in (self.output / METRICS).read_text().splitlines()]
-            curves({self.output.name: rows}, self.output / CURVES)
+            with writing(self.output / CURVES):
+                curves({self.output.name: rows}, self.output / CURVES)
 
     def show(self, step: int, left: float, **metrics: float) -> None:
         """On the bar, which tells the time left by itself; left: minutes."""
@@ -953,13 +954,16 @@ def train(args: argparse.Namespace) -> int:
         loader.load_state(progress["loader"])
         step, skipped, minutes_before = progress["step"], progress["skipped"], progress["minutes"]
         sums.update(progress["sums"] if ranks.rank == 0 else {})
-    elif ranks.rank == 0:
+    batches = loader.batches()
+    upcoming = itertools.chain([next(batches)], batches)  # what is read gives a batch, or says so before all is written
+    if begin_at is None and ranks.rank == 0:
         for path in held_run(output, True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     barrier()
     if ranks.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        (output / ARGS).write_text(json.dumps(vars(args), indent=2) + "\n")
+        with writing(output / ARGS):
+            (output / ARGS).write_text(json.dumps(vars(args), indent=2) + "\n")
 
     log = Log(output, step, steps, silent=ranks.rank > 0, wandb=wandb)
     log.tell(describe(args, model, about_data, steps, ranks))
@@ -1021,10 +1025,9 @@ def train(args: argparse.Namespace) -> int:
         if held is not None and ranks.gather(step % eval_every == 0 and not evaluated)[0] and run_evaluation():
             end_early()
             steps = step
-        batches = loader.batches()
         while step < steps:
             step_began = time.perf_counter()
-            micro_batches = next(batches)
+            micro_batches = next(upcoming)
             epoch = micro_batches[0]["epoch"]
             examples = [example_of(batch) for batch in micro_batches]
             mine = sum(example.denominator for example in examples)

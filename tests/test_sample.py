@@ -451,7 +451,7 @@ MISTAKES = {  # flags after a prompt and the model: what is said
     ("--steps", "0"): "steps 0: expected at least 1",
     ("--steps", "many"): "argument --steps: invalid int value: 'many'",
     ("--block_size", "0"): "block_size 0: expected at least 1",
-    ("--block_size", "64", "--max_new_tokens", "32"): "--block_size 64 exceeds the 32 tokens.*at most 32",
+    ("--block_size", "64", "--max_new_tokens", "32"): "block_size 64 exceeds the 32 tokens.*at most 32",
     ("--steps_per_block", "0"): "steps_per_block 0: expected at least 1",
     ("--temperature", "-1"): "temperature -1.0: expected 0",
     ("--top_k", "3"): "top_k 3 changes nothing at temperature 0; raise --temperature",

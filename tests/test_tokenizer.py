@@ -95,7 +95,7 @@ def test_a_prompt_in_training_is_the_prompt_in_sampling_even_where_a_token_would
     prompt, _ = tokenizer.render(chat[:-1], reply=True)
     assert ids[: len(prompt)] == prompt
     assert supervised == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
-    text = tokenizer._fill(chat, False, False)
+    text = tokenizer.fill(chat, reply=False, thinking=False)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.encode(text)[: len(prompt)] != prompt  # the token does span it
 
@@ -126,7 +126,7 @@ def test_templates_see_what_transformers_gives_them(tmp_path):
     )
     (copy(QWEN3, tmp_path) / "chat_template.jinja").write_text(template)
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer._fill(CHAT[:2], False, False) == 'False <|im_end|> {"a": "<é>"} 4\nw9'
+    assert tokenizer.fill(CHAT[:2], reply=False, thinking=False) == 'False <|im_end|> {"a": "<é>"} 4\nw9'
     with pytest.raises(ValueError, match="too long"):
         tokenizer.render(CHAT)
 
