@@ -145,7 +145,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="of the weights and the computation (default: as stored)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda if there is one")
-    add("--seed", type=seed, default=42, help="of everything random")
+    add("--seed", type=seed, default=42, metavar="N", help="of everything random")
 
 
 def open_model(args: argparse.Namespace):
@@ -249,7 +249,7 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
         help="tokens of a decoding block; blocks are decoded from left to right. For bd3lm the checkpoint's block "
         "length, where it declares one (default: bd3lm that, mdlm 32; ar has none)",
     )
-    add("--steps_per_block", type=int, metavar="N", help="forwards for one block; replaces --steps")
+    add("--steps_per_block", type=int, metavar="N", help="forwards for one block (default: by --steps)")
     add(
         "--block_align",
         choices=["sequence", "prompt"],
@@ -260,9 +260,25 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
     add(
         "--scheduler", choices=["linear", "cosine"], default="linear", help="alpha(t), which spreads reveals over steps"
     )
-    add("--temperature", type=float, default=0.0, help="of the Gumbel noise on the logits; 0 takes the likeliest token")
-    add("--top_k", type=int, metavar="K", help="choose among the K likeliest tokens (needs --temperature above 0)")
-    add("--top_p", type=float, metavar="P", help="choose among the smallest set of tokens of probability at least P")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="of the Gumbel noise on the logits; 0 takes the likeliest token",
+    )
+    add(
+        "--top_k",
+        type=int,
+        metavar="K",
+        help="choose among the K likeliest tokens; needs --temperature above 0 (default: all)",
+    )
+    add(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="choose among the smallest set of tokens of probability at least P (default: 1)",
+    )
     add(
         "--remasking",
         choices=["low_confidence", "random", "p2"],
@@ -276,7 +292,7 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
         type=float,
         metavar="P",
         help="reveal every token of probability above P at each step, at least one, instead of a fixed number; "
-        "0.9 takes several times fewer forwards",
+        "0.9 takes several times fewer forwards (default: none, --steps)",
     )
     add(
         "--entropy",
@@ -296,6 +312,7 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
         "--cfg_scale",
         type=float,
         default=0.0,
+        metavar="S",
         help="classifier-free guidance s: logits u + (s + 1)(c - u), u with the prompt masked; doubles the work",
     )
     add("--cfg_keep_tokens", type=ids, default=(), metavar="IDS", help="prompt tokens that u keeps (default: none)")

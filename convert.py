@@ -23,36 +23,49 @@ says what it is (model_type a2d-qwen3, a2d-qwen2 or a2d-llama, as dLLM writes it
 conversion serves for training either mdlm or bd3lm. A checkpoint converted before can be converted again, to declare
 something else or to go back to a plain causal checkpoint (--to ar).""",
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("from where, to where").add_argument
     add("--model_name_or_path", required=True, help="source: a directory (also under $BASE_MODELS_DIR) or a Hub id")
-    add("--output_dir", required=True, help="directory to write; it appears when it is complete, not before")
+    add(
+        "--output_dir",
+        required=True,
+        metavar="DIR",
+        help="directory to write; it appears when it is complete, not before",
+    )
     switch(
         add,
         "--overwrite",
         False,
         "replace the checkpoint in --output_dir (default: False, a non-empty directory is an error)",
     )
+    add = parser.add_argument_group("what the new checkpoint declares").add_argument
     add(
         "--to",
         choices=["diffusion", "ar"],
         default="diffusion",
         help="ar: a plain causal checkpoint with the same weights, for transformers (default: diffusion)",
     )
-    switch(
-        add,
-        "--random_init",
-        False,
-        "random weights, N(0, initializer_range), in the source's shape, whose own are not read",
-    )
-    add("--seed", type=seed, default=42, help="of the random weights (default: 42)")
     add("--objective", choices=OBJECTIVES[1:], help="declare this objective (default: what the source declares)")
-    add("--block_size", type=int, metavar="TOKENS", help="declare this block length; for bd3lm, which needs one")
+    add(
+        "--block_size",
+        type=int,
+        metavar="TOKENS",
+        help="declare this block length; for bd3lm, which needs one (default: what the source declares)",
+    )
     add(
         "--right_shift_logits",
         type=boolean,
         metavar="True|False",
         help="declare whether position i predicts token i + 1, as in the AR model (default: what the source declares)",
     )
+    add = parser.add_argument_group("weights and the mask token").add_argument
+    add("--save_dtype", choices=["float32", "bfloat16", "float16"], help="of the saved weights (default: the source's)")
+    switch(
+        add,
+        "--random_init",
+        False,
+        "random weights, N(0, initializer_range), in the source's shape, whose own are not read",
+    )
+    add("--seed", type=seed, default=42, metavar="N", help="of the random weights")
     add(
         "--mask_token",
         metavar="TOKEN",
@@ -70,7 +83,6 @@ something else or to go back to a plain causal checkpoint (--to ar).""",
         "the median norm gave a gradient of norm 64, one of the median norm 1.2. keep: leave it. New rows are always "
         "set. (default: mean)",
     )
-    add("--save_dtype", choices=["float32", "bfloat16", "float16"], help="of the saved weights (default: the source's)")
     return parser
 
 

@@ -45,6 +45,10 @@ import torch
 from tokenizer import Tokenizer, mistake
 
 SPLITS = ("train", "validation", "test")
+SPEC_HELP = (  # of every program's --dataset_args
+    'data set, name[key:value,...], several joined by "+": Hub ids, local files (.jsonl .json .txt .parquet), '
+    "builtin/sums (chat), builtin/stdlib (text). Keys: train:5000 (row limit of a split), name:CONFIG, lang:LANGUAGE"
+)
 
 
 # ---------------------------------------------------------------- specs
@@ -1078,24 +1082,26 @@ Tokenise a data set once, for many runs, and look at a few of its rows.
 What it writes is read by train.py --load_preprocessed_data True --dataset_args DIR, which refuses it unless stage,
 max_length, tokenizer and the settings below are those it was made with. Without --output_dir it only shows rows.""",
     )
-    add = parser.add_argument
-    add("--dataset_args", required=True, help="name[key:value,...], several joined by +; see the top of data.py")
+    add = parser.add_argument_group("what to read").add_argument
+    add("--dataset_args", required=True, metavar="SPEC", help=SPEC_HELP)
     add(
         "--model_name_or_path",
         required=True,
         help="whose tokenizer: a directory (also under $BASE_MODELS_DIR) or a Hub id",
     )
     add("--stage", choices=["pt", "sft"], default="pt", help="pt: plain text in full pieces. sft: chat")
-    add("--output_dir", metavar="DIR", help="directory to write; it appears when it is complete (default: none)")
-    switch(add, "--overwrite", False, "replace the set in --output_dir")
+    add("--text_field", default="text", metavar="COLUMN", help="pt: the column with the text")
+    add("--num_proc", type=int, default=8, metavar="N", help="processes that tokenise what is not builtin")
+    add = parser.add_argument_group("how rows are made of it (as train.py's flags)").add_argument
     add("--max_length", type=int, metavar="TOKENS", help="longest row (default: pt 128, sft 512)")
-    add("--text_field", default="text", help="pt: the column with the text")
     switch(add, "--insert_eos", True, "pt: end each text in EOS")
     switch(add, "--drop_tail", True, "pt: drop the last, shorter piece")
     add("--truncation", choices=["right", "filter"], default="right", help="sft: cut rows that are too long, or drop")
     switch(add, "--mask_prompt_loss", True, "sft: learn the assistant's turns only, not the whole chat")
     add("--train_on", choices=["last", "all"], default="last", help="sft: which of the assistant's turns are learnt")
-    add("--num_proc", type=int, default=8, metavar="N", help="processes that tokenise what is not builtin")
+    add = parser.add_argument_group("what to write and show").add_argument
+    add("--output_dir", metavar="DIR", help="directory to write; it appears when it is complete (default: none)")
+    switch(add, "--overwrite", False, "replace the set in --output_dir")
     add("--show", type=int, default=3, metavar="ROWS", help="rows of each split to look at")
     return parser
 

@@ -79,7 +79,12 @@ class _Options(Parser):
 def model_options() -> Parser:
     parser = _Options("evaluate.py", "")
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained", required=True, help="a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id")
+    add(
+        "--pretrained",
+        required=True,
+        metavar="CHECKPOINT",
+        help="a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id",
+    )
     add(
         "--right_shift_logits",
         type=boolean,
@@ -101,7 +106,7 @@ def model_options() -> Parser:
         help="let the tokenizer add its special tokens to prompts (default: ar True, as lm-eval's hf; else False, as "
         "in training)",
     )
-    add("--seed", type=seed, default=42, help="of the noise of likelihoods and of sampling")
+    add("--seed", type=seed, default=42, metavar="N", help="of the noise of likelihoods and of sampling")
     add_sampling(parser, max_new_tokens=None, steps=None, temperature=None)
     for action in parser._actions:
         replaced = {

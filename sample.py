@@ -76,7 +76,7 @@ many at once as it has rows). ar decodes 1 token per forward.""",
         "--input",
         metavar="FILE",
         help='.txt: a prompt per line, blank ones left out. .jsonl: rows with "prompt", or "messages" that end in the '
-        "user's turn. -: standard input, as .txt",
+        "user's turn. -: standard input, as .txt (default: standard input, where no prompt is given)",
     )
     add(
         "--chat_template",
@@ -84,7 +84,7 @@ many at once as it has rows). ar decodes 1 token per forward.""",
         metavar="True|False",
         help="make each prompt a user's turn; False continues it as text (default: True where there is a template)",
     )
-    add("--system", metavar="TEXT", help="system message before each prompt")
+    add("--system", metavar="TEXT", help="system message before each prompt (default: none)")
     add("--batch_size", type=int, default=16, metavar="ROWS", help="prompts decoded at once; they may differ in length")
 
     add = parser.add_argument_group("what to show and write").add_argument
@@ -95,13 +95,17 @@ many at once as it has rows). ar decodes 1 token per forward.""",
         "animate the denoising: masked, just settled (green), settled. At most 25 forwards a "
         f"second are shown; that time does not count. Without a terminal: a line every {PLAIN_EVERY} forwards",
     )
-    add("--output", metavar="FILE.jsonl", help="write a row per prompt: prompt, answer, tokens, forwards, settings")
+    add(
+        "--output",
+        metavar="FILE.jsonl",
+        help="write a row per prompt: prompt, answer, tokens, forwards, settings (default: none)",
+    )
     switch(add, "--overwrite", False, "replace --output and --picture where they exist (default: False, an error)")
     add(
         "--picture",
         metavar="FILE",
         help=".png or .html of the first prompt's denoising: position x forward, coloured by when a token settled and "
-        "how confident the model was",
+        "how confident the model was (default: none)",
     )
 
     add = parser.add_argument_group("scoring").add_argument
@@ -109,10 +113,15 @@ many at once as it has rows). ar decodes 1 token per forward.""",
         "--dataset_args",
         metavar="SPEC",
         help="take the prompts from a chat data set, such as builtin/sums[test:500]: all turns but the last, which the "
-        "answer must equal but for white space at its ends. Prints a table by task and pooled",
+        "answer must equal but for white space at its ends. Prints a table by task and pooled (default: none)",
     )
     add("--split", default="test", help="of --dataset_args: train, validation or test")
-    add("--min_exact_match", type=float, metavar="PERCENT", help="exit with status 1 if the pooled score is lower")
+    add(
+        "--min_exact_match",
+        type=float,
+        metavar="PERCENT",
+        help="exit with status 1 if the pooled score is lower (default: 0)",
+    )
     add_sampling(parser, max_new_tokens=None)
     return parser
 

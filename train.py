@@ -110,20 +110,15 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
         metavar="True|False",
         help="position i predicts token i + 1, as in the AR model (default: what the checkpoint declares, else False)",
     )
-    add("--output_dir", required=True, help="directory of this run; one that holds a run is refused")
+    add("--output_dir", required=True, metavar="DIR", help="directory of this run; one that holds a run is refused")
     switch(add, "--overwrite", False, "replace the run in --output_dir")
     add("--save_dtype", choices=list(DTYPES)[:3], help="of the saved weights (default: that of the source)")
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--dataset_args",
-        required=True,
-        help='data set, name[key:value,...], several joined by "+": Hub ids, local files, builtin/sums (chat), '
-        "builtin/stdlib (text). Keys: train:5000 (row limit of a split), name:CONFIG, lang:LANGUAGE",
-    )
+    add("--dataset_args", required=True, metavar="SPEC", help=data.SPEC_HELP)
     add("--stage", choices=["pt", "sft"], default="pt", help="pt: plain text in full pieces. sft: chat")
     add("--max_length", type=int, metavar="TOKENS", help="longest row (default: pt 128, sft 512)")
-    add("--text_field", help="pt: the column with the text (default: text)")
+    add("--text_field", metavar="COLUMN", help="pt: the column with the text (default: text)")
     add("--insert_eos", type=boolean, metavar="True|False", help="pt: end each text in EOS (default: True)")
     add("--drop_tail", type=boolean, metavar="True|False", help="pt: drop the last, shorter piece (default: True)")
     add("--truncation", choices=["right", "filter"], help="sft: cut rows that are too long, or drop (default: right)")
@@ -131,7 +126,7 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
         "--mask_prompt_loss",
         type=boolean,
         metavar="True|False",
-        help="sft: learn the last assistant turn only, not the prompt (default: True)",
+        help="sft: learn the assistant's turns only (which: --train_on), not the whole chat (default: True)",
     )
     add(
         "--group_by_length",
@@ -194,9 +189,14 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
         choices=["block", "sequence"],
         help="a level for each block, spread evenly over a row's blocks, or one a row, as dLLM does (default: block)",
     )
-    add("--scheduler", choices=["linear", "cosine"], help="alpha(t) (default: linear)")
-    add("--time_epsilon", type=float, help="lowest t (default: 0.001)")
-    add("--time_max", type=float, help="highest t (default: 1)")
+    add(
+        "--scheduler",
+        choices=["linear", "cosine"],
+        help="alpha(t), the probability that a token is not masked at time t: 1 - t, or 1 - cos((1 - t) pi/2) "
+        "(default: linear)",
+    )
+    add("--time_epsilon", type=float, metavar="T", help="lowest time that is drawn (default: 0.001)")
+    add("--time_max", type=float, metavar="T", help="highest time, 1 for all masked (default: 1)")
     add(
         "--at_least_one",
         type=boolean,
@@ -224,20 +224,42 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
         default="adamw",
         help="muon: Muon on the layers' matrices, AdamW on the rest; much faster from random weights",
     )
-    add("--learning_rate", type=float, default=1e-4, help="peak; Muon's is scaled to the size of AdamW's updates")
-    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="cosine", help="after the warm-up")
-    add("--warmup_ratio", type=float, default=0.1, help="part of the run in which the learning rate rises from 0")
-    add("--weight_decay", type=float, default=0.0, help="of the matrices")
-    add("--adam_beta1", type=float, default=0.9, help="AdamW's")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's")
-    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm; 0: do not")
-    add("--num_train_epochs", type=float, default=20.0, help="passes over the data")
-    add("--max_steps", type=int, metavar="N", help="optimizer steps; replaces --num_train_epochs")
-    add("--max_minutes", type=float, help="end the run by then; the learning rate's schedule ends with it")
+    add(
+        "--learning_rate",
+        type=float,
+        default=1e-4,
+        metavar="RATE",
+        help="peak; Muon's is scaled to the size of AdamW's updates",
+    )
+    add(
+        "--lr_scheduler_type",
+        choices=["cosine", "linear", "constant"],
+        default="cosine",
+        help="how the learning rate falls to 0 after the warm-up; constant: it stays at its peak",
+    )
+    add(
+        "--warmup_ratio",
+        type=float,
+        default=0.1,
+        metavar="PART",
+        help="part of the run, 0 to 1, in which the learning rate rises from 0",
+    )
+    add("--weight_decay", type=float, default=0.0, metavar="RATE", help="of the matrices, a step, times learning rate")
+    add("--adam_beta1", type=float, default=0.9, metavar="BETA", help="how much AdamW's mean gradient keeps in a step")
+    add("--adam_beta2", type=float, default=0.999, metavar="BETA", help="and its mean squared gradient")
+    add("--adam_epsilon", type=float, default=1e-8, metavar="E", help="added to the root of AdamW's mean square")
+    add("--max_grad_norm", type=float, default=1.0, metavar="NORM", help="clip the gradient's norm; 0: do not")
+    add("--num_train_epochs", type=float, default=20.0, metavar="N", help="passes over the data")
+    add("--max_steps", type=int, metavar="N", help="optimizer steps (default: what --num_train_epochs come to)")
+    add(
+        "--max_minutes",
+        type=float,
+        metavar="MINUTES",
+        help="end the run after that time; the learning rate's schedule ends with it (default: no limit)",
+    )
     add("--per_device_train_batch_size", type=int, default=16, metavar="ROWS", help="rows of a micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
-    add("--seed", type=seed, default=42, help="of the order of rows, the noise and random weights")
+    add("--seed", type=seed, default=42, metavar="N", help="of the order of rows, the noise and random weights")
     add(
         "--compute_dtype",
         choices=["bfloat16", "float32"],
@@ -276,16 +298,29 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
         help="evaluate on the set's validation split, else its test split, else 5 %% held out: the likelihood bound "
         "in nats per token and its perplexity, unbiased, with fixed noise",
     )
-    add("--eval_steps", type=float, default=0.1, help="every so many steps; below 1, a part of the run")
+    add(
+        "--eval_steps",
+        type=float,
+        default=0.1,
+        metavar="N",
+        help="evaluate every so many optimizer steps; below 1, a part of the run",
+    )
     add("--per_device_eval_batch_size", type=int, default=16, metavar="ROWS", help="rows of an evaluation batch")
-    add("--stop_at_eval_loss", type=float, metavar="NATS", help="end the run when the evaluated bound is at most this")
-    add("--save_steps", type=float, default=0.1, help="every so many steps; below 1, a part of the run; 0: at the end")
+    add("--stop_at_eval_loss", type=float, metavar="NATS", help="end the run at this bound (default: never)")
+    add(
+        "--save_steps",
+        type=float,
+        default=0.1,
+        metavar="N",
+        help="save every so many optimizer steps; below 1, a part of the run; 0: at the end only",
+    )
     add("--save_total_limit", type=int, metavar="N", help="keep the last N checkpoint-N (default: all)")
     add(
         "--resume_from_checkpoint",
         metavar="auto|DIR",
         help="go on from a checkpoint-N, on any number of processes; auto: the newest in --output_dir, or from the "
-        "start where there is none. A checkpoint-N is a model; the two newest also hold what resuming takes",
+        "start where there is none. A checkpoint-N is a model; the two newest also hold what resuming takes (default: "
+        "begin anew)",
     )
     add(
         "--skip_nonfinite",
