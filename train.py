@@ -49,12 +49,12 @@ from checkpoint import (
 )
 from cli import Parser, boolean, one_line_errors, replacing_file, seed, switch
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
-from display import curves
+from display import METRICS, curves, read_runs
 from model import PEAK_FLOPS, Config, LanguageModel, train_flops
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
-METRICS, ARGS, CURVES, FINAL = "metrics.jsonl", "args.json", "curves.png", "checkpoint-final"
+ARGS, CURVES, FINAL = "args.json", "curves.png", "checkpoint-final"
 SUMS = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")  # what a line of the log is made of
 REQUEUE = 75  # exit status of a run that a signal ended: it can go on (EX_TEMPFAIL)
 EVALUATION_SEED = 0  # of the evaluation's noise: the same in every run
@@ -732,9 +732,8 @@ class Log:
     def draw(self) -> None:
         """curves.png of what metrics.jsonl holds."""
         if not self.silent:
-            rows = [json.loads(line) for line in (self.output / METRICS).read_text().splitlines()]
             with writing(self.output / CURVES):
-                curves({self.output.name: rows}, self.output / CURVES)
+                curves(read_runs([self.output]), self.output / CURVES)
 
     def show(self, step: int, left: float, **metrics: float) -> None:
         """On the bar, which tells the time left by itself; left: minutes."""
