@@ -299,14 +299,14 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
         type=float,
         metavar="NATS",
         help="reveal the surest tokens while the entropies of those before add up to at most NATS (EB-Sampler), 0.1 "
-        "say, instead of a fixed number",
+        "say, instead of a fixed number (default: none, --steps)",
     )
     add(
         "--factor",
         type=float,
         metavar="F",
         help="reveal the n most probable tokens, n the largest with (n + 1)(1 - probability of the n-th) below F "
-        "(Fast-dLLM), 1 say, instead of a fixed number",
+        "(Fast-dLLM), 1 say, instead of a fixed number (default: none, --steps)",
     )
     add(
         "--cfg_scale",
@@ -335,8 +335,8 @@ def sampling(args: argparse.Namespace) -> dict:
 
 def surplus(options: dict, objective: str, tokens: int) -> list[str]:
     """A remark, or none: more steps than tokens are allowed, and cost nothing."""
-    scheduled = objective != "ar" and options["threshold"] is None and options["steps_per_block"] is None
-    if not scheduled or not 0 < tokens < options["steps"]:
+    instead = [options[name] for name in ("steps_per_block", "threshold", "entropy", "factor")]
+    if objective == "ar" or instead != [None] * len(instead) or not 0 < tokens < options["steps"]:
         return []
     return [f"steps {options['steps']} for at most {tokens} tokens: those that would reveal none are left out"]
 

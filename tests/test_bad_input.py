@@ -286,6 +286,8 @@ SAMPLER = {
     ("cfg_scale", "nan"): "cfg_scale nan: expected a number",
     ("top_p", "0"): "top_p 0.0: expected above 0",
     ("threshold", "2"): "threshold 2.0: expected a probability",
+    ("entropy", "-1"): "entropy -1.0: expected",
+    ("factor", "0"): "factor 0.0: expected",
     ("max_new_tokens", "-1"): "max_new_tokens(: invalid int value: '-1.0'| -1: expected at least 0)",
     ("max_new_tokens", "1000"): "exceed the model's context of 256",
     ("remasking", "lowest"): "remasking: invalid choice: 'lowest' .*low_confidence",
