@@ -5,13 +5,14 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 
 import pyte
 import pytest
 import torch
 from checkpoints import checkpoint, tokenizer
-from terminal import Terminal
+from terminal import ROOT, Terminal
 
 import chat
 import checkpoint as checkpoints
@@ -499,6 +500,71 @@ def test_a_talk_in_a_terminal(tmp_path, objective, columns):
         assert window.end() == 0
     assert "Traceback" not in window.text
     assert (tmp_path / "history").read_text().splitlines()[-2:] == ["more", f"/set {settings[-1]}"]
+
+
+def test_the_commands_in_a_terminal(tmp_path):
+    flags = ("--model_name_or_path", checkpoint("bd3lm"), "--history_file", "", *NEW)
+    saved = tmp_path / "talk.jsonl"
+
+    def told(window, line: str, wanted: str) -> str:
+        """What comes on the screen after a line is sent, once `wanted` is in it and the prompt is back."""
+        before = len(window.text)
+        window.send(line + "\r")
+        return window.until(lambda text: wanted in text[before:] and text.endswith("\n>"))[before:]
+
+    with Terminal("chat.py", *flags, columns=160, lines=50) as window:
+        window.until(lambda text: text.endswith("\n>"))
+        help = told(window, "/help", "/quit")
+        for name, usage in chat.COMMANDS.items():
+            assert re.search(rf"\n{re.escape(usage)}  +{re.escape(getattr(chat.Chat, name).__doc__)}", help)
+        told(window, "/system Add.", "\nsystem message: Add.\n")
+        first = told(window, "What is 1 + 2?", "tokens per forward")
+        again = told(window, "/retry", "tokens per forward")
+        answers = [re.search(r"\n((?:.|\n)*?)\n\[\d+ tokens", text)[1] for text in (first, again)]
+        assert answers[0] == answers[1] and answers[0].strip()
+        told(window, f"/save {saved}", f"\nsaved 2 messages to {saved}\n")
+        told(window, "/reset", "\na new conversation\n")
+        told(window, "/undo", "\nerror: nothing to undo; the conversation is empty\n")
+        told(window, "/retry", "\nerror: nothing to retry; the conversation is empty\n")
+        loaded = told(window, f"/load {saved}", "\nassistant: ")
+        assert "\nuser: What is 1 + 2?\n" in loaded
+        long = "What is the largest of 1, 2 and 3? " * 4
+        told(window, long, "tokens per forward")
+        full = told(window, long, "tokens per forward")
+        assert re.search(r"\nthe context of 256 tokens is full: the model no longer sees the oldest \d of 3 exch", full)
+        told(window, long * 4, "\nerror: the message was not taken: ")
+        told(window, "hi", "tokens per forward")  # the talk goes on
+        window.send("/quit\r")
+        assert window.end() == 0
+    system, *messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert system == {"role": "system", "content": "Add."} and [m["role"] for m in messages] == ["user", "assistant"]
+
+
+def test_text_is_continued_in_a_terminal_and_an_empty_line_begins_from_scratch():
+    flags = ("--model_name_or_path", checkpoint("mdlm"), "--chat_template", "False", *NEW)
+    fresh = session("mdlm", "--chat_template", "False")
+    with Terminal("chat.py", *flags, "--history_file", "", columns=120) as window:
+        window.until(lambda text: text.endswith("\n>"))
+        for n, line in enumerate(("", "What is", "")):
+            window.send(line + "\r")
+            text = window.until(lambda text, n=n: text.count("tokens per forward") == n + 1 and text.endswith("\n>"))
+            fresh.say(line)
+            assert whole(words(display.printable(fresh.messages[-1]["content"]))) in whole(words(text))
+        window.send("/system Add.\r")
+        window.until("error: a system message needs a chat template, and here text is continued")
+        window.send("\x04")
+        assert window.end() == 0
+
+
+def test_on_a_real_pipe_only_answers_are_written_and_a_mistake_ends_it(tmp_path):
+    command = [sys.executable, "chat.py", "--model_name_or_path", checkpoint("mdlm"), *NEW]
+    done = subprocess.run(command, cwd=ROOT, input=b"hi\n/set steps 4\n\nhi\n/stpes\nhi\n", capture_output=True)
+    first, second, *rest = done.stdout.decode().splitlines()
+    assert first.strip() and second.strip() and not rest and b"\033" not in done.stdout
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and len(lines) == 4 and lines[1] == "steps 4"
+    assert re.fullmatch(NOTE, lines[0]) and re.fullmatch(NOTE, lines[2])
+    assert lines[3] == "chat.py: unknown command /stpes; /help lists the commands"
 
 
 class Window(io.StringIO):
