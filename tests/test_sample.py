@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import checkpoint, tokenizer
-from conftest import tiny
+from conftest import GOLDEN, golden_json, golden_model, tiny
 
 import checkpoint as checkpoints
 import cli
@@ -18,6 +18,7 @@ import data
 import display
 import sample
 from diffusion import Step, denoise
+from tokenizer import Tokenizer
 
 OBJECTIVES = ("ar", "mdlm", "bd3lm")
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
@@ -168,6 +169,35 @@ def test_infilling_ends_at_no_end_token(run, monkeypatch):
 
     monkeypatch.setattr(sample, "denoise", ending)
     assert answers(run, f"a{HOLE}b", "--model_name_or_path", checkpoint("mdlm")) == ["ab"]
+
+
+def trimmed(monkeypatch, prompt: list[int], holes: list[bool] | None, canvas: list[int]) -> sample.Request:
+    """What becomes of a prompt of the golden tokenizer's whose canvas comes out as `canvas`."""
+    tokens = torch.tensor([canvas])
+    masked = torch.tensor([[i >= len(prompt) if holes is None else holes[i] for i in range(len(canvas))]])
+
+    def known(model, prompts, **options):
+        yield Step(tokens, masked, torch.tensor([False]), 0, torch.zeros(tokens.shape))
+        yield Step(tokens, masked & False, torch.tensor([True]), 1, torch.ones(tokens.shape))
+
+    monkeypatch.setattr(sample, "denoise", known)
+    request, model = sample.Request("", ids=prompt, holes=holes), golden_model("qwen3")
+    options = {"max_new_tokens": len(canvas) - len(prompt)}
+    sample.decode(model, Tokenizer(GOLDEN / "models/qwen3"), [request], options=options, generator=None, watch=None)
+    return request
+
+
+def test_answers_end_where_the_references_do_but_at_an_end_of_text_too(monkeypatch):
+    """Of the golden cases those that can be: no canvas here begins with padding, and no mask is ever chosen. In one the
+    reference goes on behind <|endoftext|>, which is also its padding."""
+    golden = golden_json("data")
+    ended, _, beyond, *_ = golden["sample_trim"]
+    assert trimmed(monkeypatch, ended["prompt"], None, ended["sequence"]).answer == ended["text"] == "w20 w21"
+    assert trimmed(monkeypatch, beyond["prompt"], None, beyond["sequence"]).answer == "w30" != beyond["text"]
+    case, mask = golden["infill_trim"][0], golden["special_ids"]["mask"]
+    request = trimmed(monkeypatch, case["prompt"], [token == mask for token in case["prompt"]], case["sequence"])
+    assert "".join(text for text, style in request.shown if style == display.FRESH).strip() == case["text"]
+    assert request.answer == "w7 w8 w9 w20 w21" and request.tokens == 3  # all of the canvas, not what was filled alone
 
 
 def test_infilling_a_chat_takes_its_last_turn_as_it_stands(run, tmp_path):
