@@ -31,7 +31,7 @@ CHATML = (
 
 
 @contextmanager
-def told(file: Path):
+def reading(file: Path):
     """Tells whatever is raised while a file is read as ValueError, with the file's name."""
     try:
         yield
@@ -72,7 +72,7 @@ class Tokenizer:
         self.files, self.template_file = {}, None
         template = path / "chat_template.jinja"
         for file in (file for file in (template, *(path / name for name in JSON_FILES)) if file.is_file()):
-            with told(file):
+            with reading(file):
                 if file == template:
                     self.template_file = file.read_text(encoding="utf-8")
                 elif isinstance(content := json.loads(file.read_bytes()), dict):
@@ -84,7 +84,7 @@ class Tokenizer:
         if isinstance(self.template, list):
             self.template = {named["name"]: named["template"] for named in self.template}.get("default")
 
-        with told(path / "tokenizer.json"):
+        with reading(path / "tokenizer.json"):
             self.core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         self.core.no_truncation()
         self.core.no_padding()

@@ -213,8 +213,8 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
         "--loss_norm_type",
         choices=["token", "sequence", "batch"],
         default="token",
-        help="divide the loss by the supervised tokens of the global batch; each row's by its own, and by the rows; "
-        "or by the rows alone",
+        help="what the loss is divided by. token: the supervised tokens of the global batch. sequence: each row's by "
+        "its own, and by the rows. batch: the rows alone",
     )
 
     add = parser.add_argument_group("optimization").add_argument

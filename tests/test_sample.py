@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -400,6 +401,35 @@ def test_a_picture_is_written_as_png_or_html(run, tmp_path, objective):
     assert page.count("<title>position") == len(re.findall(r'<span style="background', page)) <= 12
     assert "://" not in page and "<script" not in page  # nothing fetched, nothing run
     assert re.search(r"position 3: .*\nsettled at forward \d+ of \d+, confidence 0\.\d{3}", page)
+
+
+class Closed(HTMLParser):
+    """Reads a page whose tags must all be closed, in order; `data` is its text, `references` what it would fetch."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.data, self.references = [], "", []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "data", "srcset")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.data += data if self.open[-1:] == ["span"] else ""
+
+
+def test_a_page_is_well_formed_and_whole_whatever_its_tokens_are():
+    texts = ["<b>", "&amp;", '"', "'>", "</span>", "</pre><script>", "\n", "\x1b[1m", "日本", " ", "]]>", "<!--"]
+    trace = display.Trace(texts, list(range(1, 13)), [0.5] * 12, 12, "</title><h1>")
+    page = Closed(display.page(trace))
+    assert not page.references and "".join(texts).replace("\n", "↵\n") == page.data
 
 
 def test_a_pictures_text_is_escaped():
