@@ -32,6 +32,13 @@ def ids(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def place(text: str) -> str:
+    """A path or a Hub id. An empty one, as a shell makes of an unset variable, would be the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected the name of a directory")
+    return text
+
+
 def seed(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 2**63):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 2**63 - 1")
@@ -124,6 +131,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add(
         "--model_name_or_path",
+        type=place,
         required=True,
         help="a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id",
     )

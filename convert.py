@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import OBJECTIVES, load_config, load_model, resolve, save_model
-from cli import Parser, boolean, one_line_errors, seed, switch
+from cli import Parser, boolean, one_line_errors, place, seed, switch
 from model import Config, LanguageModel
 from tokenizer import Tokenizer
 
@@ -24,9 +24,15 @@ conversion serves for training either mdlm or bd3lm. A checkpoint converted befo
 something else or to go back to a plain causal checkpoint (--to ar).""",
     )
     add = parser.add_argument_group("from where, to where").add_argument
-    add("--model_name_or_path", required=True, help="source: a directory (also under $BASE_MODELS_DIR) or a Hub id")
+    add(
+        "--model_name_or_path",
+        type=place,
+        required=True,
+        help="source: a directory (also under $BASE_MODELS_DIR) or a Hub id",
+    )
     add(
         "--output_dir",
+        type=place,
         required=True,
         metavar="DIR",
         help="directory to write; it appears when it is complete, not before",

@@ -1072,7 +1072,7 @@ def _make_ahead(make, box, stop, process: bool) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    from cli import Parser, switch
+    from cli import Parser, place, switch
 
     parser = Parser(
         "data.py",
@@ -1086,6 +1086,7 @@ max_length, tokenizer and the settings below are those it was made with. Without
     add("--dataset_args", required=True, metavar="SPEC", help=SPEC_HELP)
     add(
         "--model_name_or_path",
+        type=place,
         required=True,
         help="whose tokenizer: a directory (also under $BASE_MODELS_DIR) or a Hub id",
     )
@@ -1100,7 +1101,12 @@ max_length, tokenizer and the settings below are those it was made with. Without
     switch(add, "--mask_prompt_loss", True, "sft: learn the assistant's turns only, not the whole chat")
     add("--train_on", choices=["last", "all"], default="last", help="sft: which of the assistant's turns are learnt")
     add = parser.add_argument_group("what to write and show").add_argument
-    add("--output_dir", metavar="DIR", help="directory to write; it appears when it is complete (default: none)")
+    add(
+        "--output_dir",
+        type=place,
+        metavar="DIR",
+        help="directory to write; it appears when it is complete (default: none)",
+    )
     switch(add, "--overwrite", False, "replace the set in --output_dir")
     add("--show", type=int, default=3, metavar="ROWS", help="rows of each split to look at")
     return parser
@@ -1129,7 +1135,12 @@ def prepare(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(resolve(args.model_name_or_path))
     options = {name: getattr(args, name) for name in ("stage", "insert_eos", "drop_tail", "truncation")}
     options |= {name: getattr(args, name) for name in ("mask_prompt_loss", "train_on")}
-    options |= {"tokenizer": tokenizer, "max_length": args.max_length or {"pt": 128, "sft": 512}[args.stage]}
+    options |= {"tokenizer": tokenizer, "max_length": {"pt": 128, "sft": 512}[args.stage]}
+    if args.max_length is not None:
+        options["max_length"] = args.max_length
+    for name, least in (("num_proc", 1), ("show", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")
     splits = {}
     for split in ("train", "test"):
         rows = load(args.dataset_args, split=split, text_field=args.text_field, num_proc=args.num_proc, **options)

@@ -47,7 +47,7 @@ from checkpoint import (
     save_training,
     writing,
 )
-from cli import Parser, boolean, one_line_errors, replacing_file, seed, switch
+from cli import Parser, boolean, one_line_errors, place, replacing_file, seed, switch
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
 from display import METRICS, curves, read_runs
 from model import PEAK_FLOPS, Config, LanguageModel, train_flops
@@ -96,6 +96,7 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
     add = parser.add_argument_group("model").add_argument
     add(
         "--model_name_or_path",
+        type=place,
         required=True,
         help=f"a directory (also under $BASE_MODELS_DIR) or a Hub id, converted by convert.py for mdlm and bd3lm; or "
         f"{TINY}: random weights in a small Qwen3 shape, with a tokenizer trained on the data",
@@ -110,7 +111,13 @@ line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's name
         metavar="True|False",
         help="position i predicts token i + 1, as in the AR model (default: what the checkpoint declares, else False)",
     )
-    add("--output_dir", required=True, metavar="DIR", help="directory of this run; one that holds a run is refused")
+    add(
+        "--output_dir",
+        type=place,
+        required=True,
+        metavar="DIR",
+        help="directory of this run; one that holds a run is refused",
+    )
     switch(add, "--overwrite", False, "replace the run in --output_dir")
     add("--save_dtype", choices=list(DTYPES)[:3], help="of the saved weights (default: that of the source)")
 
@@ -363,13 +370,23 @@ def complete(args: argparse.Namespace) -> None:
         "dataloader_num_workers": 0,
         "max_grad_norm": 0,
         "save_steps": 0,
+        "weight_decay": 0,
+        "adam_beta1": 0,
+        "adam_beta2": 0,
+        "adam_epsilon": 0,
     }
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} {value}: expected a number")
     for name, bound in least.items():
         if getattr(args, name) is not None and getattr(args, name) < bound:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least {bound}")
     for name in ("learning_rate", "num_train_epochs", "max_minutes", "eval_steps"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name} {getattr(args, name)}: expected more than 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected less than 1")
     if not 0 <= args.warmup_ratio <= 1:
         raise ValueError(f"--warmup_ratio {args.warmup_ratio}: expected 0 to 1, a part of the run")
     if args.optim == "muon" and args.parallel != "ddp":

@@ -129,7 +129,7 @@ def test_what_is_saved_is_what_was_evaluated(source, tmp_path, objective):
     assert model.config.objective == objective
     assert model.config.block_length == (4 if block else None)
     rows = data.load("builtin/sums", stage="sft", split="validation", tokenizer=tokenizer, max_length=512)
-    args = train.arguments().parse_args(["--model_name_or_path", "", "--output_dir", "", *SFT])
+    args = train.arguments().parse_args(["--model_name_or_path", "unused", "--output_dir", "unused", *SFT])
     collate = train.collate_for(args, model.config, tokenizer)
     again = train.evaluate(model, model, rows, collate, batch_size=7, autocast=nullcontext, ranks=ALONE)
     assert again == pytest.approx([row["eval_loss"] for row in metrics if "eval_loss" in row][-1], rel=1e-5)
@@ -203,7 +203,9 @@ def test_the_evaluated_bound_falls(source, tmp_path, objective, optim):
 
 
 def test_every_parameter_has_one_optimizer(source):
-    args = train.arguments().parse_args(["--model_name_or_path", source, "--output_dir", "", *SFT, "--optim", "muon"])
+    args = train.arguments().parse_args(
+        ["--model_name_or_path", source, "--output_dir", "unused", *SFT, "--optim", "muon"]
+    )
     args.weight_decay = 0.1
     train.complete(args)
     model, _ = train.build_model(args)
@@ -217,7 +219,9 @@ def test_every_parameter_has_one_optimizer(source):
 
 
 def test_the_learning_rate_rises_then_falls(source):
-    args = train.arguments().parse_args(["--model_name_or_path", "", "--output_dir", "", "--dataset_args", ""])
+    args = train.arguments().parse_args(
+        ["--model_name_or_path", "unused", "--output_dir", "unused", "--dataset_args", ""]
+    )
     rates = [train.learning_rate(progress, args) for progress in (0, 0.05, 0.1, 0.55, 1)]
     assert rates == pytest.approx([0, 0.5e-4, 1e-4, 0.5e-4, 0])
     args.lr_scheduler_type = "linear"
