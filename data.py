@@ -744,7 +744,12 @@ def load_preprocessed(
         raise FileNotFoundError(
             f"{directory} holds no preprocessed.json; python data.py --output_dir writes such a set"
         )
-    made = json.loads((place / "preprocessed.json").read_text())
+    damaged = f"{place} is damaged; make the set anew by data.py"
+    try:
+        made = json.loads((place / "preprocessed.json").read_bytes())
+        counts = {split: Counter(kept) for split, kept in made["counts"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{damaged} (preprocessed.json: {error!r})") from error
     wanted = _made_with(
         stage=stage,
         tokenizer=tokenizer,
@@ -761,11 +766,14 @@ def load_preprocessed(
                 f"{place} was made with {name} {made.get(name)}, this run has {value}; "
                 "make the set anew by data.py, or change the run"
             )
-    found = find_split(Spec(str(place), None, None, {}), made["counts"], split)
-    tokens, supervised, bounds = (
-        np.load(place / found / f"{name}.npy", mmap_mode="r") for name in ("tokens", "supervised", "bounds")
-    )
-    return Rows([tokens], [supervised], np.asarray(bounds), Counter(made["counts"][found]))
+    found = find_split(Spec(str(place), None, None, {}), counts, split)
+    try:
+        tokens, supervised, bounds = (
+            np.load(place / found / f"{name}.npy", mmap_mode="r") for name in ("tokens", "supervised", "bounds")
+        )
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{damaged} ({found}: {error})") from error
+    return Rows([tokens], [supervised], np.asarray(bounds), counts[found])
 
 
 # ---------------------------------------------------------------- packing
@@ -1125,6 +1133,9 @@ def look(row: dict, tokenizer, *, colour: bool) -> str:
 def prepare(args: argparse.Namespace) -> None:
     from checkpoint import replacing, resolve
 
+    for name, least in (("max_length", 1), ("num_proc", 1), ("show", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")
     output = args.output_dir and Path(args.output_dir)
     if output and output.exists():
         held = list(output.iterdir()) if output.is_dir() else [output]
@@ -1135,12 +1146,7 @@ def prepare(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(resolve(args.model_name_or_path))
     options = {name: getattr(args, name) for name in ("stage", "insert_eos", "drop_tail", "truncation")}
     options |= {name: getattr(args, name) for name in ("mask_prompt_loss", "train_on")}
-    options |= {"tokenizer": tokenizer, "max_length": {"pt": 128, "sft": 512}[args.stage]}
-    if args.max_length is not None:
-        options["max_length"] = args.max_length
-    for name, least in (("num_proc", 1), ("show", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")
+    options |= {"tokenizer": tokenizer, "max_length": args.max_length or {"pt": 128, "sft": 512}[args.stage]}
     splits = {}
     for split in ("train", "test"):
         rows = load(args.dataset_args, split=split, text_field=args.text_field, num_proc=args.num_proc, **options)

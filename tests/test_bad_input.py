@@ -373,7 +373,7 @@ NUMBERS = {  # of train.py and data.py
     "train --adam_beta2 -0.5": "--adam_beta2 -0.5: expected at least 0",
     "train --pad_to 8": "--pad_to 8 is less than the longest row, 64",
     "train --max_length 0": "--max_length 0: expected at least 1",
-    "data --max_length 0": "max_length 0: expected at least 1",
+    "data --max_length 0": "--max_length 0: expected at least 1",
     "data --num_proc 0": "--num_proc 0: expected at least 1",
     "data --show -1": "--show -1: expected at least 0",
 }
@@ -511,6 +511,31 @@ def test_a_stream_that_gives_no_row_is_refused_before_anything_is_replaced(refus
         run("train", command("train", checkpoint("undeclared"), "--overwrite", "--eval_strategy", "no"))
         assert (tmp_path / "out/checkpoint-final").is_dir()
         refused("train", command("train", checkpoint("undeclared"), *flags), f"leaves no row to train .*{reason} 100")
+
+
+def test_a_damaged_preprocessed_set_is_refused(run, refused, tmp_path):
+    good = checkpoint("mdlm")
+    assert run("data", [*command("data", good), "--output_dir", "whole"])[0] == 0
+    flags = ("--load_preprocessed_data", "--dataset_args")
+    for file, damage in (
+        ("preprocessed.json", lambda content: content[:20]),
+        ("preprocessed.json", lambda content: b"{}"),
+        ("test/tokens.npy", lambda content: content[:200]),
+        ("train/tokens.npy", lambda content: content[:200]),
+        ("train/bounds.npy", lambda content: b""),
+        ("train/supervised.npy", None),
+    ):
+        shutil.rmtree(tmp_path / "torn", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+        path = tmp_path / "torn" / file
+        content = path.read_bytes()
+        path.write_bytes(damage(content)) if damage else path.unlink()
+        refused(
+            "train", command("train", good, *flags, "torn"), "^train.py: torn is damaged; make the set anew by data.py"
+        )
+    refused("train", command("train", good, *flags, "nowhere"), "nowhere holds no preprocessed.json; python data.py")
+    words = "whole was made with max_length 64, this run has 32; make the set anew by data.py, or change the run"
+    refused("train", command("train", good, *flags, "whole", "--max_length", "32"), words)
 
 
 SPECS = {
