@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
     print(missing, file=sys.stderr)
     sys.exit(2)
 
-from cli import MDLM_BLOCK, SAMPLING, Parser, add_sampling, boolean, one_line_errors, seed, switch
+from cli import MDLM_BLOCK, SAMPLING, Parser, add_sampling, boolean, one_line_errors, replacing_file, seed, switch
 
 HERE = Path(__file__).resolve().parent
 MANUAL = """\
@@ -591,19 +591,24 @@ def write_manifest(lm: A2D, counts: Counter, output_path: str, argv: list[str], 
     """Writes the manifest, and the likelihoods' standard errors, beside lm-eval's newest results; returns its path."""
     path = Path(output_path)
     found = path.parent.glob(f"{path.stem}_*.json") if path.suffix == ".json" else path.glob("*/results_*.json")
-    written = [file for file in found if file.stat().st_mtime >= began - 1]
-    if not written:  # which it only warns of
+    written = [file for file in found if file.stat().st_mtime >= began - 1 and file.stat().st_size]
+    if not written:  # which it only warns of, and an empty file may be left
         raise OSError(f"lm-eval could not write its results to {output_path}; make room there, then run it again")
     newest = max(written, key=lambda file: file.stat().st_mtime)
-    results = json.loads(newest.read_text())
+    try:
+        results = json.loads(newest.read_bytes())
+    except ValueError as error:
+        raise OSError(f"lm-eval could not write all of {newest}; make room there, then run it again") from error
     made = manifest(lm, counts, results, argv, time.time() - began)
     name = newest.name.removeprefix("results_")
     target = newest.with_name(f"manifest_{name}")
-    target.write_text(json.dumps(made, indent=2, default=str) + "\n")
+    with replacing_file(target) as file:
+        file.write_text(json.dumps(made, indent=2, default=str) + "\n")
     if lm.standard_errors:
         rows = sorted(lm.standard_errors, key=lambda row: (row["task"], row["doc"], row["choice"]))
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        newest.with_name(f"standard_errors_{Path(name).stem}.jsonl").write_text(lines)
+        with replacing_file(newest.with_name(f"standard_errors_{Path(name).stem}.jsonl")) as file:
+            file.write_text(lines)
     return target
 
 

@@ -643,6 +643,18 @@ def test_a_full_disk_leaves_no_half_of_a_trained_model_a_set_or_a_talk(run, tmp_
     assert before.items() <= contents(tmp_path).items()
 
 
+def test_results_that_lm_eval_could_not_write_are_told(tmp_path):
+    """Of a full disk it warns only, and leaves a file that is empty or torn."""
+    if evaluate is None:
+        pytest.skip("needs lm-eval")
+    (tmp_path / "model").mkdir()
+    for content, words in ((None, "its results to"), ("", "its results to"), ("{", "all of")):
+        if content is not None:
+            (tmp_path / "model/results_1.json").write_text(content)
+        with pytest.raises(OSError, match=f"lm-eval could not write {words} .*; make room there"):
+            evaluate.write_manifest(None, None, str(tmp_path), [], 0)
+
+
 def own_mounts() -> bool:
     return shutil.which("unshare") is not None and not subprocess.run(["unshare", "-rm", "true"]).returncode
 
