@@ -631,7 +631,8 @@ def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, co
     if args.parallel == "ddp":
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-        ddp = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        ddp = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)  # else gradients are held twice
         if reduce_dtype == torch.bfloat16:
             # In a lambda, as DDP refuses that hook, known by its name, without NCCL; gloo sums bfloat16 as well.
             ddp.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
@@ -1017,7 +1018,7 @@ def train(args: argparse.Namespace) -> int:
             (output / ARGS).write_text(json.dumps(vars(args), indent=2) + "\n")
 
     log = Log(output, step, steps, silent=ranks.rank > 0, wandb=wandb)
-    log.tell(describe(args, model, about_data, steps, ranks))
+    log.tell(describe(args, model, about_data, steps, ranks, compute_dtype))
     if begin_at is not None:
         log.tell(f"resume {begin_at}")
     else:
@@ -1203,15 +1204,21 @@ def _peak(device: torch.device) -> float | None:
     return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
-def describe(args: argparse.Namespace, model: LanguageModel, about_data: str, steps: int, ranks: Ranks) -> str:
+def describe(args: argparse.Namespace, model: LanguageModel, about_data: str, steps: int, ranks: Ranks, dtype) -> str:
+    """What the run begins with telling; dtype: of the computation."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
     block = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     kept = 12 if args.optim == "muon" else 16  # bytes a parameter: weight, gradient, one or two moments, float32
-    shards = 1 if args.parallel == "ddp" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    memory = kept * parameters / (ranks.world_size if args.parallel.startswith("zero") else shards)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kept /= {"ddp": 1, "hybrid": local}.get(args.parallel, ranks.world_size)
+    if ranks.world_size > 1 and args.parallel == "zero2":
+        kept += dtype.itemsize  # the weights as gathered
+    if ranks.world_size > 1 and args.parallel != "ddp" and args.gradient_accumulation_steps > 1:
+        kept += getattr(torch, args.reduce_dtype).itemsize  # the sum of the gradients so far, which is sharded at last
+    memory = kept * parameters
     where = f"{ranks.world_size} x {ranks.device.type} ({args.parallel})" if ranks.world_size > 1 else ranks.device.type
     return (
         f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
