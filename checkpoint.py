@@ -318,7 +318,7 @@ def write_model(model: LanguageModel, directory: Path, *, dtype=None, tokenizer=
         try:
             save_file(part, directory / file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, say
-            raise OSError(f"cannot write {directory / file}: {error}") from error
+            raise _unwritten(directory / file, error) from error
         (directory / file).chmod((directory / "config.json").stat().st_mode)  # safetensors makes it private
         names |= dict.fromkeys(shard, file)
     if len(shards) > 1:
@@ -327,6 +327,12 @@ def write_model(model: LanguageModel, directory: Path, *, dtype=None, tokenizer=
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(directory, mask=is_diffusion(config))
+
+
+def _unwritten(path: Path, error: BaseException) -> OSError:
+    """What the libraries say of a full disk is not always that."""
+    free = shutil.disk_usage(path.parents[1]).free / 1e9  # the parent is gone where another rank was first
+    return OSError(f"cannot write {path}: {error}; {free:.2f} GB are free there")
 
 
 def _replaceable(path: Path) -> bool:
@@ -425,7 +431,7 @@ def save_training(path: Path, model: LanguageModel, optimizers: list, progress: 
                 checkpoint_id=directory / STATE,
             )
         except dcp.api.CheckpointException as error:  # no Exception; it holds one of each rank that failed
-            raise OSError(f"cannot write {path / STATE}: {next(iter(error.failures.values()))[0]}") from error
+            raise _unwritten(directory / STATE, next(iter(error.failures.values()))[0]) from error
         if rank == 0:
             (directory / STATE / PROGRESS).write_text(json.dumps(progress) + "\n")
         barrier()
