@@ -784,11 +784,12 @@ class Log:
 class Signals:
     """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) as a wish that the run ends after its step; twice SIGINT: at once.
 
-    `number` is that of the signal, 0 while there is none.
+    `number` is that of the signal, 0 while there is none. Before `steps` is set there is nothing to finish or to save:
+    SIGINT does what it did, the others exit with REQUEUE.
     """
 
     def __init__(self):
-        self.number, self.before = 0, {}
+        self.number, self.steps, self.before, self.process = 0, False, {}, os.getpid()
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -796,12 +797,29 @@ class Signals:
         return self
 
     def note(self, number, frame) -> None:
-        self.number = number
-        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+        if os.getpid() != self.process:  # a fork of it, to tokenise say, which ends as any other
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif self.steps:
+            self.number = number
+            signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+        elif number == signal.SIGINT:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
+        else:
+            tell_stopped()
+            sys.exit(REQUEUE)
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def tell_stopped() -> None:
+    """Creates $STOPPED_FILE, if there is such a variable: for the script that started torchrun, whose own status is 1
+    whatever that of its ranks."""
+    if "STOPPED_FILE" in os.environ:
+        Path(os.environ["STOPPED_FILE"]).touch()
 
 
 def import_wandb():
@@ -954,11 +972,9 @@ FREE = (
 )
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
     """The exit status: 0, or where a signal ended the run after a step and a save, REQUEUE (130 for SIGINT)."""
-    complete(args)
     wandb = import_wandb() if args.report_to == "wandb" else None
-    ranks = setup()
     for other in ranks.gather(vars(args)):
         for name, value in vars(args).items():
             if other[name] != value:
@@ -1070,68 +1086,69 @@ def train(args: argparse.Namespace) -> int:
         log.tell(f"step {step}: the evaluated bound is at most {args.stop_at_eval_loss}; the run ends")
         save_final()
 
-    stopped = False
-    with Signals() as signals:
-        # at the start; resumed, where the evaluation that follows a save did not come about
-        evaluated = any(row["step"] == step and "eval_loss" in row for row in log.past)
-        if held is not None and ranks.gather(step % eval_every == 0 and not evaluated)[0] and run_evaluation():
-            end_early()
-            steps = step
-        while step < steps:
-            step_began = time.perf_counter()
-            micro_batches = next(upcoming)
-            epoch = micro_batches[0]["epoch"]
-            examples = [example_of(batch) for batch in micro_batches]
-            mine = sum(example.denominator for example in examples)
-            denominator, signalled, spent = ranks.sum(mine, signals.number > 0, minutes() if ranks.rank == 0 else 0)
-            progress = (step + 1) / (steps + 1)  # neither the first step nor the last is in vain
-            if args.max_minutes is not None:
-                progress = min(1.0, max(progress, spent / args.max_minutes))
-            rate = learning_rate(progress, args)
-            total, norm = gradients(engine, sync, model, examples, denominator, autocast, args.max_grad_norm, ranks)
-            step += 1
-            if math.isfinite(norm):
-                update(optimizers, rate)
-            else:
-                skipped += 1
-                samples = ranks.gather([n for batch in micro_batches for n in batch["sample"].tolist()])
-                good = max(checkpoints(output), key=_number, default="none was written")
-                text = f"step {step}: the loss or the gradient is not finite, on samples {samples} of epoch {epoch}"
-                if skipped > args.skip_nonfinite:
-                    raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
-                log.tell(f"{text}; left out")
-                model.zero_grad(set_to_none=True)
-                total, mine = 0.0, 0
-            log.update()
-            sums["loss"] += float(total)
-            sums["denominator"] += mine
-            sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in micro_batches)
-            sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in micro_batches)
-            if peak:
-                sums["flops"] += sum(train_flops(config, example.layout, len(example.index)) for example in examples)
-            sums["seconds"] += time.perf_counter() - step_began
+    stopped, signals.steps = False, True
+    # at the start; resumed, where the evaluation that follows a save did not come about
+    evaluated = any(row["step"] == step and "eval_loss" in row for row in log.past)
+    if held is not None and ranks.gather(step % eval_every == 0 and not evaluated)[0] and run_evaluation():
+        end_early()
+        steps = step
+    while step < steps:
+        step_began = time.perf_counter()
+        micro_batches = next(upcoming)
+        epoch = micro_batches[0]["epoch"]
+        examples = [example_of(batch) for batch in micro_batches]
+        mine = sum(example.denominator for example in examples)
+        denominator, signalled, spent = ranks.sum(mine, signals.number > 0, minutes() if ranks.rank == 0 else 0)
+        progress = (step + 1) / (steps + 1)  # neither the first step nor the last is in vain
+        if args.max_minutes is not None:
+            progress = min(1.0, max(progress, spent / args.max_minutes))
+        rate = learning_rate(progress, args)
+        total, norm = gradients(engine, sync, model, examples, denominator, autocast, args.max_grad_norm, ranks)
+        step += 1
+        if math.isfinite(norm):
+            update(optimizers, rate)
+        else:
+            skipped += 1
+            samples = ranks.gather([n for batch in micro_batches for n in batch["sample"].tolist()])
+            good = max(checkpoints(output), key=_number, default="none was written")
+            text = f"step {step}: the loss or the gradient is not finite, on samples {samples} of epoch {epoch}"
+            if skipped > args.skip_nonfinite:
+                raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
+            log.tell(f"{text}; left out")
+            model.zero_grad(set_to_none=True)
+            total, mine = 0.0, 0
+        log.update()
+        sums["loss"] += float(total)
+        sums["denominator"] += mine
+        sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in micro_batches)
+        sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in micro_batches)
+        if peak:
+            sums["flops"] += sum(train_flops(config, example.layout, len(example.index)) for example in examples)
+        sums["seconds"] += time.perf_counter() - step_began
 
-            last = step == steps or (args.max_minutes is not None and spent >= args.max_minutes)
-            stopped = signalled > 0 and not last
-            if step % args.logging_steps == 0 or last:
+        last = step == steps or (args.max_minutes is not None and spent >= args.max_minutes)
+        stopped = signalled > 0 and not last
+        if step % args.logging_steps == 0 or last:
+            write_metrics()
+        if (step % save_every == 0 and not last) or stopped:
+            saved = save()
+        if last:
+            save_final()
+        if held is not None and (step % eval_every == 0 or last) and not stopped and run_evaluation() and not last:
+            end_early()
+            last = True
+            if step % args.logging_steps:
                 write_metrics()
-            if (step % save_every == 0 and not last) or stopped:
-                saved = save()
-            if last:
-                save_final()
-            if held is not None and (step % eval_every == 0 or last) and not stopped and run_evaluation() and not last:
-                end_early()
-                last = True
-                if step % args.logging_steps:
-                    write_metrics()
-            if last or stopped:
-                break
+        if last or stopped:
+            break
     batches.close()
     log.draw()
     log.close()
     if stopped:
         if ranks.rank == 0:
             print(f"stopped by a signal; wrote {saved}; the same command with --resume_from_checkpoint auto goes on")
+        if signals.number in (signal.SIGTERM, signal.SIGUSR1):
+            tell_stopped()
         return 130 if signals.number == signal.SIGINT else REQUEUE
     if ranks.rank == 0:
         print(f"wrote  {output / FINAL} after {minutes():.1f} minutes")
@@ -1241,8 +1258,18 @@ def checkpoints(output: Path) -> list[Path]:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
-    with one_line_errors(parser.prog):
-        status = train(args)  # a rank that fails just ends: to leave the others in order would be to wait for them
+    try:
+        with one_line_errors(parser.prog):
+            complete(args)
+            ranks = setup()  # where a rank may wait for others, deaf to signals: until then they do what they always do
+            with Signals() as signals:
+                status = train(args, ranks, signals)
+    except SystemExit as end:
+        if not dist.is_initialized():
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code)  # to leave the group in order would be to wait for the others, and not to leave it may abort
     if dist.is_initialized():
         dist.destroy_process_group()
     if status:

@@ -4,8 +4,9 @@
 #
 # Five minutes before its time is up Slurm sends this shell SIGUSR1. srun passes it on to each node's torchrun, which
 # passes it on to its ranks: they finish the step, save, and exit. The job then puts itself back into the queue, and
-# --resume_from_checkpoint auto goes on from there. Preempted or bereft of a node, the job is requeued by Slurm; the
-# SIGTERM that comes before is answered alike, within Slurm's grace. A run that fails by itself stays down.
+# --resume_from_checkpoint auto goes on from there. Preempted with some grace, the steps get SIGTERM, this shell not: the
+# same happens, and the ranks tell by the file $STOPPED_FILE that they have not failed. Bereft of a node, or preempted at
+# once, the job is requeued by Slurm. scancel ends this shell too, so a cancelled job stays so, and one that fails does.
 #SBATCH --job-name=nanoa2d
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -17,6 +18,8 @@
 set -u
 
 warned='' job=''
+export STOPPED_FILE=$PWD/.stopped-$SLURM_JOB_ID
+rm -f "$STOPPED_FILE"
 trap 'warned=yes; kill -USR1 "$job"' USR1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # torchrun by itself neither passes SIGUSR1 on nor leaves its ranks more than 30 s.
@@ -32,5 +35,6 @@ while kill -0 "$job" 2>/dev/null; do # a trap ends a wait
     wait "$job"
     status=$?
 done
+[ ! -e "$STOPPED_FILE" ] || { warned=yes && rm "$STOPPED_FILE"; }
 [ -z "$warned" ] || [ "$status" -eq 0 ] || scontrol requeue "$SLURM_JOB_ID"
 exit "$status"

@@ -281,6 +281,34 @@ def test_a_signal_ends_the_run_after_a_step_and_a_save(tmp_path, source, monkeyp
     assert len(metrics(tmp_path / "torn")) == size
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_the_run_at_once_with_the_same_status(
+    tmp_path, source, monkeypatch, number
+):
+    monkeypatch.setenv("STOPPED_FILE", str(tmp_path / "stopped"))
+    build, before = train.build_model, signal.getsignal(number)
+
+    def signalled(args):
+        (reading, writing), fork = os.pipe(), os.fork()
+        if fork == 0:
+            os.write(writing, b"ready")
+            time.sleep(60)
+            os._exit(1)
+        os.read(reading, 5)
+        os.kill(fork, number)  # as a pool ends those that tokenise: no signal to the run
+        assert os.waitpid(fork, 0)[1] == number and not (tmp_path / "stopped").exists()
+        os.close(reading)
+        os.close(writing)
+        os.kill(os.getpid(), number)
+        return build(args)
+
+    monkeypatch.setattr(train, "build_model", signalled)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of(source, tmp_path / "run"))
+    assert stop.value.code == 75 and signal.getsignal(number) == before
+    assert (tmp_path / "stopped").exists() and not (tmp_path / "run").exists()
+
+
 def test_an_evaluation_that_a_save_came_before_is_made_up_for(tmp_path, source, monkeypatch):
     more = ["--save_steps", "5", "--resume_from_checkpoint", "auto", "--stop_at_eval_loss", "100"]
     train.main(flags_of(source, tmp_path / "whole", *more))
@@ -657,38 +685,58 @@ SCONTROL = """#!/bin/bash
 
 
 @pytest.mark.slow
-def test_the_slurm_script_requeues_a_run_that_was_warned_and_it_goes_on_but_not_one_that_fails(tmp_path, source):
+def test_the_slurm_script_requeues_a_run_that_was_stopped_and_it_goes_on_but_no_other(tmp_path, source):
     """With stand-ins for srun, which passes signals on, and scontrol; two nodes of one process."""
     for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
-    requeued = tmp_path / "requeued"
+    requeued, jobs = tmp_path / "requeued", itertools.count(os.getpid())
     environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "NPROC": "1"}
     environment |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "REQUEUED": str(requeued)}
 
-    def submitted(plan, job: int) -> subprocess.Popen:
+    def submitted(plan) -> subprocess.Popen:
         path = tmp_path / "plan.json"
         path.write_text(json.dumps([plan]))
-        script = str(launch.ROOT / "recipes/train.slurm.sh")
-        command = ["bash", script, LAUNCH, str(path)]
-        return subprocess.Popen(command, **PIPES, env=environment | {"SLURM_JOB_ID": str(os.getpid() + job)})
+        (tmp_path / "events").unlink(missing_ok=True)
+        requeued.unlink(missing_ok=True)
+        command = ["bash", str(launch.ROOT / "recipes/train.slurm.sh"), LAUNCH, str(path)]
+        job = {"SLURM_JOB_ID": str(next(jobs))}
+        return subprocess.Popen(command, **PIPES, env=environment | job, cwd=tmp_path)
 
-    more = ["--parallel", "hybrid", "--resume_from_checkpoint", "auto", "--max_steps", "200", "--eval_steps", "50"]
-    ended(start([{"flags": flags_of(source, tmp_path / "whole", *more[2:])}]))
-    plan = {"flags": flags_of(source, tmp_path / "torn", *more, rows=4), "events": str(tmp_path / "events")}
-    job = submitted(plan, 0)
-    wait_for(tmp_path / "events", "step", 10)
-    job.send_signal(signal.SIGUSR1)
-    said = job.communicate(timeout=120)[0]
-    assert job.returncode != 0 and requeued.read_text() == f"requeue {os.getpid()}\n", said
-    assert "stopped by a signal; wrote" in said and not (tmp_path / "torn/checkpoint-final").exists()
-    requeued.unlink()
-    job = submitted(plan, 1)
-    said = job.communicate(timeout=300)[0]
-    assert job.returncode == 0 and not requeued.exists() and "resume " in said, said
-    losses, final = difference(tmp_path / "whole", tmp_path / "torn")
-    assert losses < 1e-9 and final < 1e-9
-    job = submitted(plan | {"flags": flags_of(source, tmp_path / "failing", rows=4), "fail": [1, 3]}, 2)
+    def agents() -> set[int]:
+        """The two torchruns, once the run is under way."""
+        ranks = set(wait_for(tmp_path / "events", "step", 10))
+        return {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
+
+    def plan(name, *more):
+        flags = ["--parallel", "hybrid", "--resume_from_checkpoint", "auto", "--max_steps", "200", *more]
+        flags = flags_of(source, tmp_path / name, *flags, "--eval_steps", "50", rows=4)
+        return {"flags": flags, "events": str(tmp_path / "events")}
+
+    ended(start([{"flags": [*plan("whole")["flags"], "--per_device_train_batch_size", "8"]}]))
+    for name in ("warned", "preempted", "cancelled"):
+        job = submitted(plan(name))
+        to_nodes = agents()
+        assert len(to_nodes) == 2
+        if name == "warned":
+            job.send_signal(signal.SIGUSR1)
+        else:
+            if name == "cancelled":
+                job.send_signal(signal.SIGTERM)
+            for pid in to_nodes:
+                os.kill(pid, signal.SIGTERM)
+        said = job.communicate(timeout=120)[0]
+        assert job.returncode != 0 and "stopped by a signal; wrote" in said, said
+        assert not (tmp_path / name / "checkpoint-final").exists()
+        assert requeued.exists() == (name != "cancelled")
+        if name != "cancelled":
+            assert requeued.read_text().startswith("requeue ") and not list(tmp_path.glob(".stopped-*"))
+            job = submitted(plan(name))
+            said = job.communicate(timeout=300)[0]
+            assert job.returncode == 0 and not requeued.exists() and "resume " in said, said
+            losses, final = difference(tmp_path / "whole", tmp_path / name)
+            assert losses < 1e-9 and final < 1e-9
+    job = submitted(plan("failing") | {"fail": [1, 3]})
     said = job.communicate(timeout=120)[0]
     assert job.returncode != 0 and not requeued.exists() and "a fault of this rank's own" in said
 
