@@ -787,6 +787,20 @@ def test_compiled_layers_train_as_plain_ones_and_no_later_epoch_compiles(
     assert difference(tmp_path / "plain", tmp_path / "compiled")[0] < bound
 
 
+@pytest.mark.slow
+def test_compiled_and_recomputed_layers_train_alike_under_every_parallel(tmp_path, source):
+    pairs = [("ddp", "none"), ("ddp", "selective"), ("zero2", "full"), ("zero3", "selective"), ("hybrid", "full")]
+    plans = []
+    for way, kept in pairs:
+        more = ["--parallel", way, "--checkpoint_activations", kept, "--torch_compile", "True"]
+        plans.append({"flags": flags_of(source, tmp_path / f"{way}-{kept}", *more, objective="bd3lm", rows=4)})
+    ended(start([{"flags": flags_of(source, tmp_path / "alone", objective="bd3lm")}]))
+    ended(start(plans, 2), timeout=900)
+    for way, kept in pairs:
+        losses, final = difference(tmp_path / "alone", tmp_path / f"{way}-{kept}")
+        assert losses < 1e-9 and final < 1e-9, (way, kept)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # CUDA
 
