@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from cli import Parser, one_line_errors, replacing_file
 from diffusion import (
     Batch,
     bd3lm_example,
@@ -294,8 +295,9 @@ def plain_denoise(model, prompts: list[list[int]], n: int, steps: int, K: int):
                 logits = model(tokens.gather(1, columns), at(columns), cache=cache, columns=columns)
             else:
                 logits = model(tokens, layout)  # (B, T, V)
-            logits[..., config.mask_token_id] = -torch.inf
-            p, token = logits.float().softmax(dim=-1).max(dim=-1)
+            p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+            p[..., config.mask_token_id] = 0.0  # never chosen, though its share counts
+            p, token = p.max(dim=-1)
             if not cached:
                 p, token = p.gather(1, columns), token.gather(1, columns)
             p = p.masked_fill(~masked.gather(1, columns), -torch.inf)
@@ -416,11 +418,11 @@ def sample(args, arguments: list[str]) -> dict:
 
 
 @torch.no_grad()
-def two_stream_likelihood(model, contexts, answers, draws: int) -> list[float]:
+def two_stream_likelihood(model, contexts, answers, draws: int, seed: int = 0) -> list[float]:
     """The bd3lm bound of each answer by one forward over noisy and clean context and answer for each draw."""
     config, device = model.config, model.head_weight.device
     K, estimates = config.block_length, []
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for context, answer in zip(contexts, answers):
         P, T = len(context), len(context) + len(answer)
         tokens = torch.tensor([context + answer], device=device)
@@ -437,7 +439,7 @@ def two_stream_likelihood(model, contexts, answers, draws: int) -> list[float]:
             index = torch.cat(where).to(device)
             noisy[0, index] = config.mask_token_id
             logits = model(torch.cat([noisy, tokens], dim=1), layout, index=index)
-            log_p = logits.float().log_softmax(dim=1).gather(1, tokens[0, index, None])[:, 0]
+            log_p = logits.log_softmax(dim=1).gather(1, tokens[0, index, None])[:, 0]
             total += float((log_p.double().cpu() * torch.cat(weight)).sum())
         estimates.append(total / (1 if len(answer) == 1 else draws))
     return estimates
@@ -534,8 +536,10 @@ def load_case(args, case: str, way: str) -> None:
 
 def load(args, arguments: list[str]) -> dict:
     """Prints how long a checkpoint takes to load, what memory, and how long each program's --help; returns it all."""
-    from checkpoint import save_model
+    from checkpoint import load_config, save_model
 
+    if args.path is not None:
+        load_config(args.path)  # refuses what is no checkpoint
     where = heading(args, f"loading {args.path or args.model + ' with random weights, stored as bfloat16'}")
     table = {"load": {}, "help": {}}
     with tempfile.TemporaryDirectory() as directory:
@@ -586,14 +590,15 @@ def curves(args, arguments: list[str]) -> None:
     """Draws the metrics of several runs in one picture."""
     import display
 
-    runs = {}
+    runs: dict[str, list[dict]] = {}
     for run in args.runs:
         path = Path(run) / "metrics.jsonl"
         try:
             runs[Path(run).name] = [json.loads(line) for line in path.read_text().splitlines()]
         except (OSError, json.JSONDecodeError) as error:
             args.refuse(f"{run}: not a run of train.py ({path.name}: {error}); expected its --output_dir")
-    display.curves(runs, args.picture)
+    with replacing_file(args.picture) as path:
+        display.curves(runs, path)
     print(f"curves of {len(runs)} runs drawn to {args.picture}")
 
 
@@ -601,87 +606,77 @@ def curves(args, arguments: list[str]) -> None:
 # The command line
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Measures ours against a plain implementation in the same run. On cuda nothing has been measured "
-        "yet.",
-        epilog="python bench.py TABLE --help has its flags.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="TABLE")
-
-    def table(name: str, function, case, help: str, description: str):
-        p = commands.add_parser(
-            name, help=help, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        p.set_defaults(function=function, run_case=case, refuse=p.error)
-        p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: fp32; cuda: bf16")
-        p.add_argument("--output", metavar="FILE.json", help="also write the figures here")
-        p.add_argument("--case", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)  # one of the processes
-        return p.add_argument
-
-    model = {"choices": list(MODELS), "default": "mid", "help": "the model's shape; its weights are random"}
-    block = {"type": int, "default": 32, "help": "tokens of a block of bd3lm, and of mdlm's sampling"}
-    add = table(
-        "train",
+TABLES = {
+    "train": (
         train,
         train_case,
-        "the training step of mdlm and bd3lm",
         "Time and memory of the training step of mdlm and bd3lm: forward, backward, optimizer, noise. Two processes at "
         "a time hold a model each.",
-    )
-    add("--model", **model)
-    add("--batch", type=int, default=4, help="rows")
-    add("--length", type=int, default=256, help="tokens of a row")
-    add("--block_size", **block)
-    add("--steps", type=int, default=5, help="timed steps of each way")
-    add("--warmup", type=int, default=1, help="steps before them")
-    add = table(
-        "sample",
+    ),
+    "sample": (
         sample,
         sample_case,
-        "decoding with mdlm and bd3lm",
-        "Time of greedy decoding. plain: logits of every position, no cache for mdlm, the prefix encoded anew for "
-        "every block of bd3lm.",
-    )
-    add("--model", **model)
-    add("--batch", type=int, nargs="+", default=[1, 4], help="rows")
-    add("--prompt_tokens", type=int, default=64, help="tokens of the longest prompt")
-    add("--new_tokens", type=int, default=128, help="tokens to generate, a multiple of the block size")
-    add("--steps", type=int, default=128, help="forwards for them, so many that each block has a whole number")
-    add("--block_size", **block)
-    add("--warmup", type=int, default=2, help="forwards before the timed ones")
-    add = table(
-        "likelihood",
+        "Time of greedy decoding with mdlm and bd3lm. plain: logits of every position, no cache for mdlm, the prefix "
+        "encoded anew for every block of bd3lm.",
+    ),
+    "likelihood": (
         likelihood,
         likelihood_case,
-        "scoring answers with mdlm and bd3lm",
-        "Time of scoring multiple-choice requests: one-token answers, as of MMLU, and longer ones.",
-    )
-    add("--model", **model)
-    add("--requests", type=int, default=256, help="4 to a question")
-    add("--block_size", **block | {"help": "tokens of a block of bd3lm"})
-    add("--runs", type=int, default=1, help="timed runs of each way")
-    add = table(
-        "load",
+        "Time of scoring multiple-choice requests with mdlm and bd3lm: one-token answers, as of MMLU, and longer ones.",
+    ),
+    "load": (
         load,
         load_case,
-        "loading a checkpoint, and --help",
-        "Time and memory of loading a checkpoint, and the time each program's --help takes. plain: the model made, "
-        "the whole file read, then copied in.",
+        "Time and memory of loading a checkpoint, and the time each program's --help takes. plain: the model made, the "
+        "whole file read, then copied in.",
+    ),
+    "curves": (curves, None, "Loss, bound, learning rate and gradient norm of several runs in one picture."),
+}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        "bench.py",
+        "Measures ours against a plain implementation in the same run. On cuda nothing has been measured yet.\n\n"
+        + "\n".join(f"  python bench.py {table:11} {about}" for table, (_, _, about) in TABLES.items())
+        + "\n\npython bench.py TABLE --help has a table's flags.",
     )
-    add("--model", **model | {"default": "qwen3-0.6b"})
-    add("--path", help="load this directory instead (default: random weights, written to a temporary directory)")
-    add("--runs", type=int, default=3, help="fresh processes of each")
-    p = commands.add_parser(
-        "curves",
-        help="the loss curves of several runs in one picture",
-        description="Draws loss, bound, learning rate and gradient norm of several runs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.set_defaults(function=curves, case=None, output=None, device="cpu", refuse=p.error)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="an --output_dir of train.py")
-    p.add_argument("--picture", default="curves.png", metavar="FILE.png", help="where to")
-    args = parser.parse_args(arguments)
+    parser.add_argument("table", choices=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
+    name = parser.parse_args(arguments[:1]).table
+    function, case, about = TABLES[name]
+    parser = Parser(f"bench.py {name}", about)
+    parser.set_defaults(function=function, run_case=case, refuse=parser.error)
+    add = parser.add_argument
+    model = {"choices": list(MODELS), "help": "the model's shape; its weights are random"}
+    if name == "curves":
+        add("runs", nargs="+", metavar="RUN", help="an --output_dir of train.py")
+        add("--picture", default="curves.png", metavar="FILE.png", help="where to")
+        parser.set_defaults(output=None, device="cpu", case=None)
+    else:
+        add("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: fp32; cuda: bf16")
+        add("--output", metavar="FILE.json", help="also write the figures here")
+        add("--case", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)  # one of the processes
+        add("--model", **model | {"default": "qwen3-0.6b" if name == "load" else "mid"})
+    if name in ("train", "sample", "likelihood"):
+        add("--block_size", type=int, default=32, help="tokens of a block of bd3lm, and of mdlm's decoding")
+    if name == "train":
+        add("--batch", type=int, default=4, help="rows")
+        add("--length", type=int, default=256, help="tokens of a row")
+        add("--steps", type=int, default=5, help="timed steps of each way")
+        add("--warmup", type=int, default=1, help="steps before them")
+    if name == "sample":
+        add("--batch", type=int, nargs="+", default=[1, 4], help="rows")
+        add("--prompt_tokens", type=int, default=64, help="tokens of the longest prompt")
+        add("--new_tokens", type=int, default=128, help="tokens to generate, a multiple of the block size")
+        add("--steps", type=int, default=128, help="forwards for them, so many that each block has a whole number")
+        add("--warmup", type=int, default=2, help="forwards before the timed ones")
+    if name == "likelihood":
+        add("--requests", type=int, default=256, help="4 to a question")
+        add("--runs", type=int, default=1, help="timed runs of each way")
+    if name == "load":
+        add("--path", help="load this directory instead (default: random weights, in a temporary directory)")
+        add("--runs", type=int, default=3, help="fresh processes of each")
+    args = parser.parse_args(arguments[1:])
     for name in ("batch", "length", "block_size", "steps", "prompt_tokens", "new_tokens", "requests", "runs"):
         value = getattr(args, name, 1)
         for number in value if isinstance(value, list) else [value]:
@@ -689,13 +684,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                 args.refuse(f"--{name} {number}: expected at least 1")
     if getattr(args, "warmup", 0) < 0:
         args.refuse(f"--warmup {args.warmup}: expected at least 0")
-    if args.command == "sample":
+    if args.function is sample:
         if args.new_tokens % args.block_size:
             args.refuse(f"--new_tokens {args.new_tokens}: expected a multiple of the block size {args.block_size}")
         if args.new_tokens % args.steps or args.steps * args.block_size % args.new_tokens:
             args.refuse(
                 f"--steps {args.steps}: expected to divide {args.new_tokens} tokens, and evenly over their blocks"
             )
+    if getattr(args, "requests", 4) % 4:
+        args.refuse(f"--requests {args.requests}: expected a multiple of 4, the answers to a question")
     if args.device == "cuda" and not torch.cuda.is_available():
         args.refuse("--device cuda: torch sees no CUDA device; use --device cpu")
     return args
@@ -705,13 +702,14 @@ def main(arguments: list[str]) -> None:
     args = parse(arguments)
     if args.case:
         return args.run_case(args, *args.case)
-    figures = args.function(args, arguments)
-    if figures and args.output:
-        unsaid = ("function", "run_case", "refuse", "output", "case")
-        settings = {name: value for name, value in vars(args).items() if name not in unsaid}
-        with open(args.output, "w") as file:
-            json.dump({"settings": settings, **figures}, file, indent=1)
-        print(f"figures written to {args.output}")
+    with one_line_errors("bench.py"):
+        figures = args.function(args, arguments)
+        if figures and args.output:
+            unsaid = ("function", "run_case", "refuse", "output", "case")
+            settings = {name: value for name, value in vars(args).items() if name not in unsaid}
+            with replacing_file(args.output) as path:
+                path.write_text(json.dumps({"settings": settings, **figures}, indent=1))
+            print(f"figures written to {args.output}")
 
 
 if __name__ == "__main__":

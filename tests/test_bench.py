@@ -1,0 +1,80 @@
+"""bench.py compares ours with plain ways that must do the same; here it is seen that they do, on small shapes."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_tokens, tiny
+
+import bench
+from diffusion import denoise, log_likelihood
+
+
+@pytest.mark.parametrize("objective", ["mdlm", "bd3lm"])
+@pytest.mark.parametrize("steps", [8, 4])
+def test_plain_decoding_gives_the_samplers_tokens_step_by_step(objective, steps):
+    model = tiny(objective=objective, block_length=4 if objective == "bd3lm" else None)
+    prompts = [random_tokens(n, seed=n).tolist() for n in (9, 4, 3)]
+    options = {"max_new_tokens": 8, "steps": steps, "block_size": 4, "block_align": "prompt"}
+    ours = [step.tokens for step in denoise(model, prompts, **options)][1:]
+    plain = [tokens.clone() for tokens in bench.plain_denoise(model, prompts, 8, steps, 4)]
+    assert len(ours) == len(plain) == steps
+    for a, b in zip(ours, plain):
+        assert a.tolist() == b.tolist()
+
+
+def test_two_streams_a_draw_estimate_what_copies_of_cached_blocks_do():
+    model = tiny(objective="bd3lm", block_length=4)
+    contexts, answers = [random_tokens(6).tolist()] * 2, [random_tokens(5, seed=1).tolist(), [3]]
+    exact, error = log_likelihood(model, contexts, answers, draws=64)
+    assert error.tolist() == [0, 0]  # all subsets
+    runs = torch.tensor([bench.two_stream_likelihood(model, contexts, answers, draws=1, seed=n) for n in range(300)])
+    assert runs[:, 1].tolist() == pytest.approx([exact[1].item()] * 300)
+    spread = runs[:, 0].std() / 300**0.5
+    assert abs(runs[:, 0].mean() - exact[0]) < 4 * spread < 0.1 * abs(exact[0])
+
+
+def test_a_table_is_printed_and_written(tmp_path, capfd):
+    shape = ["--model", "tiny", "--prompt_tokens", "8", "--new_tokens", "4", "--steps", "4", "--block_size", "4"]
+    bench.main(["sample", *shape, "--batch", "2", "--output", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["settings"]["new_tokens"] == 4 and figures["machine"]["torch"] == torch.__version__
+    for case in ("mdlm-2", "bd3lm-2"):
+        ours, plain = figures["sample"][case]["ours"], figures["sample"][case]["plain"]
+        assert ours["digest"] == plain["digest"] and len(ours["seconds"]) == 4
+        assert ours["flops"] < plain["flops"] and ours["fed"]["rows"] < plain["fed"]["rows"]
+    assert "mdlm  x2   ours" in capfd.readouterr().out
+
+
+def test_curves_of_several_runs_are_drawn(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": n, "loss": 1 / n, "learning_rate": 1e-3, "grad_norm": 1.0} for n in (1, 2, 3)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture = tmp_path / "curves.png"
+    bench.main(["curves", str(tmp_path / "a"), str(tmp_path / "b"), "--picture", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["curves", str(tmp_path / "a"), str(tmp_path / "c"), "--picture", str(tmp_path / "no.png")])
+    assert stop.value.code == 2 and not (tmp_path / "no.png").exists()
+    assert "not a run of train.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("train --steps 0", "--steps 0: expected at least 1"),
+        ("sample --new_tokens 100", "--new_tokens 100: expected a multiple of the block size 32"),
+        ("sample --steps 100", "--steps 100: expected to divide 128 tokens"),
+        ("sample --batch 1 0", "--batch 0: expected at least 1"),
+        ("likelihood --requests 6", "--requests 6: expected a multiple of 4"),
+        ("load --path nowhere", "nowhere"),
+        ("speed", "invalid choice: 'speed'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(line, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(line.split())
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and words in captured.err and captured.out == ""
