@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import MASK, golden_json, golden_model, tiny
 
+import diffusion
 from diffusion import is_greedy, log_likelihood
 from model import Layout
 
@@ -243,15 +244,22 @@ def test_bd3lm_encodes_the_complete_blocks_of_a_shared_context_once(monkeypatch)
     assert rows == 3 and rest < 41 + 9 + 4 * 12
 
 
-def test_no_forward_makes_logits_beyond_a_chunk(monkeypatch):
-    monkeypatch.setattr("diffusion.CHUNK", 5)
+def test_no_forward_makes_logits_beyond_a_slice(monkeypatch):
     model = tiny(objective="mdlm")
     expected = log_likelihood(model, [tokens(4)], [tokens(5, 1)], draws=31)
-    seen = []
-    logsumexp = torch.Tensor.logsumexp
-    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, dim: (seen.append(len(x)), logsumexp(x, dim))[1])
+    monkeypatch.setattr("diffusion.CHUNK", 5)
+    monkeypatch.setattr("diffusion.SLICE", 10)
+    seen, slices = [], diffusion._slices
+
+    def record(hidden, weight):
+        for start, scores in slices(hidden, weight):
+            seen.append(scores[0].shape)
+            yield start, scores
+
+    monkeypatch.setattr("diffusion._slices", record)
     torch.testing.assert_close(log_likelihood(model, [tokens(4)], [tokens(5, 1)], draws=31), expected)
-    assert max(seen) == 5 and sum(seen) == 80
+    assert max(rows for rows, _ in seen) == 5 and max(rows * v for rows, v in seen) == 10
+    assert sum(rows * v for rows, v in seen) == 80 * model.config.vocab_size
 
 
 def test_empty_context_is_scored_where_the_first_token_has_a_predictor():

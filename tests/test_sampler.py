@@ -275,9 +275,9 @@ def test_the_logits_tokens_are_picked_from_are_those_of_training(mode, family, m
     model, recorded = a_model(mode, family), []
     pick = diffusion._pick
 
-    def record(scores, **options):
-        recorded.append(scores[0].clone())
-        return pick(scores, **options)
+    def record(hidden, weight, **options):
+        recorded.append(hidden[0] @ weight.T)
+        return pick(hidden, weight, **options)
 
     monkeypatch.setattr(diffusion, "_pick", record)
     config, prompt = model.config, PROMPTS[0]
@@ -325,9 +325,9 @@ def test_the_mask_id_is_never_committed(mode, temperature, monkeypatch, rng):
     model.lm_head.weight[MASK] *= 50
     pick = diffusion._pick
 
-    def record(scores, **options):
-        loved.append((scores[0].argmax(dim=1) == MASK).any())
-        return pick(scores, **options)
+    def record(hidden, weight, **options):
+        loved.append(((hidden[0] @ weight.T).argmax(dim=1) == MASK).any())
+        return pick(hidden, weight, **options)
 
     monkeypatch.setattr(diffusion, "_pick", record)
     last = decode(mode, model, PROMPTS, temperature=temperature, generator=rng)[-1]
@@ -608,17 +608,36 @@ def test_an_adaptive_rule_reveals_something_at_every_forward_and_everything_in_t
     assert steps[-1].forwards <= one_by_one[-1].forwards == NEW
 
 
-@pytest.mark.parametrize("shape", ([2.0, 1.0, 0.0, -math.inf], [0.5, 0.5, -math.inf, 0.5]), ids=str)
-def test_the_entropy_is_that_of_the_untempered_distribution(shape):
-    logits = torch.tensor([shape], dtype=torch.float64)
+@pytest.mark.parametrize("slice", (1, 3 * 12, 2**19), ids="slices of {}".format)
+@pytest.mark.parametrize("temperature", (0.0, 2.0))
+@pytest.mark.parametrize("rows", (1, 3))
+def test_a_token_its_probability_and_the_entropy_are_those_of_all_logits_at_once(slice, temperature, rows, monkeypatch):
+    monkeypatch.setattr(diffusion, "SLICE", slice)
+    hidden, weight = torch.randn(2, rows, 8, dtype=torch.float64), torch.randn(VOCAB, 8, dtype=torch.float64)
+    options = {"cfg_scale": 0.5, "suppress": (3, 9), "begin_suppress": (1, 2), "mask_id": MASK, "entropy": True}
+    token, probability, score = diffusion._pick(
+        list(hidden), weight, temperature=temperature, top_k=None, top_p=None, generator=None, **options
+    )
+    conditional, free = hidden @ weight.T
+    logits = free + 1.5 * (conditional - free)
+    logits[:, [3, 9]] = -math.inf
+    if temperature == 0:
+        assert token.tolist() == logits.index_fill(1, torch.tensor(MASK), -math.inf).argmax(dim=1).tolist()
+    assert not {*token.tolist()} & {3, 9, MASK}
+    logits[:, [1, 2]] = -math.inf
     p = logits.softmax(dim=1)
-    empty = torch.tensor([], dtype=torch.int64)
-    options = {"cfg_scale": 0.0, "suppress": empty, "begin_suppress": empty, "mask_id": None, "generator": None}
-    for temperature in (0.0, 2.0):
-        _, _, score = diffusion._pick(
-            [logits.clone()], temperature=temperature, top_k=None, top_p=None, entropy=True, **options
-        )
-        assert score.item() == pytest.approx(torch.special.xlogy(p, p).sum().item(), abs=1e-12)
+    torch.testing.assert_close(probability, p.gather(1, token[:, None])[:, 0])
+    torch.testing.assert_close(score, torch.special.xlogy(p, p).sum(dim=1))
+
+
+@pytest.mark.parametrize("slice", (1, 7, 100))
+@each_mode
+def test_decoding_by_slices_of_the_vocabulary_changes_nothing(mode, slice, monkeypatch):
+    model = a_model(mode)
+    whole = decode(mode, model, PROMPTS, steps=5)
+    monkeypatch.setattr(diffusion, "SLICE", slice)
+    for a, b in zip(whole, decode(mode, model, PROMPTS, steps=5), strict=True):
+        torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:])
 
 
 # Shapes that recur
