@@ -94,7 +94,10 @@ def hold_back() -> None:
 
 @contextmanager
 def one_line_errors(prog: str):
-    """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2."""
+    """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2.
+
+    Where a process of torchrun's finds another gone, it waits to be ended: that one has said, or will, what is wrong.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
@@ -103,6 +106,10 @@ def one_line_errors(prog: str):
         hold_back()
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "by peer" in str(error):  # gloo: connection closed, or reset
+            time.sleep(10)
+        raise
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def check_whole(output: Path) -> int:
             progress = checkpoint.read_progress(path)
         except FileNotFoundError:
             continue
-        optimizers = train.build_optimizers(model, train.arguments().parse_args(runs.flags_of("", "")))
+        optimizers = train.build_optimizers(model, train.arguments().parse_args(runs.flags_of("model", "run")))
         checkpoint.load_training(path, model, optimizers)
         assert path.name == f"checkpoint-{progress['step']}", path
         whole += 1
