@@ -55,7 +55,7 @@ class Terminal:
         gone = ["".join(line[x].data for x in range(self.screen.columns)) for line in self.screen.history.top]
         return "\n".join(line.rstrip() for line in [*gone, *self.screen.display]).rstrip()
 
-    def until(self, wanted, seconds: float = 60.0) -> str:
+    def until(self, wanted, seconds: float = 120.0) -> str:
         """Reads on until `wanted`, a text or a predicate of the text, is there; the text then."""
         until = time.monotonic() + seconds
         there = wanted if callable(wanted) else lambda text: wanted in text
