@@ -20,6 +20,7 @@ import pytest
 from checkpoints import checkpoint, tokenizer
 from conftest import tiny
 
+import bench
 import chat
 import checkpoint as checkpoints
 import convert
@@ -33,7 +34,15 @@ except ModuleNotFoundError:
     evaluate = None
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"train": train, "sample": sample, "chat": chat, "convert": convert, "data": data, "evaluate": evaluate}
+PROGRAMS = {
+    "train": train,
+    "sample": sample,
+    "chat": chat,
+    "convert": convert,
+    "data": data,
+    "evaluate": evaluate,
+    "bench": bench,
+}
 SAMPLERS = ("sample", "chat", "evaluate")
 LOADERS = ("train", *SAMPLERS, "convert")
 ALL = (*LOADERS, "data")
@@ -100,7 +109,7 @@ def refused(run, tmp_path):
         status, _, err = run(program, arguments, **options)
         *progress, said = err.splitlines()
         assert status == 2, err
-        assert said.startswith(f"{program}.py: ") and re.search(words, said), said
+        assert re.match(rf"{program}\.py( \w+)?: ", said) and re.search(words, said), said
         assert all(re.search(r"examples|^$", line) for line in progress), err  # bars of `datasets`
         assert contents(tmp_path) == before
 
@@ -345,13 +354,14 @@ FLAGS = {
     "convert": ("--objectiv", "--objective"),
     "data": ("--max_lenght", "--max_length"),
     "evaluate": ("--outptu_path", "--output_path"),
+    "bench": ("--bacth", "--batch"),
 }
 
 
-@pytest.mark.parametrize("program", ALL)
+@pytest.mark.parametrize("program", FLAGS)
 def test_an_unknown_flag_is_told_with_the_nearest_name(refused, program):
     wrong, near = FLAGS[program]
-    base = command(program, checkpoint("mdlm"))
+    base = ["train"] if program == "bench" else command(program, checkpoint("mdlm"))
     refused(program, [*base, wrong, "1"], rf"unknown flag {wrong}; did you mean {near}\?")
     refused(program, [*base, f"{wrong}=1"], rf"unknown flag {wrong}; did you mean {near}\?")
     refused(program, [*base, "--zzz", "1"], r"unknown flag --zzz; python .*--help.* lists? ")
