@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -149,8 +150,6 @@ def heading(args, title: str) -> dict:
 
 def random_model(args, **declared) -> LanguageModel:
     """A model of the shape asked for, with random weights, in evaluation mode: fp32, cuda: bf16."""
-    from dataclasses import replace
-
     config = MODELS[args.model]
     config = replace(config, mask_token_id=config.vocab_size - 1, right_shift=False, **declared)
     model = LanguageModel(config)
@@ -528,7 +527,10 @@ def load_case(args, case: str, way: str) -> None:
                 state |= safetensors.torch.load_file(file)
             model.load_state_dict(state, strict=False)
             model.to(args.device, dtype)
-        bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        bytes = 0
+        for parameter in model.parameters():  # a page of each 4 KiB is touched: what is only mapped is not yet loaded
+            parameter.detach().flatten().view(torch.uint8)[::4096].sum()
+            bytes += parameter.numel() * parameter.element_size()
         return {"bytes": lambda: bytes}
 
     serve(args, step)
@@ -544,7 +546,7 @@ def load(args, arguments: list[str]) -> dict:
     table = {"load": {}, "help": {}}
     with tempfile.TemporaryDirectory() as directory:
         if args.path is None:
-            model = LanguageModel(MODELS[args.model])
+            model = LanguageModel(replace(MODELS[args.model], dtype="bfloat16"))
             model.init_weights(torch.Generator().manual_seed(0))
             args.path = os.path.join(directory, args.model)
             save_model(model.to(torch.bfloat16), args.path)

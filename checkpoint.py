@@ -5,6 +5,7 @@ both ways, or refused. Every save is written beside its final name and renamed.
 """
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -215,7 +216,8 @@ def declare(
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device="cpu") -> LanguageModel:
     """The model of a directory or a Hub id, in eval mode; dtype None: as stored, which `config.dtype` then tells.
 
-    Tensors are read through a memory map one by one, so the peak is the model itself, in `dtype`.
+    Tensors are read through a memory map, and as stored they stay in it. Others are copied one by one, each through a
+    map of its own, since what is mapped counts as memory; the largest first, so that the peak is the model itself.
     Beside the model's own tensors a file may hold rotary buffers and, under tying, a head equal to the embedding.
     """
     path = resolve(path)
@@ -225,13 +227,15 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device="cp
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     with ExitStack() as stack:
-        owner = {}  # tensor name: the open file that holds it
+        owner, files = {}, {}  # tensor name: the open file that holds it, and its path
         for file in _weight_files(path):
             try:
                 handle = stack.enter_context(safe_open(file, "pt"))
             except SafetensorError as error:
                 raise ValueError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
-            owner |= {name: handle for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
+            names = [name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118
+            owner |= dict.fromkeys(names, handle)
+            files |= dict.fromkeys(names, file)
         found = {name: handle.get_slice(name) for name, handle in owner.items()}
         shapes = {name: part.get_shape() for name, part in found.items()}
         if config.tie_word_embeddings and shapes.get(head, []) == shapes.get(embedding):
@@ -254,7 +258,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device="cp
             raise ValueError(f"{path}: weights of type {stored}; expected one of {', '.join(names)}")
         config.dtype = names[stored]
         dtype = dtype or getattr(torch, config.dtype)
-        tensors = {name: owner[name].get_tensor(name).to(device, dtype) for name in expected}
+        if (dtype, torch.device(device).type) == (getattr(torch, config.dtype), "cpu"):
+            tensors = {name: owner[name].get_tensor(name) for name in expected}
+        else:
+            tensors = {}
+            for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
+                with safe_open(files[name], "pt") as handle:
+                    tensors[name] = handle.get_tensor(name).to(device, dtype)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
