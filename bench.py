@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cli import Parser, one_line_errors, replacing_file
+from cli import Parser, one_line_errors, replacing_file, switch
 from diffusion import (
     Batch,
     bd3lm_example,
@@ -140,6 +140,18 @@ def machine(device: str) -> dict:
     return {"cpu": cpu, "cores": cores, "gpu": gpu} | versions
 
 
+def matmul_flops(device: str) -> float:
+    """FLOP/s of this machine on one large product of matrices (fp32, cuda: bf16): the best of five."""
+    n = 8192 if device == "cuda" else 2048
+    x = torch.ones(n, n, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        (x @ x)[0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
 def heading(args, title: str) -> dict:
     """Prints what is measured on what; returns the machine."""
     where = machine(args.device)
@@ -221,10 +233,12 @@ def train(args, arguments: list[str]) -> dict:
         f"training step: {args.model}, batch {args.batch} x {args.length}, block {args.block_size}, {precision}, AdamW",
     )
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in (where["gpu"] or "")), None)
+    source = f"the peak of {where['gpu']}" if peak else "this machine's best at one large product of matrices, just now"
+    peak = peak or matmul_flops(args.device)
     print(f"s/step: median [least, most] of {args.steps}; GB: peak {memory} above that before the first step")
+    print(f"MFU: FLOP/s against {peak / 1e9:,.0f} GFLOP/s, {source}")
     print("faster, memory: against plain, the median ratio of paired steps and the ratio of GB\n")
-    share = "  MFU" if peak else ""
-    print(f"{'':12}   s/step {'[least, most]':>16} tokens/s  GFLOP GFLOP/s{share}    GB  faster  memory")
+    print(f"{'':12}   s/step {'[least, most]':>16} tokens/s  GFLOP GFLOP/s  MFU    GB  faster  memory")
     table = {}
     for objective in ("mdlm", "bd3lm"):
         ways = compare(arguments, objective, ("ours", "plain"), args.warmup, args.steps)
@@ -235,20 +249,18 @@ def train(args, arguments: list[str]) -> dict:
             row["memory_ratio"] = row["memory"] / plain["memory"]
             row["flops_per_second"] = sum(row["flops"]) / sum(seconds)
             row["tokens_per_second"] = args.batch * args.length / statistics.median(seconds)
-            share = f" {row['flops_per_second'] / peak:4.0%}" if peak else ""
+            row["mfu"] = row["flops_per_second"] / peak
             print(
                 f"{objective:6}{way:6} {statistics.median(seconds):8.3f} "
                 f"{f'[{min(seconds):.3f}, {max(seconds):.3f}]':>16} {row['tokens_per_second']:8.0f} "
-                f"{statistics.mean(row['flops']) / 1e9:6.0f} {row['flops_per_second'] / 1e9:7.0f}{share} "
+                f"{statistics.mean(row['flops']) / 1e9:6.0f} {row['flops_per_second'] / 1e9:7.0f} {row['mfu']:4.0%} "
                 f"{row['memory'] / 1e9:5.2f} {row['faster']:6.2f}x {row['memory_ratio']:7.2f}"
             )
         apart = max(abs(a - b) / abs(b) for a, b in zip(ours["loss"], plain["loss"]))
         if apart > (2e-2 if cuda else 1e-4):  # autocast rounds to 8 bits
             sys.exit(f"bench.py: the two ways' {objective} losses differ: {ours['loss']} and {plain['loss']}")
         table[objective] = ways
-    if cuda and not peak:
-        print(f"no MFU: the peak of {where['gpu']} is not in model.py's PEAK_FLOPS")
-    return {"machine": where, "train": table}
+    return {"machine": where, "peak_flops": peak, "train": table}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,13 +604,9 @@ def curves(args, arguments: list[str]) -> None:
     """Draws the metrics of several runs in one picture."""
     import display
 
-    runs: dict[str, list[dict]] = {}
-    for run in args.runs:
-        path = Path(run) / "metrics.jsonl"
-        try:
-            runs[Path(run).name] = [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, json.JSONDecodeError) as error:
-            args.refuse(f"{run}: not a run of train.py ({path.name}: {error}); expected its --output_dir")
+    if Path(args.picture).exists() and not args.overwrite:
+        raise ValueError(f"{args.picture} exists; name another --picture, or pass --overwrite")
+    runs = display.read_runs(args.runs)
     with replacing_file(args.picture) as path:
         display.curves(runs, path)
     print(f"curves of {len(runs)} runs drawn to {args.picture}")
@@ -653,6 +661,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if name == "curves":
         add("runs", nargs="+", metavar="RUN", help="an --output_dir of train.py")
         add("--picture", default="curves.png", metavar="FILE.png", help="where to")
+        switch(add, "--overwrite", False, "replace a picture of that name")
         parser.set_defaults(output=None, device="cpu", case=None)
     else:
         add("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: fp32; cuda: bf16")

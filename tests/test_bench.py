@@ -55,10 +55,15 @@ def test_curves_of_several_runs_are_drawn(tmp_path, capsys):
     bench.main(["curves", str(tmp_path / "a"), str(tmp_path / "b"), "--picture", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "c").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        bench.main(["curves", str(tmp_path / "a"), str(tmp_path / "c"), "--picture", str(tmp_path / "no.png")])
-    assert stop.value.code == 2 and not (tmp_path / "no.png").exists()
-    assert "not a run of train.py" in capsys.readouterr().err
+    for line, words in {
+        (str(tmp_path / "a"), str(tmp_path / "c"), "--picture", str(tmp_path / "no.png")): "c holds no metrics.jsonl",
+        (str(tmp_path / "a"), "--picture", str(picture)): "curves.png exists; name another --picture",
+    }.items():
+        drawn = picture.read_bytes()
+        with pytest.raises(SystemExit) as stop:
+            bench.main(["curves", *line])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+        assert picture.read_bytes() == drawn and not (tmp_path / "no.png").exists()
 
 
 @pytest.mark.parametrize(
