@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cli import Parser, one_line_errors, replacing_file, switch
+from cli import Parser, add_compile, one_line_errors, replacing_file, switch
 from diffusion import (
     Batch,
     bd3lm_example,
@@ -354,6 +354,9 @@ def sample_case(args, case: str, way: str) -> None:
             return (step.tokens for step in steps)
         return plain_denoise(model, prompts, args.new_tokens, args.steps, args.block_size)
 
+    if args.torch_compile and way == "ours":
+        for layer in model.model.layers:
+            layer.compile()
     for _ in zip(range(args.warmup), start()):
         pass
     model.register_forward_pre_hook(count, with_kwargs=True)
@@ -681,6 +684,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         add("--new_tokens", type=int, default=128, help="tokens to generate, a multiple of the block size")
         add("--steps", type=int, default=128, help="forwards for them, so many that each block has a whole number")
         add("--warmup", type=int, default=2, help="forwards before the timed ones")
+        add_compile(add)
     if name == "likelihood":
         add("--requests", type=int, default=256, help="4 to a question")
         add("--runs", type=int, default=1, help="timed runs of each way")

@@ -31,7 +31,18 @@ except ModuleNotFoundError as error:
     print(missing, file=sys.stderr)
     sys.exit(2)
 
-from cli import MDLM_BLOCK, SAMPLING, Parser, add_sampling, boolean, one_line_errors, replacing_file, seed, switch
+from cli import (
+    MDLM_BLOCK,
+    SAMPLING,
+    Parser,
+    add_compile,
+    add_sampling,
+    boolean,
+    one_line_errors,
+    replacing_file,
+    seed,
+    switch,
+)
 
 HERE = Path(__file__).resolve().parent
 MANUAL = """\
@@ -97,6 +108,7 @@ def model_options() -> Parser:
         choices=["float32", "bfloat16", "float16", "float64"],
         help="of the weights and the computation (default: as stored)",
     )
+    add_compile(add)
     add("--max_length", type=int, metavar="TOKENS", help="longest sequence (default: the model's context)")
     switch(add, "--enable_thinking", False, "what the chat template is told")
     add(

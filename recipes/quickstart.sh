@@ -32,7 +32,7 @@ train --model_name_or_path builtin/tiny --objective ar --learning_rate 2e-2 \
 run convert.py --model_name_or_path "$RUNS/ar/checkpoint-final" --output_dir "$RUNS/a2d" --overwrite
 train --model_name_or_path "$RUNS/a2d" --objective mdlm --right_shift_logits True --loss_weight_type uniform \
     --learning_rate 7e-3 --max_minutes 1.9 --stop_at_eval_loss 0.005 --output_dir "$RUNS/mdlm"
-train --model_name_or_path "$RUNS/a2d" --objective bd3lm --block_size 4 --right_shift_logits True \
+train --model_name_or_path "$RUNS/a2d" --objective bd3lm --block_size 8 --right_shift_logits True \
     --loss_weight_type uniform --learning_rate 7e-3 --max_minutes 2.1 --stop_at_eval_loss 0.005 \
     --output_dir "$RUNS/bd3lm"
 

@@ -267,9 +267,20 @@ def test_set_lists_all_options_and_none_is_left_untested(run, capsys):
     assert {line.split()[0] for line in capsys.readouterr().err.splitlines()} == set(SETTINGS)
     flags = {flag[2:] for flag in chat.arguments()._option_string_actions if flag.startswith("--")}
     elsewhere = {"help", "model_name_or_path", "system", "chat_template", "history_file"}
-    model = {"objective", "right_shift_logits", "dtype", "device"}
+    model = {"objective", "right_shift_logits", "dtype", "device", "torch_compile"}
     assert flags == set(SETTINGS) | elsewhere | model
-    flags = ("--objective", "bd3lm", "--right_shift_logits", "True", "--dtype", "float32", "--device", "cpu")
+    flags = (
+        "--objective",
+        "bd3lm",
+        "--right_shift_logits",
+        "True",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--torch_compile",
+        "False",
+    )
     assert run("undeclared", "hi", flags=(*NEW, *flags, "--block_size", "3"))[0] == 0
 
 

@@ -679,6 +679,23 @@ def test_static_shapes_decode_the_same(mode, options, monkeypatch):
     assert len(set(calls[1:])) <= 2 and len({wanted for _, wanted in calls}) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ("ar", "mdlm", "bd3lm.shift"))
+def test_compiled_layers_decode_the_same_and_compile_no_more_for_another_prompt(mode):
+    torch._dynamo.reset()
+    model, longer = a_model(mode), [[*prompt, 7] for prompt in PROMPTS]
+    eager = [decode(mode, model, prompts, static=True) for prompts in (PROMPTS, longer)]
+    for layer in model.model.layers:
+        layer.compile()
+    for prompts in (PROMPTS, longer):  # the second shape of each kind is compiled for any
+        decode(mode, model, prompts, static=True)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for prompts, expected in zip((PROMPTS, longer), eager):
+            for a, b in zip(expected, decode(mode, model, prompts, static=True), strict=True):
+                torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:])
+        decode(mode, model, [prompt[:-1] or [5] for prompt in PROMPTS], static=True)
+
+
 @pytest.mark.parametrize("options", ({}, {"threshold": 0.2}, {"remasking": "p2"}), ids=str)
 @each_infilling_mode
 def test_static_shapes_fill_in_the_same(mode, options, monkeypatch):
