@@ -208,13 +208,14 @@ class Example(NamedTuple):
     weights: Tensor
     denominator: float
 
-    def to(self, device) -> "Example":
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+    def map(self, function) -> "Example":
+        """`function` applied to each of its tensors."""
+        layout = self.layout.map(function)._replace(kind=self.layout.kind)
+        rest = (function(x) for x in (self.index, self.targets, self.weights))
+        return Example(function(self.tokens), layout, *rest, self.denominator)
 
-        layout = self.layout.map(move)._replace(kind=self.layout.kind)
-        rest = (move(x) for x in (self.index, self.targets, self.weights))
-        return Example(move(self.tokens), layout, *rest, self.denominator)
+    def to(self, device) -> "Example":
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
 
 def ar_example(batch: Batch, *, norm_type: str = "token") -> Example:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
@@ -56,6 +57,7 @@ from tokenizer import Tokenizer
 TINY = "builtin/tiny"
 ARGS, CURVES, FINAL = "args.json", "curves.png", "checkpoint-final"
 SUMS = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")  # what a line of the log is made of
+AHEAD = {"cpu": 0, "cuda": 2}  # steps whose examples a thread makes meanwhile; a CPU has no meanwhile
 REQUEUE = 75  # exit status of a run that a signal ended: it can go on (EX_TEMPFAIL)
 EVALUATION_SEED = 0  # of the evaluation's noise: the same in every run
 
@@ -1022,7 +1024,16 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
         loader.load_state(progress["loader"])
         step, skipped, minutes_before = progress["step"], progress["skipped"], progress["minutes"]
         sums.update(progress["sums"] if ranks.rank == 0 else {})
-    batches = loader.batches()
+
+    def prepared():
+        """(micro-batches, their examples, the loader's state after them) of each step."""
+        for micro_batches in loader.batches():
+            examples = [example_of(batch) for batch in micro_batches]
+            if ranks.device.type == "cuda":
+                examples = [example.map(Tensor.pin_memory) for example in examples]
+            yield micro_batches, examples, loader.state
+
+    batches = data.ahead(prepared, AHEAD[ranks.device.type])
     upcoming = itertools.chain([next(batches)], batches)  # what is read gives a batch, or says so before all is written
     if begin_at is None and ranks.rank == 0:
         for path in held_run(output, True):
@@ -1069,7 +1080,7 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
         path = output / f"checkpoint-{step}"
         totals = dict(zip(SUMS, ranks.sum(*(sums[name] for name in SUMS))))
         progress = {"step": step, "skipped": skipped, "minutes": minutes(), "settings": settings}
-        progress |= {"config": config_dict(config), "loader": ranks.gather(loader.state), "sums": totals}
+        progress |= {"config": config_dict(config), "loader": ranks.gather(reached), "sums": totals}
         save_training(path, model, optimizers, progress, dtype=save_dtype, tokenizer=tokenizer)
         if ranks.rank == 0:
             kept = [path for path in checkpoints(output) if _number(path) <= step]
@@ -1094,9 +1105,8 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
         steps = step
     while step < steps:
         step_began = time.perf_counter()
-        micro_batches = next(upcoming)
+        micro_batches, examples, reached = next(upcoming)
         epoch = micro_batches[0]["epoch"]
-        examples = [example_of(batch) for batch in micro_batches]
         mine = sum(example.denominator for example in examples)
         denominator, signalled, spent = ranks.sum(mine, signals.number > 0, minutes() if ranks.rank == 0 else 0)
         progress = (step + 1) / (steps + 1)  # neither the first step nor the last is in vain

@@ -389,6 +389,24 @@ def test_a_run_goes_on_under_any_other_parallel(tmp_path, source):
 STREAM = ["--streaming", "True", "--shuffle_buffer", "16", "--resume_from_checkpoint", "auto"]
 
 
+@pytest.mark.parametrize("more", ([], ["--streaming", "True", "--max_steps", "10"]), ids=["rows", "stream"])
+def test_examples_made_ahead_are_the_same_and_a_checkpoint_knows_only_those_trained_on(
+    more, tmp_path, source, monkeypatch
+):
+    flags = [*more, "--save_steps", "3"]
+    train.main(flags_of(source, tmp_path / "whole", *flags, objective="bd3lm"))
+    monkeypatch.setitem(train.AHEAD, "cpu", 3)
+    train.main(flags_of(source, tmp_path / "ahead", *flags, objective="bd3lm"))
+    assert_equal(tmp_path / "whole", tmp_path / "ahead")
+    resume = ["--resume_from_checkpoint", str(tmp_path / "ahead/checkpoint-6")]
+    train.main(flags_of(source, tmp_path / "resumed", *flags, *resume, objective="bd3lm"))
+    assert [row for row in curve(tmp_path / "whole") if row[0] > 6] == [
+        row for row in curve(tmp_path / "resumed") if row[0] > 6
+    ]
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "resumed")[name])
+
+
 def trained_on(output: Path) -> Counter:
     """How often each row was trained on, by what it says."""
     rows = Counter()
