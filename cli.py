@@ -164,6 +164,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed, default=42, metavar="N", help="of everything random")
 
 
+def compile_layers(model) -> None:
+    import torch
+
+    torch._dynamo.config.recompile_limit = 64  # each shape of a batch counts, and the last layer's again
+    for layer in model.model.layers:
+        layer.compile()
+
+
 def add_compile(add) -> None:
     switch(
         add, "--torch_compile", False, "compile the layers: a minute at the start, fewer kernels after it (for cuda)"
@@ -205,8 +213,7 @@ def open_model(args: argparse.Namespace):
     model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device)
     declare(model.config, **declared)
     if args.torch_compile:
-        for layer in model.model.layers:
-            layer.compile()
+        compile_layers(model)
     return model, tokenizer
 
 

@@ -750,7 +750,7 @@ def denoise(
         Those are whatever is clean and not yet in the cache, and the current block; with right shift also the position
         before it, which predicts its first token. AR feeds no mask.
         """
-        first_masked = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), length - 1)
+        first_masked = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), (length - 1).clamp(min=0))
         current = block.gather(1, first_masked[:, None])[:, 0]
         start = (current * K - offset).clamp(min=0)
         if not cached:
@@ -776,7 +776,8 @@ def denoise(
             fetch = columns.clamp(max=T - 1)
             columns = torch.where(inside, columns, T)
             fed = layout.map(lambda field: field.gather(1, fetch))
-            fed = fed._replace(document=torch.where(inside, fed.document, -1))
+            # Outside, padding: in block 0, so that it sees the dump, since a query that sees nothing may give NaN.
+            fed = fed._replace(document=torch.where(inside, fed.document, -1), block=torch.where(inside, fed.block, 0))
         inputs = tokens.gather(1, fetch)
         if copies == 2:
             inputs = torch.cat([inputs, inputs.masked_fill(hidden_given.gather(1, fetch), mask_id)])
@@ -830,11 +831,13 @@ def denoise(
 
     forwards = 0
     yield Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence.clone())
+    if not any(map(sum, masks.tolist())):
+        return
     if static:
         _, _, first, stop = window()
         own, lead = (0, 1) if objective == "ar" else (K, int(right_shift))
         widths = _widths(int((stop - first).max()), schedule, own, lead, K, rule is fixed_count)
-        run = _recorded(advance, generator) if device.type == "cuda" else advance
+        run = _recorded(advance, generator, device) if device.type == "cuda" else advance
     while True:
         over = _later(done.all())
         if static:
@@ -870,21 +873,24 @@ def _widths(first: int, schedule: Tensor, own: int, lead: int, K: int, fixed: bo
         yield max(own + lead, begins.get(forward, 0)) if fixed else widest
 
 
-def _recorded(advance, generator: torch.Generator | None):
+def _recorded(advance, generator: torch.Generator | None, device: torch.device):
     """`advance` on CUDA: of each width the first call as it is, the second recorded as a graph, which then replays."""
     graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+    # torch's own stream for recording is of one device, for good; they share memory, since no result outlives a replay
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def run(W: int) -> None:
-        if W not in graphs:
-            graphs[W] = None
-            return advance(W)
-        if graphs[W] is None:
-            graphs[W] = torch.cuda.CUDAGraph()
-            if generator is not None:
-                graphs[W].register_generator_state(generator)
-            with torch.cuda.graph(graphs[W]):
-                advance(W)
-        graphs[W].replay()
+        with torch.cuda.device(device):
+            if W not in graphs:
+                graphs[W] = None
+                return advance(W)
+            if graphs[W] is None:
+                graphs[W] = torch.cuda.CUDAGraph()
+                if generator is not None and generator.device.type == "cuda":
+                    graphs[W].register_generator_state(generator)
+                with torch.cuda.graph(graphs[W], pool=pool, stream=stream):
+                    advance(W)
+            graphs[W].replay()
 
     return run
 
@@ -895,7 +901,7 @@ def _later(flag: Tensor):
         return flag.item
     copy, ready = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
     copy.copy_(flag, non_blocking=True)
-    ready.record()
+    ready.record(torch.cuda.current_stream(flag.device))
 
     def value() -> bool:
         ready.synchronize()
@@ -1208,7 +1214,8 @@ def _score_blocks(model, batch: list[_Row], asked: list[np.ndarray], K: int):
         for i, past in enumerate(pasts):
             tokens[i, : len(past) - first[i]] = past[first[i] :]
         inside = column < np.array([len(past) for past in pasts])[:, None]
-        return tokens, np.where(inside, column, P + W), column, np.where(inside, 0, -1), column // K, 0 * column
+        block = np.where(inside, column // K, 0)  # padding sees the dump: a query that sees nothing may give NaN
+        return tokens, np.where(inside, column, P + W), column, np.where(inside, 0, -1), block, 0 * column
 
     if copies == 0 and len(contexts) == B:  # ar: nothing is fed twice
         tokens, _, column, *_ = clean([row.past for row in batch], begin)
@@ -1221,7 +1228,8 @@ def _score_blocks(model, batch: list[_Row], asked: list[np.ndarray], K: int):
         C = max(map(len, contexts))
         part = KVCache(model.config, len(contexts), P + W + 1, dtype=dtype, device=device)
         tokens, columns, *layout = map(tensor, clean(list(contexts), np.zeros(len(contexts), dtype=np.int64)))
-        model(tokens, Layout(*layout), cache=part, columns=columns, head=lambda hidden, weight: None)
+        unread = torch.empty(0, dtype=torch.int64, device=device)
+        model(tokens, Layout(*layout), cache=part, columns=columns, index=unread)
         order = {context: n for n, context in enumerate(contexts)}
         owner = torch.tensor([order[row.past[: row.shared]] for row in batch], device=device)
         cache.keys[:, :, :C], cache.values[:, :, :C] = part.keys[:, owner, :C], part.values[:, owner, :C]

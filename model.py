@@ -356,8 +356,8 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 by d
 def forward_flops(config: Config, tokens: int, rows: int, pairs: int) -> int:
     """FLOPs of the matrix products of a forward, 2 a multiply-add; a training step takes three times as many.
 
-        2 * P * tokens            P: weights of the layers' matrices; tokens: those fed, 2*B*T in BD3LM's two streams
-        2 * V * D * rows          the head; rows: the predictions that are made
+        2 * P * tokens            P: weights of the layers' matrices; tokens: those fed, of BD3LM's two streams both
+        2 * (V * D + P') * rows   rows: the predictions that are made; the head, and the last layer's P' after attention
         4 * L * H * C * pairs     scores and weighted values; pairs: (query, key)
 
     Embedding, norms, softmax, rotation and optimizer are not counted.
@@ -365,7 +365,8 @@ def forward_flops(config: Config, tokens: int, rows: int, pairs: int) -> int:
     D, C, inner = config.hidden_size, config.head_dim, config.intermediate_size
     H, G, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
     weights = L * (2 * D * H * C + 2 * D * G * C + 3 * D * inner)
-    return 2 * weights * tokens + 2 * config.vocab_size * D * rows + 4 * L * H * C * pairs
+    last = H * C * D + 3 * D * inner
+    return 2 * (weights - last) * tokens + 2 * (config.vocab_size * D + last) * rows + 4 * L * H * C * pairs
 
 
 def train_flops(config: Config, layout: Layout, rows: int) -> int:

@@ -625,6 +625,7 @@ def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, co
         if args.checkpoint_activations != "none":
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **_kept(args))
         if args.torch_compile:
+            torch._dynamo.config.recompile_limit = 64  # a shape of its own, and the last layer's, each count
             layer.compile()
     model.to(ranks.device)
     if ranks.world_size == 1:

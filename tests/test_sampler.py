@@ -613,7 +613,8 @@ def test_an_adaptive_rule_reveals_something_at_every_forward_and_everything_in_t
 @pytest.mark.parametrize("rows", (1, 3))
 def test_a_token_its_probability_and_the_entropy_are_those_of_all_logits_at_once(slice, temperature, rows, monkeypatch):
     monkeypatch.setattr(diffusion, "SLICE", slice)
-    hidden, weight = torch.randn(2, rows, 8, dtype=torch.float64), torch.randn(VOCAB, 8, dtype=torch.float64)
+    random = torch.randn(2 * rows + VOCAB, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hidden, weight = random[: 2 * rows].view(2, rows, 8), random[2 * rows :]
     options = {"cfg_scale": 0.5, "suppress": (3, 9), "begin_suppress": (1, 2), "mask_id": MASK, "entropy": True}
     token, probability, score = diffusion._pick(
         list(hidden), weight, temperature=temperature, top_k=None, top_p=None, generator=None, **options
@@ -671,12 +672,48 @@ def test_static_shapes_decode_the_same(mode, options, monkeypatch):
         runs.append(decode(mode, model, PROMPTS, **options, static=static, generator=torch.Generator().manual_seed(0)))
     ours, theirs = runs
     if options.get("temperature") or options.get("remasking"):  # other numbers are drawn for other positions
-        assert len(ours) == len(theirs)
+        assert len(ours) == len(theirs) and not theirs[-1].masked.any() and not (theirs[-1].tokens == MASK).any()
+        assert torch.equal(ours[0].tokens, theirs[0].tokens)
+        given = (ours[0].tokens != MASK) & ~ours[0].masked
+        assert torch.equal(theirs[-1].tokens[given], ours[0].tokens[given])
     else:
         for a, b in zip(ours, theirs, strict=True):
             assert a.forwards == b.forwards
             torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:])
     assert len(set(calls[1:])) <= 2 and len({wanted for _, wanted in calls}) == 1
+
+
+@pytest.mark.parametrize("static", (False, True))
+@each_mode
+def test_empty_canvases_need_no_forward_and_disturb_no_other(mode, static):
+    model = a_model(mode)
+    given = [3, 5]
+    (only,) = decode(mode, model, [given], max_new_tokens=0, static=static)
+    assert only.done.all() and only.forwards == 0
+    if mode == "ar":
+        return
+    canvases, masks = [[], [3, 5, 7, 9, 2, 4]], [[], [False, True, False, False, True, True]]
+    if not MODES[mode][1].get("block_align"):
+        options = {"canvas_masks": masks, "max_new_tokens": 0, "static": static}
+        together = decode(mode, model, canvases, **options)
+        alone = decode(mode, model, canvases[1:], **options | {"canvas_masks": masks[1:]})
+        assert history(together, 1, 6) == history(alone, 0, 6)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode[:2] != "md" and "prompt" not in mode])
+def test_static_shapes_keep_a_cache_for_the_next_call(mode):
+    model = a_model(mode)
+    runs = {}
+    for static in (False, True):
+        kept, prompt, runs[static] = diffusion.Kept(), [3, 5, 7], []
+        for turn in range(3):
+            last = decode(mode, model, [prompt], static=static, kept=kept)[-1]
+            fresh = decode(mode, model, [prompt], static=static)[-1]
+            assert torch.equal(last.tokens, fresh.tokens)
+            runs[static].append(last.tokens.tolist())
+            prompt = [*last.tokens[0].tolist()[: len(prompt) + 7], 11 + turn]
+        decode(mode, model, [last.tokens[0].tolist()], static=static, kept=kept, max_new_tokens=0)
+    assert runs[False] == runs[True]
 
 
 @pytest.mark.slow
