@@ -837,7 +837,7 @@ def denoise(
         _, _, first, stop = window()
         own, lead = (0, 1) if objective == "ar" else (K, int(right_shift))
         widths = _widths(int((stop - first).max()), schedule, own, lead, K, rule is fixed_count)
-        run = _recorded(advance, generator, device) if device.type == "cuda" else advance
+        run = _recorded(advance, generator, device)
     while True:
         over = _later(done.all())
         if static:
@@ -875,6 +875,8 @@ def _widths(first: int, schedule: Tensor, own: int, lead: int, K: int, fixed: bo
 
 def _recorded(advance, generator: torch.Generator | None, device: torch.device):
     """`advance` on CUDA: of each width the first call as it is, the second recorded as a graph, which then replays."""
+    if device.type != "cuda":
+        return advance
     graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
     # torch's own stream for recording is of one device, for good; they share memory, since no result outlives a replay
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
@@ -958,10 +960,10 @@ def _pick(
         inside = range(start, start + logits.shape[1])
         for token in suppress:
             if token in inside:
-                logits[:, token - start] = -math.inf
+                logits[:, token - start].fill_(-math.inf)
         if mask_id in inside:  # never chosen, yet its share of the probability counts, as in the reference
             share = logits[:, mask_id - start].clone()
-            logits[:, mask_id - start] = -math.inf
+            logits[:, mask_id - start].fill_(-math.inf)
         best, place = logits.max(dim=1)
         top = best
         if temperature:
@@ -969,11 +971,11 @@ def _pick(
             uniform = torch.rand(noisy.shape, generator=generator, device=noisy.device, dtype=torch.float64)
             best, place = gumbel(noisy, temperature, uniform).max(dim=1)
         if mask_id in inside:
-            logits[:, mask_id - start] = share
+            logits[:, mask_id - start].copy_(share)
             top = torch.maximum(top, share)
         for token in begin_suppress:
             if token in inside:
-                logits[:, token - start] = -math.inf
+                logits[:, token - start].fill_(-math.inf)
         chosen = logits.gather(1, place[:, None])[:, 0]
         if begin_suppress:
             top = logits.max(dim=1).values

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, MASK, VOCAB, golden_arrays, golden_json, golden_model, positions, random_tokens, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import diffusion
 from diffusion import (
@@ -681,6 +683,65 @@ def test_static_shapes_decode_the_same(mode, options, monkeypatch):
             assert a.forwards == b.forwards
             torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:])
     assert len(set(calls[1:])) <= 2 and len({wanted for _, wanted in calls}) == 1
+
+
+class Tape(TorchDispatchMode):
+    """The operations that run inside, to be run again on the same tensors with every number as it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # what would read a value back, or copy one from the host, which no graph can hold
+        assert not {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh"} & {
+            function.name()[6:].split(".")[0]
+        }
+        out = function(*args, **kwargs or {})
+        self.operations.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        now = {}  # what stands for a result of the recording
+
+        def current(x):
+            return now.get(id(x), x) if isinstance(x, torch.Tensor) else x
+
+        for function, args, kwargs, out in self.operations:
+            again = function(*tree_map(current, args), **tree_map(current, kwargs))
+            now |= {id(a): b for a, b in zip(tree_leaves(out), tree_leaves(again)) if isinstance(a, torch.Tensor)}
+
+
+def taped(advance, generator, device):
+    """diffusion._recorded with tapes for graphs: the second call of a width is recorded, later ones replay it."""
+    tapes = {}
+
+    def run(W):
+        if W not in tapes:
+            tapes[W] = None
+            advance(W)
+        elif tapes[W] is None:
+            with Tape() as tapes[W]:
+                advance(W)
+        else:
+            tapes[W].replay()
+            replays[0] += 1
+
+    replays = taped.replays = [0]
+    return run
+
+
+@pytest.mark.parametrize("options", (*OPTIONS, {"remasking": "p2"}, {"temperature": 0.7, "top_p": 0.8}), ids=str)
+@each_mode
+def test_a_recorded_forward_replays_as_it_would_run(mode, options, monkeypatch):
+    model, runs = a_model(mode), []
+    options = options | {"static": True, "max_new_tokens": 14}
+    for recorded in (diffusion._recorded, taped):
+        monkeypatch.setattr(diffusion, "_recorded", recorded)
+        runs.append(decode(mode, model, PROMPTS, generator=torch.Generator().manual_seed(0), **options))
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:], rtol=0, atol=0)
+    assert taped.replays[0] > 0 or len(runs[0]) < 9
 
 
 @pytest.mark.parametrize("static", (False, True))
