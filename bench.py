@@ -514,9 +514,8 @@ def likelihood(args, arguments: list[str]) -> dict:
     print("two streams: a forward over context and answer, noisy and clean, for each request and draw\n")
     print(f"{'':6} {'context + answer':>17} {'draws':>5}  {'way':13} {'s':>7} {'[least, most]':>16} faster")
     table = {}
-    cases = {"mdlm": ("one at a time", (32, 8)), "bd3lm": ("two streams", (32, 8))}
-    for objective, (other, _) in cases.items():
-        for P, L, draws in ((100, 1, 32), (60, 8, 16)):
+    for objective, other in (("mdlm", "one at a time"), ("bd3lm", "two streams")):
+        for P, L, draws in ((100, 1, 32), (60, 8, 8)):
             case = f"{objective}-{P}-{L}-{draws}"
             ways = compare(arguments, case, ("ours", other), 0, args.runs)
             for way, row in ways.items():
