@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -609,28 +610,31 @@ def test_prompts_longer_than_the_context_are_refused(refused):
 # A full disk
 
 
-@pytest.fixture
-def small_files():
-    """Makes every file that grows beyond some bytes fail, as on a full disk."""
+@contextmanager
+def small_files(size: int):
+    """Inside, a file that grows beyond `size` bytes fails, as on a full disk; no longer, since pytest writes too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 FULL = re.escape(os.strerror(errno.EFBIG))
 
 
 @pytest.mark.parametrize("size", [100, 3_000, 100_000])  # bytes: into config.json, the tokenizer and the weights
-def test_a_full_disk_leaves_the_old_checkpoint_and_no_half_of_a_new_one(run, refused, tmp_path, small_files, size):
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_half_of_a_new_one(run, refused, tmp_path, size):
     good = checkpoint("undeclared")
     assert run("convert", command("convert", good))[0] == 0
-    small_files(size)
     flags = ("--objective", "bd3lm", "--block_size", "4")
-    refused("convert", command("convert", good, "--overwrite", *flags), FULL)
-    refused("convert", [*command("convert", good), "--output_dir", "new"], FULL)
+    with small_files(size):
+        refused("convert", command("convert", good, "--overwrite", *flags), FULL)
+        refused("convert", [*command("convert", good), "--output_dir", "new"], FULL)
 
 
-def test_a_full_disk_leaves_no_half_of_a_trained_model_a_set_or_a_talk(run, tmp_path, small_files):
+def test_a_full_disk_leaves_no_half_of_a_trained_model_a_set_or_a_talk(run, tmp_path):
     good = checkpoint("undeclared")
     assert run("chat", command("chat", good), stdin=b"hi\n/save talk.jsonl\n")[0] == 0
     before = contents(tmp_path)
@@ -642,9 +646,8 @@ def test_a_full_disk_leaves_no_half_of_a_trained_model_a_set_or_a_talk(run, tmp_
         ("sample", [*command("sample", good), "--output", "answers.jsonl"], b"", 20),
         ("sample", [*command("sample", good), "--output", "b.jsonl", "--picture", "p.png"], b"", 2_000),
     ):
-        small_files(size)
-        status, _, err = run(program, arguments, stdin=stdin)
-        small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        with small_files(size):
+            status, _, err = run(program, arguments, stdin=stdin)
         said = err.splitlines()[-1]
         assert status == 2 and said.startswith(f"{program}.py: ") and re.search(FULL, said), err
         assert "Traceback" not in err
