@@ -126,15 +126,19 @@ def visible(q: Layout, k: Layout) -> Tensor:
     return (q.document == k.document) & torch.where(k.noisy > 0, noisy_key, clean_key)
 
 
+TILE = 128  # queries, and keys, of a tile of FlexAttention's
+
+
 def attention_mask(q: Layout, k: Layout):
     """What `LanguageModel` takes as `mask`, built once a forward (or once for many) and shared by all layers.
 
     "full" or "causal" where no mask is needed; a FlexAttention BlockMask on CUDA for a sequence attending to itself;
-    else a (B, 1, Q, K) bool tensor for SDPA (no CPU backward in FlexAttention; a cache's queries are few).
+    else a (B, 1, Q, K) bool tensor for SDPA: no CPU backward in FlexAttention; a cache's queries are few; and of a
+    sequence within one tile nothing can be skipped (nor has torch 2.13 a kernel for all of those with grouped heads).
     """
     if q is k and q.kind != "any":
         return q.kind
-    if q.position.is_cuda and q is k:
+    if q.position.is_cuda and q is k and q.position.shape[1] > TILE:
         from torch.nn.attention.flex_attention import create_block_mask
 
         def mask_mod(b, _, i, j):
@@ -225,7 +229,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # the cast is for autocast
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Linear(nn.Linear):
+    """Computes in its input's dtype, whatever that of its weights: float32 where a model trains in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -234,10 +245,10 @@ class Attention(nn.Module):
         D, C = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = C
-        self.q_proj = nn.Linear(D, H * C, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, G * C, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, G * C, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * C, D, bias=config.output_bias)
+        self.q_proj = Linear(D, H * C, bias=config.qkv_bias)
+        self.k_proj = Linear(D, G * C, bias=config.qkv_bias)
+        self.v_proj = Linear(D, G * C, bias=config.qkv_bias)
+        self.o_proj = Linear(H * C, D, bias=config.output_bias)
         self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
 
@@ -260,9 +271,9 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
+        self.gate_proj = Linear(D, inner, bias=False)
+        self.up_proj = Linear(D, inner, bias=False)
+        self.down_proj = Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -297,10 +308,9 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.compute_dtype: torch.dtype | None = None  # what weights are cast to where they are used; None: theirs
         self.model = Decoder(config)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -334,6 +344,7 @@ class LanguageModel(nn.Module):
         only inside `forward`).
         """
         x = self.model.embed_tokens(tokens)  # (B, T, D)
+        x = x.to(self.compute_dtype or x.dtype)
         cos, sin = rotary(self.config, layout.position, x.dtype)
         if cache is not None:
             cache.write_layout(columns, layout)
@@ -344,7 +355,7 @@ class LanguageModel(nn.Module):
             # The last layer's other outputs have no use, of the clean stream of BD3LM above all.
             x = layer(x, cos, sin, mask, write, index if i == len(self.model.layers) - 1 else None)
         x = self.model.norm(x)  # (B, T, D), or (N, D)
-        return F.linear(x, self.head_weight) if head is None else head(x, self.head_weight)
+        return F.linear(x, self.head_weight.to(x.dtype)) if head is None else head(x, self.head_weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

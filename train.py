@@ -605,9 +605,6 @@ def setup() -> Ranks:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = (
-            True  # for what is float32 in a bfloat16 run: the norms' and loss's sums
-        )
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
@@ -615,8 +612,8 @@ def setup() -> Ranks:
 
 
 def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, compute_dtype: torch.dtype):
-    """Activation checkpointing, compilation, sharding, in this order: (engine, sync), what to call in the model's
-    place, and a function of whether the next backward pass sums gradients over ranks, as only a step's last must.
+    """Activation checkpointing, compilation, precision, sharding, in this order: (engine, sync), what to call in the
+    model's place, and a function of whether the next backward pass sums gradients over ranks, as a step's last must.
 
     DDP sums gradients while the backward pass runs; FSDP2 (`fully_shard`) also shards weights, gradients and optimizer.
     The embedding is in the root's unit with the last norm and the head, which may be tied to it.
@@ -628,6 +625,7 @@ def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, co
             torch._dynamo.config.recompile_limit = 64  # a shape of its own, and the last layer's, each count
             layer.compile()
     model.to(ranks.device)
+    model.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype  # None: as the weights are
     if ranks.world_size == 1:
         return model, lambda on: None
     reduce_dtype = getattr(torch, args.reduce_dtype)
@@ -650,7 +648,7 @@ def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, co
     options = {
         "mesh": init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if compute_dtype == torch.float32 else compute_dtype,  # None: as the weights are
+            param_dtype=model.compute_dtype,
             reduce_dtype=None if reduce_dtype == compute_dtype else reduce_dtype,
         ),
         "reshard_after_forward": args.parallel != "zero2",
@@ -682,9 +680,7 @@ def _kept(args: argparse.Namespace) -> dict:
 
 
 @torch.no_grad()
-def evaluate(
-    engine, model: LanguageModel, rows: data.Rows, collate, *, batch_size: int, autocast, ranks: Ranks
-) -> float:
+def evaluate(engine, model: LanguageModel, rows: data.Rows, collate, *, batch_size: int, ranks: Ranks) -> float:
     """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased.
 
     Mask counts with weight m/n (diffusion.draw_noise) under noise that is fixed, whatever the run trains with. Padding
@@ -705,8 +701,7 @@ def evaluate(
         picked = [rows[i] for i in order[begin : begin + batch_size]]
         batch = {**collate(picked), "sample": torch.arange(begin, begin + len(picked)), "epoch": 0}
         example = make_example(batch, config=config, draw=draw, **options)
-        with autocast():
-            value = loss(engine, example.to(ranks.device))[0].item()
+        value = loss(engine, example.to(ranks.device))[0].item()
         if n < len(begins):
             total += value
             tokens += sum(int(row["supervised"][first:].sum()) for row in picked)
@@ -1012,10 +1007,6 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
     save_every = every(args.save_steps, steps) if args.save_steps else steps
 
     compute_dtype = getattr(torch, args.compute_dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
-    sharded = ranks.world_size > 1 and args.parallel != "ddp"  # FSDP2 casts by itself
-    autocast = functools.partial(
-        torch.autocast, ranks.device.type, compute_dtype, enabled=compute_dtype != torch.float32 and not sharded
-    )
     engine, sync = parallelize(model, args, ranks, compute_dtype)
     optimizers = build_optimizers(model, args)
     example_of = training_example(args, config)
@@ -1060,8 +1051,7 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
 
     def run_evaluation() -> bool:
         """Whether --stop_at_eval_loss is reached."""
-        options = {"batch_size": args.per_device_eval_batch_size, "autocast": autocast, "ranks": ranks}
-        nats = evaluate(engine, model, held, collate, **options)
+        nats = evaluate(engine, model, held, collate, batch_size=args.per_device_eval_batch_size, ranks=ranks)
         perplexity = math.exp(min(nats, 700))
         log.write(step, eval_loss=nats, eval_perplexity=perplexity, minutes=minutes())
         log.tell(f"step {step}: evaluation {nats:.4f} nats per token, perplexity {perplexity:.4g}")
@@ -1114,7 +1104,7 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
         if args.max_minutes is not None:
             progress = min(1.0, max(progress, spent / args.max_minutes))
         rate = learning_rate(progress, args)
-        total, norm = gradients(engine, sync, model, examples, denominator, autocast, args.max_grad_norm, ranks)
+        total, norm = gradients(engine, sync, model, examples, denominator, args.max_grad_norm, ranks)
         step += 1
         if math.isfinite(norm):
             update(optimizers, rate)
@@ -1166,9 +1156,7 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
     return 0
 
 
-def gradients(
-    engine, sync, model, examples: list[Example], denominator: float, autocast, max_grad_norm: float, ranks: Ranks
-):
+def gradients(engine, sync, model, examples: list[Example], denominator: float, max_grad_norm: float, ranks: Ranks):
     """(summed loss of this rank, norm of the gradient) of a global batch, whose clipped gradient is then in the model.
 
     denominator: of the global batch. Gradients are averaged over ranks, hence the factor. Where a loss is not finite,
@@ -1177,8 +1165,7 @@ def gradients(
     total = 0.0
     for n, example in enumerate(examples):
         sync(n == len(examples) - 1)
-        with autocast():
-            value, _ = loss(engine, example.to(ranks.device))
+        value, _ = loss(engine, example.to(ranks.device))
         scale = torch.full_like(value, ranks.world_size / max(1, denominator))
         value.backward(torch.where(value.isfinite(), scale, math.nan))  # so that all ranks learn of it by the gradient
         total += value.detach()

@@ -247,7 +247,7 @@ def test_bd3lm_encodes_the_complete_blocks_of_a_shared_context_once(monkeypatch)
 def test_no_forward_makes_logits_beyond_a_slice(monkeypatch):
     model = tiny(objective="mdlm")
     expected = log_likelihood(model, [tokens(4)], [tokens(5, 1)], draws=31)
-    monkeypatch.setattr("diffusion.CHUNK", 5)
+    monkeypatch.setitem(diffusion.CHUNK, "cpu", 5)
     monkeypatch.setattr("diffusion.SLICE", 10)
     seen, slices = [], diffusion._slices
 

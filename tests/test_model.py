@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import FAMILIES, MASK, golden_arrays, golden_model, positions, random_tokens, tiny
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Config, KVCache, LanguageModel, Layout, attention_mask, rotary, visible
 
@@ -441,6 +443,36 @@ def test_the_mask_id_is_an_ordinary_token_of_the_model():
     assert run(model, tokens).isfinite().all()
 
 
+class Products(TorchDispatchMode):
+    """The dtypes that matrices are multiplied in, attention's included."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("mm", "attention", "matmul")):
+            self.dtypes |= {x.dtype for x in args[:3] if isinstance(x, Tensor)}
+        return function(*args, **kwargs or {})
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_weights_are_used_in_the_compute_dtype_and_get_float32_gradients(family):
+    model = tiny(family, dtype=torch.float32, initializer_range=0.2)
+    tokens, layout = random_tokens(2, 12), Layout.of(positions(2, 12), None, 4).two_stream()
+    tokens, logits = torch.cat([tokens, tokens], dim=1), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.compute_dtype = dtype
+        with Products() as products:
+            logits[dtype] = model(tokens, layout)
+            logits[dtype].sum().backward()
+        assert products.dtypes == {dtype}
+    wide, narrow = logits[torch.float32], logits[torch.bfloat16]
+    assert narrow.dtype == torch.bfloat16 and (narrow - wide).norm() < 0.05 * wide.norm()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # CUDA
 
@@ -483,6 +515,29 @@ def test_flex_attention_equals_sdpa_in_logits_and_gradients(case):
     close(results[1][0][valid], results[0][0][valid], rtol=1e-3, atol=1e-3)
     for name, expected in results[0][1].items():
         assert (results[1][1][name] - expected).norm() < 1e-3 * expected.norm(), name
+
+
+class OnCuda(Tensor):
+    is_cuda = True
+
+
+def test_a_sequence_within_one_tile_has_a_bool_mask_on_cuda_too():
+    layout = Layout.of(positions(2, 50), None, 8).two_stream()
+    layout = layout._replace(position=layout.position.as_subclass(OnCuda))
+    assert torch.equal(attention_mask(layout, layout)[:, 0], seen(layout, layout))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("T", (40, 150))
+@pytest.mark.parametrize("family", ("qwen3", "qwen2", "llama"))
+def test_bfloat16_over_float32_weights_on_cuda_is_that_on_the_cpu(family, T):
+    layout, tokens = Layout.of(positions(2, T), None, 8).two_stream(), random_tokens(2, 2 * T)
+    model = tiny(family, dtype=torch.float32, initializer_range=0.2)
+    model.compute_dtype = torch.bfloat16
+    expected = model(tokens, layout)
+    logits = model.cuda()(tokens.cuda(), layout.map(Tensor.cuda))
+    assert logits.dtype == expected.dtype == torch.bfloat16
+    assert (logits.cpu() - expected).float().norm() < 0.05 * expected.float().norm()
 
 
 @pytest.mark.cuda

@@ -6,7 +6,6 @@ import math
 import re
 import sys
 import types
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -112,7 +111,7 @@ def test_accumulation_changes_neither_the_loss_nor_the_weights(source, objective
         for _, micro_batches in zip(range(3), loader.batches()):
             examples = [example_of(batch) for batch in micro_batches]
             denominator = sum(example.denominator for example in examples)
-            total, norm = train.gradients(model, lambda on: None, model, examples, denominator, nullcontext, 1.0, ALONE)
+            total, norm = train.gradients(model, lambda on: None, model, examples, denominator, 1.0, ALONE)
             train.update(optimizers, 1e-3)
             losses += [total / denominator, norm]
         results.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
@@ -131,7 +130,7 @@ def test_what_is_saved_is_what_was_evaluated(source, tmp_path, objective):
     rows = data.load("builtin/sums", stage="sft", split="validation", tokenizer=tokenizer, max_length=512)
     args = train.arguments().parse_args(["--model_name_or_path", "unused", "--output_dir", "unused", *SFT])
     collate = train.collate_for(args, model.config, tokenizer)
-    again = train.evaluate(model, model, rows, collate, batch_size=7, autocast=nullcontext, ranks=ALONE)
+    again = train.evaluate(model, model, rows, collate, batch_size=7, ranks=ALONE)
     assert again == pytest.approx([row["eval_loss"] for row in metrics if "eval_loss" in row][-1], rel=1e-5)
 
 
@@ -148,7 +147,7 @@ def test_the_evaluated_loss_of_ar_is_the_mean_surprise(source):
         tokens += int(supervised[1:].sum())
     collate = functools.partial(data.collate, pad_id=tokenizer.pad_id)
     for batch_size in (1, 6):
-        value = train.evaluate(model, model, rows, collate, batch_size=batch_size, autocast=nullcontext, ranks=ALONE)
+        value = train.evaluate(model, model, rows, collate, batch_size=batch_size, ranks=ALONE)
         assert value == pytest.approx(surprise / tokens, rel=1e-9)
 
 
