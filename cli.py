@@ -147,21 +147,26 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=["ar", "mdlm", "bd3lm"],
         help="what the checkpoint was trained as, where it does not say (default: what it declares, else mdlm)",
     )
+    add_reading(add)
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda if there is one")
+    add("--seed", type=seed, default=42, metavar="N", help="of everything random")
+
+
+def add_reading(add) -> None:
+    """How a checkpoint is taken, for sampling and evaluation alike."""
     add(
         "--right_shift_logits",
         type=boolean,
         metavar="True|False",
-        help="position i predicts token i + 1, as in the AR model (default: what the checkpoint declares, else False; "
-        "ar True)",
+        help="position i predicts token i + 1, as in the AR model; open-dcoder needs it (default: what the checkpoint "
+        "declares, else False; ar True)",
     )
     add(
         "--dtype",
         choices=["float32", "bfloat16", "float16", "float64"],
         help="of the weights and the computation (default: as stored)",
     )
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda if there is one")
     add_compile(add)
-    add("--seed", type=seed, default=42, metavar="N", help="of everything random")
 
 
 def compile_layers(model) -> None:

@@ -35,7 +35,7 @@ from cli import (
     MDLM_BLOCK,
     SAMPLING,
     Parser,
-    add_compile,
+    add_reading,
     add_sampling,
     boolean,
     one_line_errors,
@@ -96,19 +96,7 @@ def model_options() -> Parser:
         metavar="CHECKPOINT",
         help="a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id",
     )
-    add(
-        "--right_shift_logits",
-        type=boolean,
-        metavar="True|False",
-        help="position i predicts token i + 1, as in the AR model; open-dcoder needs it (default: what the checkpoint "
-        "declares, else False; ar True)",
-    )
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16", "float64"],
-        help="of the weights and the computation (default: as stored)",
-    )
-    add_compile(add)
+    add_reading(add)
     add("--max_length", type=int, metavar="TOKENS", help="longest sequence (default: the model's context)")
     switch(add, "--enable_thinking", False, "what the chat template is told")
     add(
