@@ -380,6 +380,21 @@ def forward_flops(config: Config, tokens: int, rows: int, pairs: int) -> int:
     return 2 * (weights - last) * tokens + 2 * (config.vocab_size * D + last) * rows + 4 * L * H * C * pairs
 
 
+def kept_bytes(config: Config, tokens: int, itemsize: int, recompute: str = "none") -> int:
+    """Bytes of activations that a forward of `tokens` keeps for the backward pass, `itemsize` a number: of every layer
+    what its norms, products, attention and MLP read. recompute: train.py's --checkpoint_activations; with `selective`
+    a layer's input and the outputs of products and attention are kept, with `full` a layer's input."""
+    D, C, inner = config.hidden_size, config.head_dim, config.intermediate_size
+    q, k = config.num_attention_heads * C, config.num_key_value_heads * C
+    normed = q + k if config.qk_norm else 0
+    layer = {
+        "none": 4 * D + normed + 2 * (q + k) + 4 * inner,
+        "selective": 3 * D + 2 * (q + k) + 2 * inner,
+        "full": D,
+    }
+    return itemsize * tokens * config.num_hidden_layers * layer[recompute]
+
+
 def train_flops(config: Config, layout: Layout, rows: int) -> int:
     """FLOPs of a training step on `layout`, forward 1 part and backward 2 parts; of the pairs, those that see each
     other. All rows of `layout` are taken to be like the first."""

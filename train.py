@@ -51,7 +51,7 @@ from checkpoint import (
 from cli import Parser, boolean, one_line_errors, place, replacing_file, seed, switch
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
 from display import METRICS, curves, read_runs
-from model import PEAK_FLOPS, Config, LanguageModel, train_flops
+from model import PEAK_FLOPS, Config, LanguageModel, kept_bytes, train_flops
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
@@ -1233,14 +1233,19 @@ def describe(args: argparse.Namespace, model: LanguageModel, about_data: str, st
         kept += dtype.itemsize  # the weights as gathered
     if ranks.world_size > 1 and args.parallel != "ddp" and args.gradient_accumulation_steps > 1:
         kept += getattr(torch, args.reduce_dtype).itemsize  # the sum of the gradients so far, which is sharded at last
-    memory = kept * parameters
+    length = args.pad_to or args.max_length
+    streams = 2 if config.objective == "bd3lm" else 1
+    fed = args.per_device_train_batch_size * length * streams * (1 + args.complementary_masks)
+    activations = kept_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
     where = f"{ranks.world_size} x {ranks.device.type} ({args.parallel})" if ranks.world_size > 1 else ranks.device.type
     return (
         f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
         f"{block}{shift}, on {where}\n"
         f"data   {about_data}\n"
-        f"run    {steps:,} steps of {rows:,} rows; {args.optim}, learning rate {args.learning_rate:g}\n"
-        f"memory {memory / 1e9:.2f} GB a process for weights, gradients and optimizer; activations besides"
+        f"run    {steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} tokens; "
+        f"{args.optim}, learning rate {args.learning_rate:g}\n"
+        f"memory {kept * parameters / 1e9:.2f} GB a process for weights, gradients and optimizer; about "
+        f"{activations / 1e9:.2f} GB for activations, by count, with rows of {length} tokens"
     )
 
 

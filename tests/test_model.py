@@ -6,7 +6,7 @@ from conftest import FAMILIES, MASK, golden_arrays, golden_model, positions, ran
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Config, KVCache, LanguageModel, Layout, attention_mask, rotary, visible
+from model import Config, KVCache, LanguageModel, Layout, attention_mask, kept_bytes, rotary, visible
 
 LOGITS = {"rtol": 0, "atol": 1e-4}  # float32 against the goldens
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64, two ways of computing the same
@@ -471,6 +471,28 @@ def test_float32_weights_are_used_in_the_compute_dtype_and_get_float32_gradients
     wide, narrow = logits[torch.float32], logits[torch.bfloat16]
     assert narrow.dtype == torch.bfloat16 and (narrow - wide).norm() < 0.05 * wide.norm()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_activations_told_are_those_that_a_layer_keeps(family):
+    """A CPU keeps more: it has RMSNorm in several steps, and copies what attention gives."""
+
+    def kept(layers: int) -> int:
+        model, storages = tiny(family, dtype=torch.float32, num_hidden_layers=layers), {}
+        weights = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+
+        def pack(x: Tensor) -> Tensor:
+            if x.shape not in weights:
+                storages[x.untyped_storage().data_ptr()] = x  # holds it, so that no other takes its place
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(random_tokens(2, 100), Layout.of(positions(2, 100)), head=lambda hidden, weight: hidden.sum())
+        return sum(x.untyped_storage().nbytes() for x in storages.values())
+
+    told = kept_bytes(tiny(family, num_hidden_layers=1).config, tokens=200, itemsize=4)
+    assert 1 <= (kept(3) - kept(2)) / told < 1.45
 
 
 # ---------------------------------------------------------------------------------------------------------------------
