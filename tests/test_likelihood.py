@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import MASK, golden_json, golden_model, tiny
@@ -136,6 +137,59 @@ def test_draws_are_unbiased_for_the_bound(objective, K, right_shift):
     assert abs(estimate.mean() - exact) < 4 * estimate.std() / math.sqrt(len(estimate))
 
 
+@pytest.mark.parametrize(("m", "draws", "sets"), [(5, 7, 3), (4, 9, 4), (7, 4, 2)])
+def test_drawn_subsets_are_as_many_as_asked_and_weigh_as_those_enumerated_set_by_set(m, draws, sets):
+    """Of each set: that the mean of its sums is the bound; of two: that they tell nothing of each other."""
+    runs, weights, random = 3000, {}, np.random.default_rng(0)
+    of_size = random.normal(size=m + 1)
+    f = random.normal(size=2**m) + 2 * of_size[[code.bit_count() for code in range(2**m)]]
+    sums = np.zeros((runs, sets))
+    for seed in range(runs):
+        drawn = list(diffusion._subsets(m, draws, sets, np.random.default_rng(seed)))
+        assert len(drawn) == draws
+        for masked, weight, which in drawn:
+            code = int(masked @ 2 ** np.arange(m))
+            weights[code] = weights.get(code, 0) + weight / sets / runs
+            sums[seed, which] += weight * f[code]
+    for masked, weight, _ in diffusion._subsets(m, 2**m, 1, np.random.default_rng(0)):
+        hits = runs * draws / m / math.comb(m, int(masked.sum()))
+        assert weights[int(masked @ 2 ** np.arange(m))] == pytest.approx(weight, rel=5 / math.sqrt(hits))
+    assert abs(np.corrcoef(sums.T) - np.eye(sets)).max() < 4.5 / math.sqrt(runs)
+
+
+@pytest.mark.parametrize(("objective", "K"), [("mdlm", None), ("bd3lm", 2)])
+def test_the_standard_error_is_that_of_the_mean_over_sets(objective, K, monkeypatch):
+    model = tiny(objective=objective, block_length=K)
+    context, continuation = tokens(4), tokens(2, 1)
+    values = []
+    for hole in (0, 1):  # the one draw of a set masks this token, and is weighed thrice
+        noised = [MASK if i == 4 + hole else token for i, token in enumerate([*context, *continuation])]
+        log_p = log_probs(model, noised, Layout.of(torch.arange(6)[None], None, K))
+        values.append(3 * log_p[4 + hole, continuation[hole]].item())
+    subsets = [(np.array([True, False]), 3.0, 0), (np.array([False, True]), 3.0, 1)]
+    monkeypatch.setattr(diffusion, "_subsets", lambda m, draws, sets, noise: subsets)
+    estimate, error = log_likelihood(model, [context], [continuation], draws=4)
+    assert estimate.item() == pytest.approx(sum(values) / 2)
+    assert error.item() == pytest.approx(abs(values[0] - values[1]) / 2)  # of two numbers: half their distance
+
+
+def test_noise_is_of_the_context_and_the_block_and_shared_by_the_answers_to_a_question(monkeypatch):
+    drawn, subsets = [], diffusion._subsets
+
+    def record(m, draws, sets, noise):
+        found = list(subsets(m, draws, sets, noise))
+        drawn.append(str(found))
+        return found
+
+    monkeypatch.setattr(diffusion, "_subsets", record)
+    question, other = tokens(8), tokens(8, 1)
+    answers = [tokens(16, seed) for seed in (2, 3, 4)]
+    model = tiny(objective="bd3lm", block_length=8)
+    log_likelihood(model, [question, question, other], answers, draws=6, generator=rng())
+    (a, b), (c, d), (e, f) = zip(drawn[::2], drawn[1::2])  # the two blocks of each
+    assert (a, b) == (c, d) and len({a, b, e, f}) == 4
+
+
 @pytest.mark.parametrize(("objective", "K"), [("ar", None), ("mdlm", None), ("bd3lm", 2), ("bd3lm", 3)])
 def test_probabilities_of_all_answers_sum_to_at_most_one(objective, K):
     V = 5
@@ -171,6 +225,18 @@ def test_ar_is_the_sum_of_next_token_log_probabilities(family):
     assert is_greedy(model, [context] * 2, [greedy[5:], continuation]).tolist() == [True, False]
 
 
+def test_greedy_verdicts_stop_where_all_have_failed(monkeypatch):
+    model = tiny(objective="mdlm")
+    shapes = counted(model, monkeypatch)
+    *_, last = diffusion.denoise(model, [[1, 2]], max_new_tokens=9, steps_per_block=9)
+    greedy = last.tokens[0, 2:].tolist()
+    for change, forwards in ((0, 9), (1, 1)):  # of every token, so of the first that settles
+        shapes.clear()
+        wrong = [(token + change) % MASK for token in greedy]
+        assert is_greedy(model, [[1, 2]], [wrong]).item() == (change == 0)
+        assert len(shapes) == forwards
+
+
 def test_bd3lm_with_right_shift_and_block_length_1_is_ar_exactly():
     ar, blocks = tiny(objective="ar"), tiny(objective="bd3lm", block_length=1, right_shift=True)
     contexts = [tokens(6), tokens(6), tokens(3, 2), tokens(1, 3)]
@@ -193,6 +259,9 @@ def test_batched_is_single_whatever_the_forward_holds(objective, K, right_shift)
     question, other = tokens(9), tokens(3, 9)
     contexts = [question, question, other, question, tokens(1, 4), other]
     continuations = [tokens(6, 1), tokens(6, 2), tokens(5, 3), [7], tokens(11, 5), []]
+    # the same tokens as one request has, of which more are context; that is another request's, too
+    contexts = [[*question, *tokens(6, 1)[:4]], [*question, *tokens(6, 1)[:4]], *contexts]
+    continuations = [tokens(6, 1)[4:], tokens(3, 6), *continuations]
     single = [log_likelihood(model, [a], [b], draws=6, generator=rng(3)) for a, b in zip(contexts, continuations)]
     single = [torch.cat(part) for part in zip(*single)]
     for forward_tokens in (1, 40, 8192):
@@ -202,7 +271,7 @@ def test_batched_is_single_whatever_the_forward_holds(objective, K, right_shift)
         for a, b in zip(batched, single):
             torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
     assert single[0][-1] == single[1][-1] == 0  # nothing to say is certain
-    assert single[1][3] == 0 and (objective == "ar" or single[1][0] > 0)
+    assert single[1][5] == 0 and (objective == "ar" or single[1][2] > 0)
 
 
 @pytest.mark.parametrize("right_shift", [False, True])

@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import tiny
 from safetensors.torch import load_file
+from test_data import hub
 from torch.distributed.checkpoint import FileSystemReader
 
 import checkpoint
@@ -769,6 +770,54 @@ def test_runs_killed_at_random_moments_end_as_if_left_alone():
     print(said.stdout)
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith("30 kills")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def recipe_sets(root: Path) -> dict[str, int]:
+    """The recipes' data sets, small and under their names; rows to train on that each recipe reads."""
+    texts = [row["text"] for row in launch.text_rows("train")]
+    chats = [{"messages": row["messages"]} for row in data.sums_rows("train")]
+    asked = [
+        {"instruction": text, "output": f"```{('python', 'rust')[n % 2]}\n{n}\n```"} for n, text in enumerate(texts)
+    ]
+    for name, configs in {
+        "Trelis/tiny-shakespeare": {"default": [{"Text": text} for text in texts]},
+        "dylanebert/openwebtext": {"default": [{"text": text} for text in texts]},
+        "tatsu-lab/alpaca": {"default": [row | {"input": "", "text": "not this"} for row in asked]},
+        "allenai/tulu-3-sft-mixture": {"default": chats},
+        "HuggingFaceTB/smoltalk": {"all": chats[:30], "other": chats},
+        "OpenCoder-LLM/opc-sft-stage1": {"one": asked[:20], "two": [row | {"seq_id": 1} for row in asked[:10]]},
+        "OpenCoder-LLM/opc-sft-stage2": {"one": asked[:8]},
+    }.items():
+        hub(root, name, {config: {"train": rows, "test": rows[:4]} for config, rows in configs.items()})
+    return {"shakespeare": 60, "alpaca": 60, "tiny-a2d": 60 + 30 + 15 + 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("recipe", ["shakespeare", "openwebtext", "alpaca", "tiny-a2d"])
+def test_a_recipe_runs_on_two_processes_and_goes_on(tmp_path, source, recipe, method):
+    """With its own data sets by their names, under $BASE_DATASETS_DIR; rows, steps and canvases are fewer."""
+    read, output = recipe_sets(tmp_path / "sets"), tmp_path / "run"
+    environment = {"BASE_DATASETS_DIR": str(tmp_path / "sets"), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment |= {"PYTHON": sys.executable, "NPROC": "2", "MODEL": source, "OUTPUT": str(output)}
+    command = ["sh", str(launch.ROOT / f"recipes/{recipe}.sh"), method, "--max_length", "64", "--max_steps", "4"]
+    command += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--num_proc", "1"]
+    command += ["--save_steps", "2", "--logging_steps", "1"]
+
+    def run() -> str:
+        return ended(subprocess.Popen(command, **PIPES, env=ENVIRONMENT | environment))
+
+    assert "resume" not in run()
+    assert metrics(output)[0].get("rows read") == read.get(recipe)
+    before, whole = curve(output), weights(output)
+    shutil.rmtree(output / "checkpoint-final")
+    assert f"resume {output}/checkpoint-2" in run()
+    assert curve(output) == before
+    assert all(torch.equal(value, whole[name]) for name, value in weights(output).items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
