@@ -482,7 +482,7 @@ def path_planning(confidence, token, masked, quota, generator):
     token now predicted there, yet it keeps the one it has until it is masked again. confidence is -inf elsewhere.
     """
     answer = confidence > -math.inf
-    keep = answer.sum(dim=1) - (masked.sum(dim=1) - quota.clamp(min=1)).clamp(min=0)
+    keep = answer.sum(dim=1) - (masked.sum(dim=1) - quota)
     return answer & (ranks(confidence, answer) >= keep[:, None])
 
 
@@ -827,7 +827,7 @@ def denoise(
         before = column < end[:, None]
         if remasking == "p2":  # which may mask the end token again until its block is finished
             before = block <= block.gather(1, end.clamp(max=T - 1)[:, None])
-        done.logical_or_(~(masked & before).any(dim=1))
+        done.copy_(~(masked & before).any(dim=1))
 
     forwards = 0
     yield Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence.clone())
@@ -1261,7 +1261,6 @@ def _score_blocks(model, batch: list[_Row], asked: list[np.ndarray], K: int):
             past = clean([row.past for row in batch], begin)
             before = past[0].shape[1]
             fed = [np.concatenate(pair, axis=1) for pair in zip(past, fed)]
-        cache.layout.document[:, P:] = -2  # what an earlier chunk left there is gone
         index, mine = [], []
         for i, (row, query) in enumerate(zip(batch, asked)):
             copy, predictor = query[:, 0], query[:, 1]
