@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import diffusion
+import model
 from checkpoint import load_model
 from model import Config, LanguageModel
 
@@ -84,6 +86,21 @@ def tiny(family: str = "qwen3", *, seed: int = 0, dtype=torch.float64, **changes
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def watched_masks(monkeypatch) -> list[bool]:
+    """Of each dense mask to come, whether every query sees a key; what sees none becomes NaN in some kernels."""
+    seen, build = [], model.attention_mask
+
+    def record(q, k):
+        mask = build(q, k)
+        if isinstance(mask, torch.Tensor):
+            seen.append(bool(mask.any(dim=-1).all()))
+        return mask
+
+    for module in (model, diffusion):
+        monkeypatch.setattr(module, "attention_mask", record)
+    return seen
 
 
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:

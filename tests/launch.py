@@ -11,8 +11,6 @@ PLAN.json is a list of runs, one after the other in the same processes: {"flags"
     "events": FILE          a line "NAME PID" there when a start, step, save, final or evaluation begins
     "count": FILE           a line {collective: calls} there of each step's passes
     "fail": [RANK, STEP]    that rank raises RuntimeError in that step
-    "poison": [STEPS]       the gradients of these steps are not finite
-    "signal": [NUMBER, STEP]        this process is sent that signal in that step
 """
 
 import functools
@@ -98,21 +96,14 @@ def run(plan: dict) -> None:
         note("step")
         if plan.get("fail") == [int(rank), steps]:
             raise RuntimeError("a fault of this rank's own")
-        if steps == plan.get("signal", [0, 0])[1]:
-            os.kill(os.getpid(), plan["signal"][0])
-        if "count" in plan:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                total, norm = original["gradients"](engine, sync, model, examples, *rest)
-            calls = Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
-            with Path(f"{plan['count']}.{rank}").open("a") as file:
-                file.write(json.dumps(calls) + "\n")
-        else:
-            total, norm = original["gradients"](engine, sync, model, examples, *rest)
-        if steps in plan.get("poison", []):
-            for parameter in model.parameters():
-                parameter.grad.mul_(float("nan"))
-            norm = float("nan")
-        return total, norm
+        if "count" not in plan:
+            return original["gradients"](engine, sync, model, examples, *rest)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = original["gradients"](engine, sync, model, examples, *rest)
+        calls = Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
+        with Path(f"{plan['count']}.{rank}").open("a") as file:
+            file.write(json.dumps(calls) + "\n")
+        return result
 
     def training_example(args, config):
         make = original["training_example"](args, config)

@@ -604,23 +604,59 @@ def test_a_region_is_erased_by_the_rows_it_takes_in_a_narrower_window(monkeypatc
     assert len(region.drawn) == 9 and "more lines" in window.getvalue()
 
 
+def lines_of(window: Window) -> list[str]:
+    """What stands on a screen of 12 columns in the end."""
+    screen = pyte.Screen(12, 30)
+    pyte.Stream(screen).feed(window.getvalue().replace("\r\n", "\n").replace("\n", "\r\n"))
+    return [line.strip() for line in screen.display if line.strip()]
+
+
+def test_a_line_that_may_still_take_the_next_lines_first_word_does_not_scroll_away(monkeypatch):
+    monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((12, 10)))
+    monkeypatch.setenv("TERM", "xterm")
+    window = Window()
+    with display.Stream(window) as stream:
+        stream.show([("one two six", ""), (display.MASK, display.MASKED)])  # "six" and the mask on a line of their own
+        stream.close([("one two six", ""), (" x", "")])
+    assert lines_of(window) == ["one two six", "x"]
+
+
 def test_settled_text_is_written_once_and_for_good(monkeypatch):
     monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((12, 10)))
     monkeypatch.setenv("TERM", "xterm")
     text = "one two three four five six seven eight"
     ids = tokenizer().encode(text)
     for live in (True, False):
-        screen = pyte.Screen(12, 30)
         window = Window()
         with display.Stream(window, live=live) as stream:
             for settled in range(len(ids) + 1):
                 masked = [i >= settled for i in range(len(ids))]
                 stream.show(display.spans(tokenizer(), ids, masked, [False] * len(ids)))
             stream.close(display.spans(tokenizer(), ids, [False] * len(ids), [False] * len(ids)))
-        pyte.Stream(screen).feed(window.getvalue().replace("\r\n", "\n").replace("\n", "\r\n"))
-        shown = [line.strip() for line in screen.display if line.strip()]
+        shown = lines_of(window)
         assert " ".join(shown) == text if live else words("".join(shown)) == words(text)
         assert ("\033" in window.getvalue()) == live and (live or window.getvalue() == text + "\n")
+
+
+def test_a_character_of_several_tokens_is_written_once_it_is_whole():
+    ids, window = tokenizer().encode("a🙂b"), io.StringIO()
+    assert len(ids) > 4
+    with display.Stream(window) as stream:
+        for settled in range(len(ids) + 1):
+            masked = [i >= settled for i in range(len(ids))]
+            stream.show(display.spans(tokenizer(), ids, masked, [False] * len(ids)))
+            assert "a🙂b".startswith(window.getvalue())
+        stream.close(display.spans(tokenizer(), ids, [False] * len(ids), [False] * len(ids)))
+    assert window.getvalue() == "a🙂b\n"
+
+
+def test_what_may_be_masked_again_is_not_written_before_the_end():
+    ids, window = tokenizer().encode("one two"), io.StringIO()
+    with display.Stream(window, revocable=True) as stream:
+        stream.show(display.spans(tokenizer(), ids, [False] * len(ids), [False] * len(ids)))
+        assert not window.getvalue()
+        stream.close(display.spans(tokenizer(), ids[:1], [False], [False]))
+    assert window.getvalue() == tokenizer().decode(ids[:1]) + "\n"
 
 
 def test_a_dumb_terminal_sees_no_escape_codes(tmp_path):

@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from conftest import FAMILIES, GOLDEN, golden_json, golden_model, positions, random_tokens, tiny
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import convert
 from checkpoint import config_dict, declare, load_config, load_model, read_config, replacing, resolve, save_model
-from model import Config, Layout
+from model import Config, LanguageModel, Layout
 from tokenizer import Tokenizer
 
 MODELS = GOLDEN / "models"
@@ -169,7 +171,13 @@ def test_saved_equals_loaded(family, tied, sharded, tmp_path, monkeypatch):
     assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
     assert (tmp_path / "saved/model.safetensors.index.json").is_file() == sharded
     assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1
-    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1 or not sharded
+    files = {path: load_file(path) for path in (tmp_path / "saved").glob("*.safetensors")}
+    sizes = {path: sum(x.nbytes for x in held.values()) for path, held in files.items()}
+    if sharded:
+        assert len(files) > 1 and all(sizes[path] <= 20_000 or len(files[path]) == 1 for path in files)
+        index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(sizes.values())
+        assert index["weight_map"] == {name: path.name for path, held in files.items() for name in held}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
 
 
@@ -192,6 +200,38 @@ def test_dtypes_are_those_of_the_file_unless_asked_otherwise(tmp_path):
     fields = json.loads((tmp_path / "half/config.json").read_text()) | {"dtype": "float32"}
     (tmp_path / "half/config.json").write_text(json.dumps(fields))
     assert equal(load_model(tmp_path / "half").state_dict(), half.state_dict())
+
+
+def test_a_conversion_takes_no_more_memory_at_its_peak_than_the_model_and_little_besides(tmp_path, monkeypatch):
+    model, bytes_read, peaks = tiny(dtype=torch.float32, tie_word_embeddings=False), [], []
+    save_model(model, tmp_path / "half", dtype=torch.bfloat16)
+
+    class Counted:
+        """A file opened for a tensor or two, whose bytes are then mapped beside all that has been converted."""
+
+        def __init__(self, handle):
+            self.handle = handle
+
+        def __getattr__(self, name):
+            return getattr(self.handle, name)
+
+        def __enter__(self):
+            return type(self)(self.handle.__enter__())
+
+        def __exit__(self, *error):
+            self.handle.__exit__(*error)
+
+        def get_tensor(self, name):
+            tensor = self.handle.get_tensor(name)
+            bytes_read.append(2 * tensor.nbytes)  # of the converted
+            peaks.append(sum(bytes_read) + tensor.nbytes)
+            return tensor
+
+    opened = checkpoint.safe_open
+    monkeypatch.setattr(checkpoint, "safe_open", lambda *args: Counted(opened(*args)))
+    load_model(tmp_path / "half", dtype=torch.float32)
+    whole = sum(x.nbytes for x in model.state_dict().values())
+    assert sum(bytes_read) == whole and max(peaks) < 1.02 * whole
 
 
 def test_loaded_weights_can_be_trained_without_touching_the_file(tmp_path):
@@ -282,6 +322,50 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(step, tmp_path, mon
     assert equal(load_model(tmp_path / "saved").state_dict(), new.state_dict())
 
 
+def test_a_save_that_cannot_take_its_name_gives_it_back(tmp_path, monkeypatch):
+    old, rename = tiny(dtype=torch.float32), Path.rename
+    save_model(old, tmp_path / "saved")
+
+    def refused(path, target):
+        if path.name.endswith(".writing"):
+            raise OSError("refused")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="refused"):
+        save_model(tiny(seed=1, dtype=torch.float32), tmp_path / "saved")
+    assert equal(load_model(tmp_path / "saved").state_dict(), old.state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_save_is_on_the_disk_before_it_takes_its_name_and_the_name_is_after(tmp_path, monkeypatch):
+    synced, sync = [], checkpoint._sync
+
+    def recorded(path):
+        synced.append((path.name, (tmp_path / "saved").exists()))
+        sync(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", recorded)
+    save_model(tiny(), tmp_path / "saved")
+    written = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {name for name, named in synced if not named} == written | {".saved.writing"}
+    assert [name for name, named in synced if named] == [tmp_path.name]
+
+
+def test_a_checkpoint_is_no_longer_whole_before_a_part_of_it_is_gone(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint-2"
+    for take in (checkpoint.drop_training, checkpoint.remove):
+        (path / "state").mkdir(parents=True, exist_ok=True)
+        for name in (".metadata", "progress.json"):
+            (path / "state" / name).write_text("{}")
+        assert checkpoint.read_progress(path) == {}
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda *args, **options: None)  # killed here
+            take(path)
+        with pytest.raises(FileNotFoundError):
+            checkpoint.read_progress(path)
+
+
 def test_a_killed_save_leaves_nothing_that_passes_for_a_checkpoint(tmp_path):
     """What a killed process leaves behind stands under another name, and the next save clears it."""
     stale = tmp_path / ".saved.writing"
@@ -348,9 +432,15 @@ def test_an_untrained_mask_row_becomes_the_mean_row_at_the_median_norm(family, t
     assert torch.equal(load_file(tmp_path / "again/model.safetensors")[EMBEDDING][mask], row)
 
 
+@pytest.mark.parametrize("even", [True, False])  # as Llama's own vocabulary is, which is a multiple of 64 itself
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_full_vocabulary_grows_to_a_multiple_of_64(tied, tmp_path):
-    tokenizer = Tokenizer(MODELS / "llama")
+def test_a_full_vocabulary_grows_to_a_multiple_of_64(tied, even, tmp_path):
+    shutil.copytree(MODELS / "llama", tmp_path / "tokenizer")
+    core = tokenizers.Tokenizer.from_file(str(MODELS / "llama/tokenizer.json"))
+    core.add_tokens([f"<extra {n}>" for n in range(-core.get_vocab_size() % 64 if even else 3)])
+    core.save(str(tmp_path / "tokenizer/tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
+    assert (tokenizer.mask_id % 64 == 0) == even
     shape = {"vocab_size": tokenizer.mask_id, "tie_word_embeddings": tied, "mask_token_id": None}
     model = tiny("llama", dtype=torch.float32, **shape)
     save_model(model, tmp_path / "full", tokenizer=tokenizer)
@@ -403,6 +493,9 @@ def test_random_weights_follow_the_seed_and_need_no_source_weights(tmp_path):
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     assert equal(a, b) and not equal(a, c)
     assert abs(a[EMBEDDING].std().item() - 0.02) < 1e-3
+    model = LanguageModel(load_config(path))
+    model.init_weights(torch.Generator().manual_seed(42))
+    assert equal(a, model.state_dict())  # the mask token's row like all others
 
 
 @pytest.mark.parametrize(

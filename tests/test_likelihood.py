@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import MASK, golden_json, golden_model, tiny
+from conftest import MASK, golden_json, golden_model, tiny, watched_masks
 
 import diffusion
 from diffusion import is_greedy, log_likelihood
@@ -277,12 +277,12 @@ def test_batched_is_single_whatever_the_forward_holds(objective, K, right_shift)
 @pytest.mark.parametrize("right_shift", [False, True])
 def test_copies_that_need_several_forwards_give_what_one_gives(right_shift, monkeypatch):
     model = tiny(objective="bd3lm", block_length=8, right_shift=right_shift)
-    contexts, continuations = [tokens(20), tokens(20)], [tokens(20, 1), tokens(19, 2)]
+    contexts, continuations = [tokens(20), tokens(20), tokens(2)], [tokens(20, 1), tokens(19, 2), tokens(21)]
     one = log_likelihood(model, contexts, continuations, draws=40, generator=rng())
     monkeypatch.setattr("diffusion.COPIES", 24)
-    shapes = counted(model, monkeypatch)
+    shapes, seen = counted(model, monkeypatch), watched_masks(monkeypatch)
     many = log_likelihood(model, contexts, continuations, draws=40, generator=rng())
-    assert len(shapes) > 10
+    assert len(shapes) > 10 and len(seen) == len(shapes) and all(seen)  # every query sees something, padding too
     for a, b in zip(many, one):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 

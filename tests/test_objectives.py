@@ -393,6 +393,21 @@ def test_a_batch_with_nothing_to_learn_has_loss_and_gradient_zero(objective, opt
     assert all((g == 0).all() for g in gradients(model, total).values())
 
 
+@pytest.mark.parametrize("norm_type", ("token", "sequence", "batch"))
+@each_objective
+def test_a_row_with_nothing_to_learn_weighs_nothing(objective, options, norm_type):
+    model, batch = tiny(), make_batch(3, 6)
+    batch.supervised[1] = False
+    noise = draw_noise(batch)
+    with_it = an_example(objective, batch, noise, **options, norm_type=norm_type)
+    without = an_example(
+        objective, rows(batch, [0, 2]), Noise(*(x[[0, 2]] for x in noise)), **options, norm_type=norm_type
+    )
+    (a, n), (b, m) = (loss(model, example) for example in (with_it, without))
+    close(a.detach(), b.detach())
+    assert n == m > 0
+
+
 @each_objective
 def test_packed_documents_have_the_loss_of_separate_rows(objective, options):
     model, lengths = tiny(), (5, 6, 2)

@@ -131,6 +131,7 @@ def compare(tmp_path, source, cases: list[dict], divisions: list[tuple[int, int]
             parallel = case["parallel"] if processes > 1 else "ddp"
             flags = [*case.get("flags", []), "--gradient_accumulation_steps", str(accumulation)]
             flags += ["--parallel", parallel, "--per_device_train_batch_size", str(8 // processes // accumulation)]
+            flags += ["--per_device_eval_batch_size", "8"]  # three batches of the 20 rows
             flags = flags_of(source, output, *flags, objective=case["objective"], stage=case["stage"])
             local = {"local": max(1, processes // 2)} if parallel == "hybrid" else {"local": processes}
             yield {"flags": flags, **local, **more}
@@ -279,6 +280,8 @@ def test_a_signal_ends_the_run_after_a_step_and_a_save(tmp_path, source, monkeyp
     assert [path.name for path in train.checkpoints(tmp_path / "torn")] == ["checkpoint-6"]
     train.main(flags_of(source, tmp_path / "torn", *more))
     assert_equal(tmp_path / "whole", tmp_path / "torn")
+    minutes = [row["minutes"] for row in metrics(tmp_path / "torn") if "minutes" in row]
+    assert minutes == sorted(minutes)  # it goes on, too
     size = len(metrics(tmp_path / "torn"))
     train.main(flags_of(source, tmp_path / "torn", *more))  # complete: nothing more is done
     assert len(metrics(tmp_path / "torn")) == size
@@ -310,6 +313,33 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once_with_the_same_statu
         train.main(flags_of(source, tmp_path / "run"))
     assert stop.value.code == 75 and signal.getsignal(number) == before
     assert (tmp_path / "stopped").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, source, monkeypatch):
+    gradients, calls = train.gradients, Counter()
+
+    def signalled(*args):
+        calls["steps"] += 1
+        if calls["steps"] == 9:  # which the ranks tell each other of before the tenth
+            signal.raise_signal(signal.SIGTERM)
+        return gradients(*args)
+
+    monkeypatch.setattr(train, "gradients", signalled)
+    train.main(flags_of(source, tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-final"]
+
+
+def test_a_second_interrupt_does_at_once_what_one_did_before():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
+    try:
+        with train.Signals() as signals:
+            signals.steps = True
+            signal.raise_signal(signal.SIGINT)
+            assert signals.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_evaluation_that_a_save_came_before_is_made_up_for(tmp_path, source, monkeypatch):
@@ -359,9 +389,10 @@ def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tm
     assert [row["step"] for row in metrics(tmp_path / "other") if "loss" in row] == [7, 8, 9, 10]
     assert "holds a run" in refused(capsys, flags_of(source, tmp_path / "other", *resume))
     before = curve(tmp_path / "whole")
-    train.main(flags_of(source, tmp_path / "whole", *resume, "--save_steps", "1", "--save_total_limit", "1"))
+    train.main(flags_of(source, tmp_path / "whole", *resume, "--save_steps", "7", "--save_total_limit", "1"))
     assert curve(tmp_path / "whole") == before
-    assert [path.name for path in train.checkpoints(tmp_path / "whole")] == ["checkpoint-9"]
+    held = [path.name for path in train.checkpoints(tmp_path / "whole")]
+    assert held == ["checkpoint-7", "checkpoint-9"]  # a later one does not count
 
 
 @pytest.mark.slow
@@ -370,7 +401,15 @@ def test_a_run_goes_on_under_any_other_parallel(tmp_path, source):
     ways, from_one = ("ddp", "zero2", "zero3", "hybrid"), tmp_path / "one"
 
     def plan(output, processes, *more):
-        flags = ["--gradient_accumulation_steps", str(4 // processes), "--save_steps", "5", *more]
+        flags = [
+            "--gradient_accumulation_steps",
+            str(4 // processes),
+            "--save_steps",
+            "5",
+            "--logging_steps",
+            "3",
+            *more,
+        ]
         return {"flags": flags_of(source, output, *flags, rows=2), "local": max(1, processes // 2)}
 
     def resumed(output, way, processes):
@@ -383,7 +422,10 @@ def test_a_run_goes_on_under_any_other_parallel(tmp_path, source):
     ended(start([resumed(output, way, 2) for output in sources for way in ways], 2), timeout=600)
     ended(start([resumed(output, "ddp", 1) for output in sources]))
     for output in tmp_path.glob("*-*-[12]"):
-        assert [row["step"] for row in metrics(output) if "loss" in row] == [6, 7, 8, 9, 10]
+        lines = [[row for row in curve(path) if row[0] > 5] for path in (output, from_one)]
+        assert [row[:2] for row in lines[0]] == [row[:2] for row in lines[1]]
+        # a line of steps 4 to 6 also tells of those before the save
+        assert [value for *_, value in lines[0]] == pytest.approx([value for *_, value in lines[1]], abs=1e-9)
         ours, theirs = weights(output), weights(from_one)
         assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-9, output.name
     assert len(list(tmp_path.glob("*-*-[12]"))) == 25
@@ -494,6 +536,51 @@ def test_a_gradient_that_is_not_finite_ends_the_run_or_is_left_out(tmp_path, sou
     assert all(row["loss"] > 0 or row["step"] in (4, 5) for row in metrics(tmp_path / "run") if "loss" in row)
 
 
+def test_a_step_that_is_left_out_leaves_nothing_behind(tmp_path, source, monkeypatch):
+    """It ends as a run does in which that step has no update."""
+    gradients, update = train.gradients, train.update
+    calls = Counter()
+
+    def poisoned(engine, sync, model, *rest):
+        total, norm = gradients(engine, sync, model, *rest)
+        calls["gradients"] += 1
+        if calls["gradients"] == 4:
+            model.model.norm.weight.grad.mul_(math.nan)
+            return total, math.nan
+        return total, norm
+
+    def missing(optimizers, rate):
+        calls["update"] += 1
+        update(optimizers, rate) if calls["update"] != 4 else [each.zero_grad() for each in optimizers]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "gradients", poisoned)
+        train.main(flags_of(source, tmp_path / "left out", "--skip_nonfinite", "1", "--logging_steps", "2"))
+    monkeypatch.setattr(train, "update", missing)
+    train.main(flags_of(source, tmp_path / "missing"))
+    ours, theirs = weights(tmp_path / "left out"), weights(tmp_path / "missing")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = {
+        (name, row["step"]): row.get("loss") for name in ("left out", "missing") for row in metrics(tmp_path / name)
+    }
+    assert losses["left out", 4] == losses["missing", 3]  # the mean of step 3 alone
+
+
+def test_steps_that_were_left_out_count_after_a_resumption(tmp_path, source, monkeypatch, capsys):
+    gradients, calls = train.gradients, Counter()
+
+    def poisoned(*args):
+        calls["gradients"] += 1
+        return (math.nan, math.nan) if calls["gradients"] in (2, 11) else gradients(*args)
+
+    monkeypatch.setattr(train, "gradients", poisoned)
+    flags = flags_of(source, tmp_path / "run", "--skip_nonfinite", "1", "--save_steps", "5", "--eval_strategy", "no")
+    train.main(flags)  # ten steps, and then five
+    shutil.rmtree(tmp_path / "run/checkpoint-final")
+    said = refused(capsys, [*flags, "--resume_from_checkpoint", "auto"])
+    assert "step 6: the loss or the gradient is not finite" in said and "/checkpoint-5" in said
+
+
 def test_a_loss_that_is_not_finite_counts_as_such_a_gradient(tmp_path, source, monkeypatch, capsys):
     loss, calls = train.loss, 0
 
@@ -598,6 +685,9 @@ def test_a_damaged_state_is_told_in_one_line(tmp_path, source, capsys):
         shard.write_bytes(shard.read_bytes()[:1000])
     said = refused(capsys, flags_of(source, output, "--save_steps", "4", "--resume_from_checkpoint", "auto"))
     assert "checkpoint-8 does not fit this run or is damaged" in said
+    (output / "checkpoint-8/state/.metadata").unlink()  # then it is none, and an earlier one serves
+    train.main(flags_of(source, output, "--save_steps", "4", "--resume_from_checkpoint", "auto"))
+    assert f"resume {output}/checkpoint-4" in capsys.readouterr().out
 
 
 def test_a_rank_that_fails_ends_the_others_and_its_traceback_comes_first(tmp_path, source):

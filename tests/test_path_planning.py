@@ -63,7 +63,22 @@ def test_p2_ends_leaves_the_prompt_and_masks_only_in_the_open_block(objective, K
         assert objective == "mdlm" or (again // block == first // block).all()
         assert after.tokens[0, :3].tolist() == prompt
         assert ((after.tokens == MASK) == after.masked).all() or objective == "ar"
+        assert not after.confidence[after.masked].any()
     assert steps[-1].done.all()
+
+
+def test_p2_ends_at_an_end_token_only_once_that_cannot_be_masked_again():
+    """What it has then said is what it says where nothing ends it."""
+    ends, earlier = range(0, MASK, 2), 0
+    for seed in range(8):
+        model = tiny(seed=seed, objective="mdlm")
+        options = {"max_new_tokens": 16, "steps": 16, "block_size": 8, "remasking": "p2"}
+        free, steps = (list(denoise(model, [[5, 6]], **options, end_ids=end_ids)) for end_ids in ((), tuple(ends)))
+        answer = steps[-1].tokens[0, 2:].tolist()
+        first = next(i for i, token in enumerate(answer) if token in ends)
+        assert answer[: first + 1] == free[-1].tokens[0, 2 : 2 + first + 1].tolist()
+        earlier += len(steps) < len(free)
+    assert earlier > 0
 
 
 def test_one_token_a_step_without_regrets_is_the_fixed_count():

@@ -493,6 +493,26 @@ def test_wrap_loses_no_character_and_exceeds_no_line(text, width):
         assert display.cell_len(visible) <= max(width + visible.endswith(" "), 2)
 
 
+def test_wrap_breaks_after_a_space_or_a_mask_if_it_can():
+    def lines(text, width):
+        return ["".join(character for character, _ in line) for line in display.wrap([(text, "")], width)]
+
+    assert lines("one two", 3) == lines("one two", 5) == ["one ", "two"]  # the space may hang over
+    assert lines("one  two", 3) == ["one ", " ", "two"] and lines("one two", 7) == ["one two"]
+    assert lines(f"ab{display.MASK}cde", 5) == [f"ab{display.MASK}", "cde"] and lines("abcdef", 5) == ["abcde", "f"]
+
+
+def test_an_end_token_closes_an_answer_unless_masks_are_before_it():
+    ids = tokenizer().encode("ab")
+    (end,) = tokenizer().encode("<|im_end|>")
+    ids, fresh = [ids[0], ids[-1], end, ids[0]], [False, False, True, False]
+    shown = display.spans(tokenizer(), ids, [False] * 4, fresh, end_ids=(end,))
+    assert display.plain(shown) == tokenizer().decode(ids[:2])
+    shown = display.spans(tokenizer(), ids, [False, True, False, False], fresh, end_ids=(end,))
+    assert [text for text, _ in shown[1:3]] == [display.MASK, display.END] and len(shown) == 4
+    assert shown[2][1] == display.FRESH
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes: one line, status 2, nothing written
 

@@ -6,7 +6,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, MASK, VOCAB, golden_arrays, golden_json, golden_model, positions, random_tokens, tiny
+from conftest import (
+    FAMILIES,
+    MASK,
+    VOCAB,
+    golden_arrays,
+    golden_json,
+    golden_model,
+    positions,
+    random_tokens,
+    tiny,
+    watched_masks,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -23,6 +34,7 @@ from diffusion import (
     fixed_count,
     gumbel,
     mdlm_example,
+    path_planning,
     ranks,
     restrict,
     reveal_schedule,
@@ -64,7 +76,10 @@ def a_model(mode: str, family: str = "qwen3", **changes):
 
 def decode(mode, model, prompts, **options):
     """All steps, as a list."""
-    return list(denoise(model, prompts, **{"max_new_tokens": NEW} | MODES[mode][1] | options))
+    steps = denoise(model, prompts, **{"max_new_tokens": NEW} | MODES[mode][1] | options)
+    steps = list(itertools.islice(steps, 200))
+    assert len(steps) < 200, "decoding does not end"
+    return steps
 
 
 def history(steps, row: int, length: int) -> list[list[int]]:
@@ -596,6 +611,25 @@ def test_a_factor_reveals_as_many_as_their_least_confident_bears():
         assert confidence_factor(factor)(confidence, None, masked, None, None).int().tolist() == left
 
 
+RULES = (fixed_count, path_planning, confidence_threshold(0.5), entropy_bound(0.0), entropy_bound(1.0))
+
+
+@pytest.mark.parametrize("rule", (*RULES, confidence_factor(1e-9), confidence_factor(1.0)))
+def test_every_rule_leaves_fewer_masked_of_a_row_that_has_any(rule, rng):
+    """Whatever the confidences are: equal, the greatest or least there can be, or, of a broken model, no numbers."""
+    values = torch.tensor([-100.0, -1.0, 0.0, 0.5, 1.0, math.nan])  # entropy_bound takes negative entropies
+    for _ in range(200):
+        answer = torch.rand(5, 7, generator=rng) < 0.8
+        masked = answer & (torch.rand(5, 7, generator=rng) < 0.5)
+        confidence = values[torch.randint(0, len(values), (5, 7), generator=rng)]
+        confidence.masked_fill_(~(answer if rule is path_planning else masked), -math.inf)
+        count = masked.sum(dim=1)
+        quota = 1 + (torch.rand(5, generator=rng) * (count - 1).clamp(min=0)).round().long()
+        left = rule(confidence, None, masked, quota, None)
+        assert (left.sum(dim=1) < count)[count > 0].all() and not left[count == 0].any()
+        assert not (left & ~(answer if rule is path_planning else masked)).any()
+
+
 @pytest.mark.parametrize(
     "rule", [{"threshold": p} for p in (0.05, 0.2, 0.5)] + [{"entropy": 3.0}, {"factor": 2.0}], ids=str
 )
@@ -613,10 +647,14 @@ def test_an_adaptive_rule_reveals_something_at_every_forward_and_everything_in_t
 @pytest.mark.parametrize("slice", (1, 3 * 12, 2**19), ids="slices of {}".format)
 @pytest.mark.parametrize("temperature", (0.0, 2.0))
 @pytest.mark.parametrize("rows", (1, 3))
-def test_a_token_its_probability_and_the_entropy_are_those_of_all_logits_at_once(slice, temperature, rows, monkeypatch):
+@pytest.mark.parametrize("loud", (1.0, 1e4))  # of a token that does not count
+def test_a_token_its_probability_and_the_entropy_are_those_of_all_logits_at_once(
+    slice, temperature, rows, loud, monkeypatch
+):
     monkeypatch.setattr(diffusion, "SLICE", slice)
     random = torch.randn(2 * rows + VOCAB, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hidden, weight = random[: 2 * rows].view(2, rows, 8), random[2 * rows :]
+    weight[2] *= loud
     options = {"cfg_scale": 0.5, "suppress": (3, 9), "begin_suppress": (1, 2), "mask_id": MASK, "entropy": True}
     token, probability, score = diffusion._pick(
         list(hidden), weight, temperature=temperature, top_k=None, top_p=None, generator=None, **options
@@ -641,6 +679,14 @@ def test_decoding_by_slices_of_the_vocabulary_changes_nothing(mode, slice, monke
     monkeypatch.setattr(diffusion, "SLICE", slice)
     for a, b in zip(whole, decode(mode, model, PROMPTS, steps=5), strict=True):
         torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:])
+
+
+@pytest.mark.parametrize("static", (False, True))
+@each_mode
+def test_every_query_sees_something_be_it_padding_or_of_a_row_that_is_done(mode, static, monkeypatch):
+    seen, model = watched_masks(monkeypatch), a_model(mode)
+    decode(mode, model, PROMPTS, steps_per_block=3, end_ids=tuple(range(0, MASK, 4)), static=static, cfg_scale=0.5)
+    assert seen and all(seen)
 
 
 # Shapes that recur
@@ -840,6 +886,26 @@ def test_top_p_keeps_the_smallest_set_of_that_probability(top_p, rng):
         assert top_p == 1.0 or p[keep].sum() >= top_p - 1e-12
         assert p[keep].sum() - p[keep].min() < top_p  # without its least likely it would not do
         assert keep.all() or p[keep].min() >= p[~keep].max()
+
+
+def test_top_p_takes_no_token_more_where_some_have_it_exactly_and_counts_what_top_k_leaves():
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert (restrict(logits, None, 0.75) > -math.inf).tolist() == [[True, True, False, False]]
+    assert (restrict(logits, 2, 0.6) > -math.inf).tolist() == [[True, False, False, False]]
+
+
+@pytest.mark.parametrize("options", ({"top_k": None}, {"top_k": 3}), ids=str)
+def test_a_temperature_divides_the_logits_that_top_p_restricts(options):
+    random = torch.randn(40 + VOCAB, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hidden, weight = random[:40], random[40:]
+    options |= {"cfg_scale": 0, "suppress": (), "begin_suppress": (), "mask_id": MASK, "entropy": False, "top_p": 0.6}
+
+    def token(hidden, temperature):
+        generator = torch.Generator().manual_seed(0)
+        return diffusion._pick([hidden], weight, temperature=temperature, generator=generator, **options)[0]
+
+    for temperature in (0.25, 4.0):
+        assert torch.equal(token(hidden, temperature), token(hidden / temperature, 1.0))
 
 
 @pytest.mark.parametrize("top_k", (1, 3, 11, 12, 100))

@@ -74,9 +74,28 @@ def test_a_pass_holds_every_row_once_and_passes_differ(words):
     passes = [firsts(steps[begin : begin + 24]) for begin in (0, 24, 48)]
     assert all(sorted(rows) == list(range(96)) for rows in passes)
     assert passes[0] != passes[1] != passes[2]
+    assert not all(row % 4 == n % 4 for n, row in enumerate(passes[0]))  # rows are shuffled before they are dealt, too
     assert torch.cat([step["sample"] for step in steps]).tolist() == list(range(288))
     assert firsts(take(loader(words, shuffle=False), 24)) == list(range(96))
     assert firsts(take(loader(words, seed=2), 24)) != passes[0] == firsts(take(loader(words), 24))
+
+
+def test_shards_change_their_order_from_pass_to_pass_unless_limited_and_pieces_of_a_text_within_a_window(
+    words, tmp_path
+):
+    def orders(spec, shuffle):
+        """Of each of eight passes, its rows' files in turn."""
+        reader = stream.Reader(loader(spec).stream.sources, 0, shuffle)
+        taken = [[int(row["text"][1:]) // 32 for _, row in reader.take(100)] for _ in range(8)]
+        return {tuple(dict.fromkeys(files)) for files in taken}
+
+    assert len(orders(words, True)) > 2 and orders(words, False) == {(0, 1, 2)}
+    assert orders(f"{words}[train:40]", True) == {(0, 1)}  # always the same rows
+    write(tmp_path / "train.jsonl", [{"text": " ".join(f"w{i}" for i in range(40))}])
+    write(tmp_path / "test.jsonl", [{"text": "w400"}])
+    one = partial(loader, str(tmp_path), 1, 1, reading={"insert_eos": False})
+    assert firsts(take(one(shuffle=False), 20)) == list(range(0, 40, 2))
+    assert firsts(take(one(), 20)) != sorted(firsts(take(one(), 20))) == list(range(0, 40, 2))
 
 
 @pytest.mark.parametrize("spec, max_length", [("words", 2), ("texts", 8)])
@@ -101,6 +120,7 @@ def test_a_stream_resumed_after_any_step_goes_on_the_same(spec, max_length, requ
         first = make()
         assert same(take(first, done), whole[:done])
         rest = make(prefetch=2)
+        assert len(first.state["windows"]) <= 5  # what no slot needs any more is forgotten
         rest.load_state(json.loads(json.dumps(first.state)))
         assert same(take(rest, 40 - done), whole[done:])
 
@@ -126,6 +146,8 @@ def test_a_stream_resumes_on_another_number_of_ranks(texts):
     assert step == len(whole)
     with pytest.raises(ValueError, match="the states of all its ranks"):
         loader(texts, 4, 1, max_length=8).load_state(states[:2])
+    with pytest.raises(ValueError, match=r"step is .* saved with 46"):
+        loader(texts, 4, 1, max_length=8).load_state([*states[:3], states[3] | {"step": 46}])
     with pytest.raises(ValueError, match=r"global batch size is 8, but .* saved with 4"):
         loader(texts, 8, 1, max_length=8).load_state(states)
 
@@ -177,9 +199,10 @@ def test_limits_and_turns_of_several_sets(words, texts):
     two = loader(
         f"{words}[train:12]+builtin/stdlib[train:4]", shuffle=False, max_length=1, reading={"insert_eos": False}
     )
-    rows = two.stream.sources
-    taken = stream.Reader(rows, 0, False).take(100)
-    assert [n for n, _ in taken] == [0, 1] * 4 + [0] * 8
+    reader = stream.Reader(two.stream.sources, 0, False)
+    for _ in range(2):  # passes
+        taken = reader.take(100)
+        assert [n for n, _ in taken] == [0, 1] * 4 + [0] * 8
     assert [row["text"] for n, row in taken if n == 0] == [f"w{i}" for i in range(12)]
 
 
@@ -261,6 +284,10 @@ def test_streams_of_nothing_are_refused_by_name(tmp_path, words):
         loader(words, reading={"text_field": "body"})
     with pytest.raises(ValueError, match="no column 'messages'"):
         loader(words, stage="sft")
+    write(tmp_path / "few" / "train.jsonl", [{"text": "w1"}, *[{"text": None}] * 12_100])
+    write(tmp_path / "few" / "test.jsonl", [{"text": "w1"}])
+    with pytest.raises(ValueError, match=r"leaves no row to train .*no text 1"):
+        take(loader(f"{tmp_path}/few", 1, 1, shuffle=False, shuffle_buffer=2000), 2)
     with pytest.raises(ValueError, match="shuffle buffer 0"):
         loader(words, shuffle_buffer=0)
     with pytest.raises(FileNotFoundError, match="no data at"):

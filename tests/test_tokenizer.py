@@ -200,6 +200,17 @@ def test_a_trained_tokenizer_is_lossless_deterministic_and_splits_digits():
         Tokenizer.train(TEXTS, 100)
 
 
+def test_an_embedding_needs_a_row_for_every_id():
+    tokenizer = Tokenizer(QWEN3)
+    last = max(tokenizer.ids)
+    assert last == tokenizer.mask_id
+    tokenizer.fit(last + 1)
+    tokenizer.fit(last, mask=False)
+    for rows, mask in ((last, True), (last - 1, False)):
+        with pytest.raises(ValueError, match=f"token id {rows} and the embedding {rows} rows"):
+            tokenizer.fit(rows, mask=mask)
+
+
 def test_a_rare_pair_is_not_merged():
     texts = ["common"] * 500 + ["rare"] * 4  # 504 texts: a merge needs 5 occurrences
     tokenizer = Tokenizer.train(texts, 400)

@@ -134,10 +134,12 @@ def test_what_is_saved_is_what_was_evaluated(source, tmp_path, objective):
     assert again == pytest.approx([row["eval_loss"] for row in metrics if "eval_loss" in row][-1], rel=1e-5)
 
 
-def test_the_evaluated_loss_of_ar_is_the_mean_surprise(source):
+@pytest.mark.parametrize("mask_prompt_loss", [True, False])  # False: the first token is learnt, if anything precedes
+def test_the_evaluated_loss_of_ar_is_the_mean_surprise(source, mask_prompt_loss):
     model, tokenizer = load_model(source, dtype=torch.float64), Tokenizer(source)
     model.config.objective, model.config.right_shift = "ar", True
-    rows = data.load("builtin/sums", stage="sft", split="validation", tokenizer=tokenizer, max_length=512)
+    reading = {"tokenizer": tokenizer, "max_length": 512, "mask_prompt_loss": mask_prompt_loss}
+    rows = data.load("builtin/sums", stage="sft", split="validation", **reading)
     surprise, tokens = 0.0, 0
     for i in range(len(rows)):
         ids, supervised = torch.from_numpy(rows[i]["tokens"]), torch.from_numpy(rows[i]["supervised"])
@@ -146,9 +148,17 @@ def test_the_evaluated_loss_of_ar_is_the_mean_surprise(source):
         surprise -= log_p[:-1].gather(1, ids[1:, None])[supervised[1:]].sum().item()
         tokens += int(supervised[1:].sum())
     collate = functools.partial(data.collate, pad_id=tokenizer.pad_id)
+    lengths = []
+
+    def recorded(picked):
+        lengths.extend(len(row["tokens"]) for row in picked)
+        return collate(picked)
+
     for batch_size in (1, 6):
-        value = train.evaluate(model, model, rows, collate, batch_size=batch_size, ranks=ALONE)
+        value = train.evaluate(model, model, rows, recorded, batch_size=batch_size, ranks=ALONE)
         assert value == pytest.approx(surprise / tokens, rel=1e-9)
+        assert lengths == sorted(lengths)  # so that there is little padding
+        lengths.clear()
 
 
 def batch_of(ids, supervised) -> dict:
@@ -231,6 +241,33 @@ def test_the_learning_rate_rises_then_falls(source):
     assert train.learning_rate(0.0, args) == 1e-4
 
 
+@pytest.mark.parametrize("more", [[], ["--max_minutes", "1000"]])
+def test_neither_the_first_step_nor_the_last_is_in_vain(source, tmp_path, more):
+    flags = ["--max_steps", "4", "--warmup_ratio", "0.4", "--lr_scheduler_type", "linear", "--learning_rate", "1e-3"]
+    rows = run(source, tmp_path, *flags, "--logging_steps", "1", "--eval_strategy", "no", *more)
+    assert [row["learning_rate"] for row in rows if "loss" in row] == pytest.approx(
+        [1e-3 / 2, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3]
+    )
+
+
+def test_a_gradient_is_clipped_to_its_norm_or_not_at_all(source):
+    args = train.arguments().parse_args(["--model_name_or_path", source, "--output_dir", "unused", *SFT])
+    train.complete(args)
+    model, tokenizer = train.build_model(args)
+    train.complete_noise(args, "mdlm")
+    rows = data.load("builtin/sums", stage="sft", split="train", tokenizer=tokenizer, max_length=48)
+    loader = data.Loader(
+        rows, micro_batch_size=8, accumulation=1, seed=1, collate=train.collate_for(args, model.config, tokenizer)
+    )
+    examples = [train.training_example(args, model.config)(batch) for batch in next(loader.batches())]
+    norms = []
+    for most in (0.0, 0.01):
+        model.zero_grad()
+        before = train.gradients(model, lambda on: None, model, examples, 1, most, ALONE)[1]
+        norms.append((before, torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()))
+    assert norms[0] == pytest.approx((norms[1][0],) * 2, rel=1e-5) and norms[1][1] == pytest.approx(0.01, rel=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 
@@ -251,12 +288,12 @@ FLAGS = [
     "--adam_beta1 0.8 --adam_beta2 0.9 --adam_epsilon 1e-6 --max_grad_norm 0",
     "--gradient_accumulation_steps 2 --seed 3 --compute_dtype bfloat16",
     "--eval_strategy no",
-    "--eval_strategy epoch --num_train_epochs 1 --max_steps 9",
+    "--eval_strategy epoch --num_train_epochs 1 --max_steps 9 --per_device_train_batch_size 16",
     "--eval_steps 1 --per_device_eval_batch_size 3 --save_steps 1 --save_total_limit 1 --logging_steps 1",
     "--stop_at_eval_loss 100 --eval_steps 1",
     "--max_minutes 0.00001",
     "--train_on last --packing True --objective ar",
-    "--packing True --objective bd3lm --block_size 4",
+    "--packing True --objective bd3lm --block_size 64 --max_length 64",
     "--streaming True --shuffle_buffer 30 --dataloader_num_workers 1",
     "--load_preprocessed_data True --dataset_args PREPROCESSED",
     "--resume_from_checkpoint auto --skip_nonfinite 1",
@@ -284,6 +321,8 @@ def test_a_run_with(source, tmp_path, flags):
     if "stop_at" in flags or "max_minutes" in flags:
         assert metrics[-1]["step"] == 1
         assert (tmp_path / "run/checkpoint-final/model.safetensors").is_file()
+    if "eval_strategy epoch" in flags:
+        assert [row["step"] for row in metrics if "eval_loss" in row] == [0, 4, 8, 9]
     if "eval_strategy no" in flags:
         assert not any("eval_loss" in row for row in metrics)
     if "save_total_limit" in flags:
@@ -296,7 +335,14 @@ def test_a_run_with(source, tmp_path, flags):
 def test_every_flag_is_exercised_here():
     exercised = {word for flags in FLAGS for word in flags.split() if word.startswith("--")}
     published = {name for name in train.arguments()._option_string_actions if name.startswith("--")}
-    assert published == exercised | REQUIRED | {"--per_device_train_batch_size"}
+    assert published == exercised | REQUIRED
+
+
+def test_a_flag_that_depends_on_the_stage_is_what_its_help_says():
+    helps = {action.dest: action.help for action in train.arguments()._actions}
+    for name, default in (train.NOISE_DEFAULTS | train.STAGE_DEFAULTS["pt"] | train.STAGE_DEFAULTS["sft"]).items():
+        if default is not None:  # loss_weight_type: by the type of noise
+            assert f"(default: {default:g})" if isinstance(default, float) else f"(default: {default})" in helps[name]
 
 
 def test_builtin_tiny_starts_from_nothing_and_its_ar_checkpoint_declares_no_mask(tmp_path):
@@ -323,6 +369,24 @@ def test_the_log_tells_rates_memory_and_the_time_left(source, tmp_path, monkeypa
         [2 * rows[0]["minutes"], rows[1]["minutes"] / 2, 0], abs=1e-3
     )
     assert "minutes_left" in capsys.readouterr().out
+
+
+def test_the_time_left_is_no_more_than_the_cap_on_the_time_leaves(source, tmp_path):
+    rows = run(source, tmp_path, "--max_steps", "100000", "--max_minutes", "0.02", "--logging_steps", "1")
+    rows = [row for row in rows if "loss" in row]
+    assert all(row["minutes_left"] <= max(0, 0.02 - row["minutes"]) + 1e-4 for row in rows) and rows[0]["minutes_left"]
+
+
+def test_rates_are_of_all_processes_over_the_time_that_each_took():
+    class Two(train.Ranks):
+        def sum(self, *values):
+            return [2 * value for value in values]  # the other's are the same
+
+    sums = train.Counter(loss=6.0, denominator=3, tokens=100, supervised=10, flops=5e9, seconds=2.0)
+    told = train.summarize(sums, Two(0, 2, torch.device("cpu")), 1e10)
+    assert told["loss"] == 2 and told["tokens"] == 200 and told["supervised_tokens"] == 20
+    assert told["tokens_per_second"] == 100 and told["tokens_per_second_per_process"] == 50
+    assert told["supervised_tokens_per_second"] == 10 and told["mfu"] == 0.25
 
 
 def test_packing_tells_the_share_of_useful_tokens_before_and_after(source, tmp_path, capsys):
@@ -410,6 +474,8 @@ def test_a_run_is_not_overwritten_unless_told(source, tmp_path, capsys):
         capsys, "--model_name_or_path", source, "--output_dir", str(tmp_path), *SFT, "--overwrite", "--max_steps", "0"
     )
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run(source, tmp_path, "--overwrite", "--save_steps", "0")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-final"]  # nothing of the old one
 
 
 def test_an_unconverted_checkpoint_is_sent_to_convert(source, tmp_path, capsys):
