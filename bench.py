@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
-from cli import Parser, add_compile, compile_layers, one_line_errors, replacing_file, switch
+from cli import Parser, add_compile, check_file, compile_layers, one_line_errors, replacing_file, switch
 from diffusion import (
     Batch,
     bd3lm_example,
@@ -624,8 +624,7 @@ def curves(args, arguments: list[str]) -> None:
     """Draws the metrics of several runs in one picture."""
     import display
 
-    if Path(args.picture).exists() and not args.overwrite:
-        raise ValueError(f"{args.picture} exists; name another --picture, or pass --overwrite")
+    check_file("--picture", args.picture, (".png",), overwrite=args.overwrite)
     runs = display.read_runs(args.runs)
     with replacing_file(args.picture) as path:
         display.curves(runs, path)
@@ -681,13 +680,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if name == "curves":
         add("runs", nargs="+", metavar="RUN", help="an --output_dir of train.py")
         add("--picture", default="curves.png", metavar="FILE.png", help="where to")
-        switch(add, "--overwrite", False, "replace a picture of that name")
         parser.set_defaults(output=None, device="cpu", case=None)
     else:
         add("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: fp32; cuda: bf16")
         add("--output", metavar="FILE.json", help="also write the figures here")
         add("--case", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)  # one of the processes
         add("--model", **model | {"default": "qwen3-0.6b" if name == "load" else "mid"})
+    switch(add, "--overwrite", False, "replace a file of that name")
     if name in ("train", "sample", "likelihood"):
         add("--block_size", type=int, default=32, help="tokens of a block of bd3lm, and of mdlm's decoding")
     if name == "train":
@@ -736,9 +735,11 @@ def main(arguments: list[str]) -> None:
     if args.case:
         return args.run_case(args, *args.case)
     with one_line_errors("bench.py"):
+        if args.output:
+            check_file("--output", args.output, (".json",), overwrite=args.overwrite)
         figures = args.function(args, arguments)
         if figures and args.output:
-            unsaid = ("function", "run_case", "refuse", "output", "case")
+            unsaid = ("function", "run_case", "refuse", "output", "overwrite", "case")
             settings = {name: value for name, value in vars(args).items() if name not in unsaid}
             with replacing_file(args.output) as path:
                 path.write_text(json.dumps({"settings": settings, **figures}, indent=1))

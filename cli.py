@@ -94,12 +94,25 @@ def hold_back() -> None:
 
 @contextmanager
 def one_line_errors(prog: str):
-    """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2.
+    """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2; Ctrl-C
+    likewise, into status 130.
 
     Where a process of torchrun's finds another gone, it waits to be ended: that one has said, or will, what is wrong.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started the program
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         yield
+        sys.stdout.flush()  # else a full disk or a closed pipe shows only when Python ends
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what Python still writes when it ends)
+        print(f"{prog}: what read the output has ended, and so does this", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
@@ -110,6 +123,26 @@ def one_line_errors(prog: str):
         if "by peer" in str(error):  # gloo: connection closed, or reset
             time.sleep(10)
         raise
+
+
+def check_place(flag: str, directory: str | Path) -> None:
+    """ValueError where nothing can be written into `directory`, which need not exist: before the work, not after it."""
+    whole = Path(directory).absolute()
+    there = next(place for place in (whole, *whole.parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{flag} {directory}: {there} is no directory to write to; choose another")
+
+
+def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
+    """ValueError where `path` is no name for a file to be written, or must not be replaced."""
+    path = Path(path)
+    if path.suffix not in endings:
+        raise ValueError(f"{flag} {path}: expected a name that ends in {' or '.join(endings)}")
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a directory; name a file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{flag} {path} exists; choose another name or pass --overwrite")
+    check_place(flag, path.parent)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import OBJECTIVES, load_config, load_model, resolve, save_model
-from cli import Parser, boolean, one_line_errors, place, seed, switch
+from cli import Parser, boolean, check_place, one_line_errors, place, seed, switch
 from model import Config, LanguageModel
 from tokenizer import Tokenizer
 
@@ -145,6 +145,8 @@ def convert(args: argparse.Namespace) -> list[tuple[str, str]]:
     output = Path(args.output_dir)
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise ValueError(f"--output_dir {output} is not empty; choose another or pass --overwrite")
+    if not output.exists():
+        check_place("--output_dir", output)
     source = resolve(args.model_name_or_path)
     tokenizer = Tokenizer(source, args.mask_token)
     if args.random_init:
@@ -178,9 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
     with one_line_errors(parser.prog):
-        summary = convert(args)
-    for what, value in summary:
-        print(f"{what:<15} {value}")
+        for what, value in convert(args):
+            print(f"{what:<15} {value}")
 
 
 if __name__ == "__main__":

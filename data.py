@@ -1132,6 +1132,7 @@ def look(row: dict, tokenizer, *, colour: bool) -> str:
 
 def prepare(args: argparse.Namespace) -> None:
     from checkpoint import replacing, resolve
+    from cli import check_place
 
     for name, least in (("max_length", 1), ("num_proc", 1), ("show", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -1143,6 +1144,8 @@ def prepare(args: argparse.Namespace) -> None:
         if held and not (ours and args.overwrite):
             way = "choose another" + (", or pass --overwrite" if ours else "")
             raise ValueError(f"--output_dir {output} holds {'a preprocessed set' if ours else 'other files'}; {way}")
+    if output:
+        check_place("--output_dir", output.parent)
     tokenizer = Tokenizer(resolve(args.model_name_or_path))
     options = {name: getattr(args, name) for name in ("stage", "insert_eos", "drop_tail", "truncation")}
     options |= {name: getattr(args, name) for name in ("mask_prompt_loss", "train_on")}

@@ -38,6 +38,7 @@ from cli import (
     add_reading,
     add_sampling,
     boolean,
+    check_place,
     one_line_errors,
     replacing_file,
     seed,
@@ -733,14 +734,8 @@ def run(argv: list[str]) -> None:
         except (yaml.YAMLError, TypeError) as error:
             raise ValueError(f"{file} is no task: {error}") from error
     if given.get("output_path"):
-        place = Path(given["output_path"]).absolute()
-        place = next(
-            path for path in (place.parent if place.suffix == ".json" else place, *place.parents) if path.exists()
-        )
-        if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise ValueError(
-                f"--output_path {given['output_path']}: {place} is no directory to write to; choose another"
-            )
+        place = Path(given["output_path"])
+        check_place("--output_path", place.parent if place.suffix == ".json" else place)
     lm = None
     if given.get("model") in MODELS:
         model_args = given.get("model_args") or {}

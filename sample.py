@@ -17,6 +17,7 @@ from cli import (
     add_sampling,
     boolean,
     canvas,
+    check_file,
     check_messages,
     one_line_errors,
     open_model,
@@ -356,12 +357,8 @@ class Watch:
 def sample(args: argparse.Namespace) -> int:
     """Does it; returns the exit status."""
     for flag, path, endings in (("--output", args.output, (".jsonl",)), ("--picture", args.picture, (".png", ".html"))):
-        if path is None:
-            continue
-        if Path(path).suffix not in endings:
-            raise ValueError(f"{flag} {path}: expected a name that ends in {' or '.join(endings)}")
-        if Path(path).exists() and not args.overwrite:
-            raise ValueError(f"{flag} {path} exists; choose another name or pass --overwrite")
+        if path is not None:
+            check_file(flag, path, endings, overwrite=args.overwrite)
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: expected at least 1")
     todo = requests(args)

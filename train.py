@@ -48,7 +48,7 @@ from checkpoint import (
     save_training,
     writing,
 )
-from cli import Parser, boolean, one_line_errors, place, replacing_file, seed, switch
+from cli import Parser, boolean, check_place, one_line_errors, place, replacing_file, seed, switch
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
 from display import METRICS, curves, read_runs
 from model import PEAK_FLOPS, Config, LanguageModel, kept_bytes, train_flops
@@ -900,10 +900,7 @@ def build_loaders(args: argparse.Namespace, config: Config, tokenizer: Tokenizer
 
 def resume_point(args: argparse.Namespace, output: Path) -> Path | None:
     """The checkpoint to go on from; None: from the start. ValueError or FileNotFoundError where that cannot be."""
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):  # told before the data are read, not an hour later
-        reason = "cannot be written to" if there.is_dir() else "is a file"
-        raise ValueError(f"--output_dir {output}: {there} {reason}; choose another directory")
+    check_place("--output_dir", output)
     if args.resume_from_checkpoint is None:
         held_run(output, args.overwrite)
         return None

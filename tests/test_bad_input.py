@@ -452,7 +452,7 @@ def test_what_is_there_is_not_replaced_unless_told(refused, tmp_path):
         (
             "train",
             ("--output_dir", "thesis.jsonl"),
-            "--output_dir thesis.jsonl: .*thesis.jsonl is a file; choose another directory",
+            "--output_dir thesis.jsonl: .*thesis.jsonl is no directory to write to; choose another",
         ),
         ("data", ("--output_dir", "set"), "set holds a preprocessed set; choose another, or pass --overwrite"),
         ("data", ("--output_dir", "thesis", "--overwrite"), "thesis holds other files; choose another"),
@@ -604,6 +604,64 @@ def test_prompts_longer_than_the_context_are_refused(refused):
     words = r"its \d+ tokens and (max_new_tokens 8|8 new ones) exceed the (model's )?context of 256; shorten it or"
     refused("sample", [long, *command("sample", good)[1:]], words)
     refused("chat", command("chat", good), words, stdin=long.encode() + b"\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ctrl-C, and standard streams that are closed or that nothing reads
+
+
+@pytest.mark.parametrize("program", ALL)
+def test_ctrl_c_while_a_program_loads_ends_it_in_one_line(run, tmp_path, monkeypatch, program):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    arguments = command(program, checkpoint("mdlm"))
+    monkeypatch.setattr("tokenizer.Tokenizer.__init__", interrupt)
+    status, _, err = run(program, arguments)
+    assert status == 130 and re.fullmatch(rf"{program}\.py: interrupted.*", err.splitlines()[-1]), err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ("sample", "chat", "data", "convert"))
+def test_a_closed_standard_stream_is_an_empty_one(run, monkeypatch, program):
+    """As `<&- >&- 2>&-` of a shell and some service managers leave them: Python then has None for each."""
+    arguments = command(program, checkpoint("mdlm"))
+    if program == "sample":
+        arguments = arguments[1:]  # the prompt, which is then to come from standard input
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    status = 0
+    try:
+        PROGRAMS[program].main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        status = exit.code
+    assert status == (2 if program == "sample" else 0)
+
+
+def test_output_that_nothing_reads_ends_a_program_in_one_line(tmp_path):
+    flags = command("data", checkpoint("mdlm"), "--show", "500")
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "data.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        child.stdout.readline()
+        child.stdout.close()
+        said = child.stderr.read().decode()
+    assert child.returncode == 2 and said == "data.py: what read the output has ended, and so does this\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ALL)
+def test_places_that_cannot_be_written_to_are_refused_before_any_work(refused, tmp_path, program):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.jsonl").mkdir()
+    flag = {"sample": "--output", "evaluate": "--output_path"}.get(program, "--output_dir")
+    place = "file/a.jsonl" if program == "sample" else "file/a"
+    if program != "chat":
+        arguments = [*command(program, checkpoint("mdlm")), flag, place]
+        refused(program, arguments, rf"{flag} file(/a)?: .*/file is no directory to write to; choose another")
+    if program == "sample":
+        words = "--output folder.jsonl is a directory; name a file"
+        refused(program, command(program, checkpoint("mdlm"), "--output", "folder.jsonl", "--overwrite"), words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

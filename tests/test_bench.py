@@ -56,7 +56,7 @@ def test_curves_of_several_runs_are_drawn(tmp_path, capsys):
     (tmp_path / "c").mkdir()
     for line, words in {
         (str(tmp_path / "a"), str(tmp_path / "c"), "--picture", str(tmp_path / "no.png")): "c holds no metrics.jsonl",
-        (str(tmp_path / "a"), "--picture", str(picture)): "curves.png exists; name another --picture",
+        (str(tmp_path / "a"), "--picture", str(picture)): "curves.png exists; choose another name",
     }.items():
         drawn = picture.read_bytes()
         with pytest.raises(SystemExit) as stop:

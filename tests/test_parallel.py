@@ -634,7 +634,7 @@ def test_a_directory_that_cannot_be_written_is_told_in_one_line(tmp_path, source
         assert f"--output_dir {output}: {tmp_path}/file is a file" in said
     for more in ([], ["--resume_from_checkpoint", "auto"]):
         said = refused(capsys, flags_of(source, Path("/proc/self/run"), *more))  # not even for root
-        assert "--output_dir /proc/self/run: /proc/self" in said and "cannot be written to" in said
+        assert "--output_dir /proc/self/run: /proc/self" in said and "is no directory to write to" in said
 
 
 CONTRADICTIONS = {
