@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -93,6 +94,28 @@ def hold_back() -> None:
 
 
 @contextmanager
+def silent_forks():
+    """Inside, Ctrl-C is a KeyboardInterrupt as ever, but ends processes forked from this one, as those that tokenise,
+    without a traceback of each."""
+    before, process = signal.getsignal(signal.SIGINT), os.getpid()
+    if before is not signal.default_int_handler:  # in the background of a shell it is ignored
+        yield
+        return
+
+    def interrupt(number, frame):
+        if os.getpid() != process:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def one_line_errors(prog: str):
     """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2; Ctrl-C
     likewise, into status 130.
@@ -103,11 +126,13 @@ def one_line_errors(prog: str):
         if getattr(sys, name) is None:  # closed by who started the program
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
-        yield
+        with silent_forks():
+            yield
         sys.stdout.flush()  # else a full disk or a closed pipe shows only when Python ends
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{prog}: interrupted", file=sys.stderr)
+            begin = "\n" if sys.stderr.isatty() else ""  # after ^C, and a bar it left behind
+            print(f"{begin}{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what Python still writes when it ends)

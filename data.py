@@ -245,6 +245,8 @@ def told(name: str):
     except StopIteration:
         raise ValueError(f"{name} has no rows; name a set that has some") from None
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which `datasets` loses while it ends its processes
+            raise KeyboardInterrupt from None
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
         reason = " ".join(str(cause).split())
         if isinstance(cause, UnicodeDecodeError):

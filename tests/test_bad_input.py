@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -620,6 +621,30 @@ def test_ctrl_c_while_a_program_loads_ends_it_in_one_line(run, tmp_path, monkeyp
     status, _, err = run(program, arguments)
     assert status == 130 and re.fullmatch(rf"{program}\.py: interrupted.*", err.splitlines()[-1]), err
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_the_processes_that_tokenise_without_a_word_of_theirs(tmp_path):
+    rows = lines([{"messages": [user("a"), assistant(str(n))]} for n in range(20_000)])
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    flags = command("data", checkpoint("mdlm"), "--dataset_args", "rows.jsonl", "--num_proc", "2")
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "data.py"), *flags],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as child:
+        said = b""
+        while b"tokenize" not in said:
+            piece = os.read(child.stderr.fileno(), 10_000)
+            assert piece, said
+            said += piece
+        os.killpg(child.pid, signal.SIGINT)
+        said += child.stderr.read()
+    assert child.returncode == 130 and said.endswith(b"data.py: interrupted\n"), said
+    assert b"Traceback" not in said and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("program", ("sample", "chat", "data", "convert"))
