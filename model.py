@@ -154,16 +154,25 @@ def _compiled(function):
     return torch.compile(function)
 
 
+def folded(mask: Tensor, share: int, dtype: torch.dtype) -> Tensor:
+    """A bool mask (B, 1, Q, K) as `attention` adds it to the scores of `share` heads' queries: (B, 1, share * Q, K).
+
+    On CUDA only the flash kernel, which takes no mask, and the slow one know groups of heads (torch's manual). So a
+    group's queries stand in one row, of a head that is its own; exact, and as fast on a CPU.
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf).repeat(1, 1, share, 1)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-    """Softmax attention of q (B, H, Q, C) over k, v (B, G, K, C), H a multiple of G, under `attention_mask`'s mask."""
+    """Softmax attention of q (B, H, Q, C) over k, v (B, G, K, C), H a multiple of G.
+
+    mask: `attention_mask`'s, a tensor among them `folded`.
+    """
     if isinstance(mask, str):
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=True)
     if isinstance(mask, Tensor):
-        # On CUDA only the flash kernel, which takes no mask, and the slow one know groups of heads (torch's manual). So
-        # a group's queries stand in one row, of a head that is its own; exact, and as fast on a CPU.
-        (B, H, Q, C), share = q.shape, q.shape[1] // k.shape[1]
-        q, mask = q.reshape(B, H // share, share * Q, C), mask.repeat(1, 1, share, 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, Q, C)
+        rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, G, share * Q, C)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
     from torch.nn.attention.flex_attention import flex_attention
 
     return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True)
@@ -172,10 +181,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 class KVCache:
     """Preallocated keys and values of `length` columns for B rows, with the layout of what was written in them.
 
-    Zeros, not empty: a masked weight of 0 times NaN is NaN. Unwritten columns belong to document -2, as no query does.
+    Zeros, not empty: a masked weight of 0 times NaN is NaN. Unwritten columns belong to document -2, as no query does;
+    there are a few more than asked for, since kernels want a mask's rows to begin at multiples of 16 bytes.
     """
 
     def __init__(self, config: Config, batch: int, length: int, *, dtype: torch.dtype, device="cpu"):
+        length = -(-length // 16) * 16
         shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, length, G, C)
         self.values = torch.zeros_like(self.keys)
@@ -199,7 +210,7 @@ class KVCache:
 
 
 def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, C/2) of the rotary angles at `position` (B, T), computed in float32.
+    """cos and sin (B, 1, T, C) of the rotary angles at `position` (B, T), computed in float32, as `rotate` takes them.
 
     RoPE, arXiv 2104.09864, in the half-split form of the published checkpoints; rope_type llama3 stretches the long
     wavelengths by `factor`, leaves the short ones, and interpolates between (Llama 3.1's published rule).
@@ -213,13 +224,13 @@ def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / s["factor"])
     angle = position[:, None, :, None].float() * frequency  # (B, 1, T, C/2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, C) turned by the angles of `rotary`; feature c pairs with c + C/2."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """x (B, H, T, C) turned by the angles of `rotary`; feature c pairs with c + C/2: (a cos - b sin, b cos + a sin)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class RMSNorm(nn.Module):
@@ -350,6 +361,8 @@ class LanguageModel(nn.Module):
             cache.write_layout(columns, layout)
         if mask is None:
             mask = attention_mask(layout, layout if cache is None else cache.layout)
+        if isinstance(mask, Tensor):
+            mask = folded(mask, self.config.num_attention_heads // self.config.num_key_value_heads, x.dtype)
         for i, layer in enumerate(self.model.layers):
             write = None if cache is None else functools.partial(cache.write, i, columns)
             # The last layer's other outputs have no use, of the clean stream of BD3LM above all.
