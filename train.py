@@ -1007,6 +1007,7 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
     engine, sync = parallelize(model, args, ranks, compute_dtype)
     optimizers = build_optimizers(model, args)
     example_of = training_example(args, config)
+    peak = _peak(ranks.device)
     step, skipped, minutes_before, sums = 0, 0, 0.0, Counter()
     if begin_at is not None:
         progress = load_training(begin_at, model, optimizers)
@@ -1015,12 +1016,14 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
         sums.update(progress["sums"] if ranks.rank == 0 else {})
 
     def prepared():
-        """(micro-batches, their examples, the loader's state after them) of each step."""
+        """(micro-batches, their examples, the FLOPs these take, the loader's state after them) of each step."""
         for micro_batches in loader.batches():
             examples = [example_of(batch) for batch in micro_batches]
+            counted = examples if peak else []
+            flops = sum(train_flops(config, e.layout, int((e.weights > 0).sum())) for e in counted)
             if ranks.device.type == "cuda":
                 examples = [example.map(Tensor.pin_memory) for example in examples]
-            yield micro_batches, examples, loader.state
+            yield micro_batches, examples, flops, loader.state
 
     batches = data.ahead(prepared, AHEAD[ranks.device.type])
     upcoming = itertools.chain([next(batches)], batches)  # what is read gives a batch, or says so before all is written
@@ -1040,7 +1043,6 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
     else:
         log.write(0, **{f"rows {name}": count for name, count in counts.items()})
     began, first_step = time.perf_counter() - 60 * minutes_before, step
-    peak = _peak(ranks.device)
     save_dtype = getattr(torch, args.save_dtype or config.dtype)
 
     def minutes() -> float:
@@ -1093,7 +1095,7 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
         steps = step
     while step < steps:
         step_began = time.perf_counter()
-        micro_batches, examples, reached = next(upcoming)
+        micro_batches, examples, flops, reached = next(upcoming)
         epoch = micro_batches[0]["epoch"]
         mine = sum(example.denominator for example in examples)
         denominator, signalled, spent = ranks.sum(mine, signals.number > 0, minutes() if ranks.rank == 0 else 0)
@@ -1120,8 +1122,7 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
         sums["denominator"] += mine
         sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in micro_batches)
         sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in micro_batches)
-        if peak:
-            sums["flops"] += sum(train_flops(config, example.layout, len(example.index)) for example in examples)
+        sums["flops"] += flops
         sums["seconds"] += time.perf_counter() - step_began
 
         last = step == steps or (args.max_minutes is not None and spent >= args.max_minutes)
