@@ -304,7 +304,7 @@ class Chat:
         """Shows how the canvas is denoised; the text it came to, and whether Ctrl-C stopped it."""
         options = with_block(self.options, self.model.config.objective)
         if holes is not None:
-            options["max_new_tokens"] = 0
+            options = options | {"max_new_tokens": 0}
         end_ids = tuple(self.tokenizer.end_ids) if holes is None else ()
         begin = len(ids) if holes is None else 0
         steps = denoise(

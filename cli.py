@@ -189,7 +189,7 @@ def replacing_file(path: str | Path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model to sample from
 
-MDLM_BLOCK = 32  # tokens of a decoding block, where a program is told none
+MDLM_BLOCK, STEPS = 32, 128  # tokens of a decoding block and forwards, where a program is told none
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -332,7 +332,7 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults) -> None:
     add(
         "--steps",
         type=int,
-        default=128,
+        default=STEPS,
         metavar="N",
         help="forwards for the whole answer, shared evenly by its blocks; fewer steps reveal more tokens each. More "
         "steps than tokens are allowed; those that would reveal nothing are left out. ar takes one a token",
@@ -429,9 +429,10 @@ def sampling(args: argparse.Namespace) -> dict:
 
 
 def surplus(options: dict, objective: str, tokens: int) -> list[str]:
-    """A remark, or none: more steps than tokens are allowed, and cost nothing."""
+    """A remark, or none: more steps than tokens are allowed, and cost nothing. Of the default nobody asked for them."""
     instead = [options[name] for name in ("steps_per_block", "threshold", "entropy", "factor")]
-    if objective == "ar" or instead != [None] * len(instead) or not 0 < tokens < options["steps"]:
+    fewer = 0 < tokens < options["steps"] != STEPS
+    if objective == "ar" or instead != [None] * len(instead) or not fewer:
         return []
     return [f"steps {options['steps']} for at most {tokens} tokens: those that would reveal none are left out"]
 

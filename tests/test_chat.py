@@ -197,6 +197,9 @@ def test_infill_fills_in_outside_of_the_conversation(run, objective, capsys):
     assert talk.messages == before and talk.kept.tokens == kept
     with pytest.raises(ValueError, match=r"/infill nothing: expected a text with <\|mask\|>"):
         talk.obey("/infill nothing")
+    capsys.readouterr()
+    talk.say("What is 1 + 2?")
+    assert not capsys.readouterr().err.startswith("[0 tokens") and talk.options["max_new_tokens"] == 12
 
 
 def test_save_and_load_give_the_conversation_back_as_a_row_of_training_data(run, tmp_path, capsys):
