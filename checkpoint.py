@@ -41,6 +41,8 @@ def resolve(path: str | Path) -> Path:
     for directory in [Path(path).expanduser(), *([Path(base).expanduser() / path] if base else [])]:
         if directory.is_dir():
             return directory
+        if directory.exists():
+            raise ValueError(f"{directory} is a file; name the checkpoint's directory")
     from huggingface_hub import snapshot_download
 
     try:

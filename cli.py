@@ -125,6 +125,8 @@ def one_line_errors(prog: str):
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started the program
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if getattr(sys.stdout, "encoding", None) and "utf" not in sys.stdout.encoding.lower():
+        sys.stdout.reconfigure(errors="replace")  # a sign it lacks shall not end hours of work
     try:
         with silent_forks():
             yield

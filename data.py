@@ -98,6 +98,10 @@ def parse_specs(text: str) -> list[Spec]:
         if not (name := _unquoted(match[1])):
             raise ValueError(f"dataset spec {part!r} has an empty name")
         specs.append(Spec(name, options.get("name"), options.get("lang"), limits))
+    if len(specs) > 1 and Path(text).exists():
+        raise ValueError(
+            f"{text} is there, but reads as {len(specs)} data sets; put quotes around it, within the shell's"
+        )
     return specs
 
 

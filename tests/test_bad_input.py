@@ -217,6 +217,12 @@ def test_what_is_no_checkpoint_or_has_no_tokenizer_is_refused(refused, program, 
     refused(program, command(program, model), (PLACES | TOKENIZERS)[name])
 
 
+@pytest.mark.parametrize("program", ALL)
+def test_a_file_of_a_checkpoint_is_not_taken_for_it(refused, program):
+    file = Path(checkpoint("mdlm"), "config.json")
+    refused(program, command(program, file), "config.json is a file; name the checkpoint's directory")
+
+
 @pytest.mark.parametrize("program", LOADERS)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_damaged_and_unsupported_models_are_refused(refused, program, name):
@@ -564,6 +570,13 @@ SPECS = {
 }
 
 
+def test_a_name_that_reads_as_two_sets_is_told_to_need_quotes(refused, tmp_path):
+    (tmp_path / "a+b.jsonl").write_bytes(lines([{"messages": [user("a"), assistant("b")]}] * 40))
+    for program in ("train", "data"):
+        words = r"a\+b.jsonl is there, but reads as 2 data sets; put quotes around it"
+        refused(program, command(program, checkpoint("mdlm"), "--dataset_args", "a+b.jsonl"), words)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_specs_of_nothing_are_refused(refused, tmp_path, spec):
     (tmp_path / "set").mkdir()
@@ -661,6 +674,14 @@ def test_a_closed_standard_stream_is_an_empty_one(run, monkeypatch, program):
     except SystemExit as exit:
         status = exit.code
     assert status == (2 if program == "sample" else 0)
+
+
+def test_an_output_that_lacks_a_sign_shows_another(run, monkeypatch):
+    """data.py's rows have brackets that few encodings know, and lm-eval's tables arrows."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    data.main([str(argument) for argument in command("data", checkpoint("mdlm"), "--show", "1")])
+    assert b"?" in written.getvalue() and b"wrote" in written.getvalue()
 
 
 def test_output_that_nothing_reads_ends_a_program_in_one_line(tmp_path):
