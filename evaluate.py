@@ -381,7 +381,7 @@ class A2D(TemplateLM):
             )
         sampling = {name: getattr(self.options, name) for name in SAMPLING}
         if sampling["temperature"] is None:
-            sampling["temperature"] = drawn["temperature"] or 0.0 if sample else 0.0
+            sampling["temperature"] = drawn["temperature"] or 0.0
         for name in ("top_k", "top_p"):
             if sampling[name] is None and sample and sampling["temperature"]:
                 sampling[name] = drawn[name]

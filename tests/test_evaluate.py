@@ -109,6 +109,9 @@ def test_empty_contexts_and_continuations_are_scored_as_lm_evals_own_models_do(c
         log_likelihood(model.model, prefix, [[1, 2]], draws=16, generator=generator)[0].item()
     )
     assert second[0] == third[0] == 0
+    prefix = model.tokenizer.decode(prefix[0], skip_special_tokens=False)
+    ((again, _),) = model.loglikelihood(requests("loglikelihood", [("", prefix + "w1 w2")]), disable_tqdm=True)
+    assert again == pytest.approx(first)  # it has begun already
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -119,6 +122,9 @@ def test_long_contexts_are_cut_on_the_left_and_hopeless_requests_refused(checkpo
     cut = " ".join(context.split()[-(room - 3) :])
     a, b = model.loglikelihood(requests("loglikelihood", [(context, continuation), (cut, continuation)]), True)
     assert a[0] == pytest.approx(b[0], abs=1e-4)
+    ids, generator = [model.tok_encode(text) for text in (cut, continuation)], torch.Generator().manual_seed(42)
+    exact, _ = log_likelihood(model.model, *([each] for each in ids), draws=16, generator=generator)
+    assert len(ids[0]) + len(ids[1]) == room and a[0] == pytest.approx(exact.item(), abs=1e-4)
     with pytest.raises(ValueError, match="leaves no room"):
         model.loglikelihood(requests("loglikelihood", [("w1", " " + words(12))]), True)
     with pytest.raises(ValueError, match="leaves no room"):
@@ -141,6 +147,16 @@ def test_rolling_is_the_sum_over_windows_and_ar_without_windows_is_the_whole_tex
         short, empty = model.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,), ("",)]), True)
         assert short < 0 and empty == 0
         assert len(model.standard_errors) == 2
+
+
+def test_the_errors_of_a_texts_windows_add_up_as_independent_ones_do(checkpoints, monkeypatch):
+    model = lm(checkpoints, "mdlm", max_length=6)
+    monkeypatch.setattr(
+        model, "_loglikelihood_tokens", lambda windows, **_: [(-1.0, 3.0 + i, False) for i in range(len(windows))]
+    )
+    model.loglikelihood_rolling(requests("loglikelihood_rolling", [(words(8),)]), True)
+    (row,) = model.standard_errors
+    assert (row["log_likelihood"], row["error"]) == (-2, 5)
 
 
 def test_greedy_verdicts_on_request(checkpoints):
@@ -172,11 +188,61 @@ def test_answers_do_not_depend_on_the_batch_and_end_at_a_stop_string(checkpoints
         assert model.generate_until(requests("generate_until", [(p, gen) for p in prompts]), True) == single
     assert 0 < model.counts["generated", "tokens"] <= 5 * 12 and model.counts["generated", "forwards"] > 0
     stop = single[0].split()[3]
-    for until in (stop, [stop, "never"]):  # a string is one stop string
+    for until in (stop, [stop, "never"], ["", stop]):  # a string is one stop string; an empty one stops nothing
         given = {"until": until, "max_gen_toks": 12}
         stopped = model.generate_until(requests("generate_until", [(p, given) for p in prompts]), True)
         assert stopped == [text.split(stop)[0] for text in single]
     assert model.generate_until(requests("generate_until", [(prompts[0], {"max_gen_toks": 12})]), True) == single[:1]
+
+
+def test_no_forward_takes_more_tokens_than_there_is_room_for(checkpoints):
+    model, shapes = lm(checkpoints, "mdlm", "auto"), []
+    model.room = 60
+    model.model.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    arguments = [(words(n, n), {"until": [], "max_gen_toks": 6}) for n in (1, 14, 2, 9, 3, 14)]
+    model.generate_until(requests("generate_until", arguments), True)
+    assert max(B for B, _ in shapes) > 2 and max(B * T for B, T in shapes) <= 60
+
+
+def test_answers_that_have_all_said_a_stop_string_are_not_finished(checkpoints):
+    model, (text, gen) = lm(checkpoints, "ar"), (words(4), {"until": [], "max_gen_toks": 40})
+    (whole,) = model.generate_until(requests("generate_until", [(text, gen)]), True)
+    model.counts.clear()
+    until = whole.split()[2]
+    (answer,) = model.generate_until(requests("generate_until", [(text, gen | {"until": [until]})]), True)
+    assert answer == whole.split(until)[0] and model.counts["generated", "forwards"] == 16 < 40
+
+
+def test_a_stop_string_that_is_a_special_token_ends_an_answer_and_counts_as_its_token(checkpoints):
+    tokenizer = Tokenizer(GOLDEN / "models" / "qwen3")
+    (start,) = tokenizer.encode("<|im_start|>")
+    model = lm(checkpoints, "ar", suppress_tokens=[i for i in range(tokenizer.mask_id + 8) if i != start])
+    for until, tokens in (([], 7), (["<|im_start|>"], 1)):
+        model.counts.clear()
+        gen = {"until": until, "max_gen_toks": 7}
+        assert model.generate_until(requests("generate_until", [("w1", gen)]), True) == [""]
+        assert model.counts["generated", "tokens"] == tokens
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_is_cached_is_what_is_answered(checkpoints, objective):
+    model, kept = lm(checkpoints, objective, is_check_greedy=True, mc_num=4), {}
+
+    class Hook:
+        def add_partial(self, kind, arguments, answer):
+            kept[kind, json.dumps(arguments)] = answer
+
+    model.cache_hook = Hook()
+    gen = {"until": [], "max_gen_toks": 4}
+    kinds = {
+        "loglikelihood": [("w1 w2 w3", " w4 w5 w6 w7"), ("w6", " w7 w8 w9 w1")],  # with an error, which is not kept
+        "loglikelihood_rolling": [("w1 w2 w3",), ("w4 w5",)],
+        "generate_until": [("w1", gen), ("w2 w3", gen)],
+    }
+    for kind, arguments in kinds.items():
+        answers = getattr(model, kind)(requests(kind, arguments), True)
+        assert [kept[kind, json.dumps(each)] for each in arguments] == answers
+    assert len(kept) == 6
 
 
 def test_the_answer_is_as_long_as_task_and_model_args_allow(checkpoints):
@@ -214,6 +280,13 @@ def test_sampling_is_repeatable(checkpoints):
         for seed in (1, 1, 2)
     ]
     assert answers[0] == answers[1] != answers[2]
+    alone, other, both = (  # at this temperature the noise alone decides
+        lm(checkpoints, "ar", 1, temperature=1e9).generate_until(
+            requests("generate_until", [(text, gen) for text in texts]), True
+        )
+        for texts in (["w1"], ["w2"], ["w2", "w1"])
+    )
+    assert alone != other and both == other + alone
 
 
 def test_chat_prompts_are_the_templates_and_continue_a_prefix(checkpoints):
@@ -224,7 +297,13 @@ def test_chat_prompts_are_the_templates_and_continue_a_prefix(checkpoints):
     begun = model.apply_chat_template(
         [*chat, {"role": "assistant", "content": " w4 w5\n"}], add_generation_prompt=False
     )
-    assert begun.startswith(text[:-5]) and begun.rstrip().endswith("w4 w5")
+    assert begun.startswith(text[:-5]) and begun.endswith(" w4 w5\n")
+    chat = [{"role": "user", "content": "w4 w5"}, {"role": "assistant", "content": "w4"}]
+    begun = model.apply_chat_template(chat, add_generation_prompt=False)
+    assert begun == model.apply_chat_template(chat[:1]) + "w4"  # not where that stands first
+    model.tokenizer.template = "{% for message in messages %}<{{ message.content | trim }}>{% endfor %}"
+    chat[1]["content"] = " w6\n"
+    assert model.apply_chat_template(chat, add_generation_prompt=False) == "<w4 w5><w6"
     assert model.chat_template(True) == model.tokenizer.template and model.chat_template(False) is None
 
 
@@ -340,6 +419,15 @@ def test_the_request_cache_answers_a_second_time(checkpoints, tasks, tmp_path, m
     monkeypatch.setattr(evaluate.A2D, "_loglikelihood_tokens", lambda *args, **kw: pytest.fail("not from the cache"))
     second = scores(checkpoints, tasks, "bd3lm", tasks=["choice", "write", "text"], use_cache=str(tmp_path / "cache"))
     assert first["results"] == second["results"]
+
+
+def test_a_manifest_has_no_hash_of_prompts_where_a_cache_may_have_answered_some(checkpoints, tasks, tmp_path):
+    manager = TaskManager(include_path=[str(tasks)], include_defaults=False)
+    for cache in (None, str(tmp_path / "cache")):
+        model = lm(checkpoints, "mdlm")
+        options = {"tasks": ["write"], "task_manager": manager, "bootstrap_iters": 10, "use_cache": cache}
+        made = evaluate.manifest(model, model.counts, simple_evaluate(model=model, **options), [], 1.0)
+        assert (made["tasks"]["write"]["prompts_sha256"] is None) == (cache is not None)
 
 
 def test_sums_is_the_quickstarts_questions(checkpoints, tasks):
@@ -530,6 +618,15 @@ def test_the_table_marks_cells_that_were_asked_otherwise(tmp_path):
     assert rendered.endswith("[1] not comparable: shots 5 where the column has 0")
     with pytest.raises(FileNotFoundError, match="--output_path"):
         evaluate.table([str(tmp_path / "nowhere")])
+
+
+def test_of_several_manifests_of_a_cell_the_table_shows_the_newest(tmp_path):
+    for name, dates in {"a": (1, 2, 3), "b": (3, 2, 1), "c": (2, 3, 1), "d": (2, 1, 3)}.items():
+        for i, date in enumerate(dates):
+            made = cell(name, date / 10) | {"date": float(date)}
+            (tmp_path / f"manifest_{name}{i}.json").write_text(json.dumps(made))
+    rendered = evaluate.table([str(tmp_path)])
+    assert rendered.count("| 30.0 ± 1.0 |") == 4 and "10.0" not in rendered and "20.0" not in rendered
 
 
 @pytest.mark.parametrize("argv", [["--help"], []])
