@@ -473,6 +473,8 @@ def test_a_conversion_declares_what_it_is_told_to(tmp_path):
     config = load_config(path)
     assert (config.objective, config.block_length, config.right_shift) == ("bd3lm", 8, True)
     assert config_dict(config)["architectures"] == ["A2DQwen3LMHeadModel"]
+    run("--model_name_or_path", path, "--output_dir", tmp_path / "same")
+    assert config_dict(load_config(tmp_path / "same")) == config_dict(config)
     run("--model_name_or_path", path, "--output_dir", path, "--overwrite", "--objective", "mdlm")  # in its own place
     config = load_config(path)
     assert (config.objective, config.block_length, config.right_shift) == ("mdlm", None, True)

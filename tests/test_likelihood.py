@@ -139,7 +139,8 @@ def test_draws_are_unbiased_for_the_bound(objective, K, right_shift):
 
 @pytest.mark.parametrize(("m", "draws", "sets"), [(5, 7, 3), (4, 9, 4), (7, 4, 2)])
 def test_drawn_subsets_are_as_many_as_asked_and_weigh_as_those_enumerated_set_by_set(m, draws, sets):
-    """Of each set: that the mean of its sums is the bound; of two: that they tell nothing of each other."""
+    """Of each set: that the mean of its sums is the bound, and that it masks all places equally often, or once more; of
+    two: that they tell nothing of each other."""
     runs, weights, random = 3000, {}, np.random.default_rng(0)
     of_size = random.normal(size=m + 1)
     f = random.normal(size=2**m) + 2 * of_size[[code.bit_count() for code in range(2**m)]]
@@ -147,6 +148,9 @@ def test_drawn_subsets_are_as_many_as_asked_and_weigh_as_those_enumerated_set_by
     for seed in range(runs):
         drawn = list(diffusion._subsets(m, draws, sets, np.random.default_rng(seed)))
         assert len(drawn) == draws
+        often = np.zeros((sets, m), dtype=int)
+        np.add.at(often, [which for *_, which in drawn], [masked for masked, *_ in drawn])
+        assert (np.ptp(often, axis=1) <= 1).all()
         for masked, weight, which in drawn:
             code = int(masked @ 2 ** np.arange(m))
             weights[code] = weights.get(code, 0) + weight / sets / runs
@@ -287,6 +291,17 @@ def test_copies_that_need_several_forwards_give_what_one_gives(right_shift, monk
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize(("objective", "rows"), [("ar", 4), ("mdlm", 4), ("bd3lm", 2)])
+def test_a_forward_takes_as_many_rows_as_it_may_take_tokens_and_no_more(objective, rows, monkeypatch):
+    """40 tokens a row, of ar 39; of bd3lm 32 of the past and three noisy copies of 8 at a time, of many."""
+    monkeypatch.setattr("diffusion.COPIES", 24)
+    model = tiny(objective=objective, block_length=8)
+    shapes = counted(model, monkeypatch)
+    contexts, continuations = ([tokens(20, seed + first) for seed in range(6)] for first in (0, 6))
+    log_likelihood(model, contexts, continuations, draws=40, forward_tokens=160)
+    assert max(B for B, _ in shapes) == rows and max(B * T for B, T in shapes) <= 160
+
+
 def counted(model, monkeypatch) -> list[tuple[int, int]]:
     """The shapes of the forwards to come."""
     shapes, forward = [], model.forward
@@ -345,6 +360,10 @@ def test_mistakes_are_named():
     model = tiny(objective="mdlm", max_position_embeddings=8)
     with pytest.raises(ValueError, match="9 tokens exceed the model's 8"):
         log_likelihood(model, [tokens(5)], [tokens(4)])
+    ar = tiny(objective="ar", max_position_embeddings=8)  # which is not fed the last token
+    assert log_likelihood(ar, [tokens(5)], [tokens(4)])[0] < 0
+    with pytest.raises(ValueError, match="10 tokens exceed the model's 9"):
+        log_likelihood(ar, [tokens(5)], [tokens(5)])
     with pytest.raises(ValueError, match="draws 1"):
         log_likelihood(model, [tokens(3)], [tokens(4)], draws=1)
     with pytest.raises(ValueError, match="mask_token_id"):

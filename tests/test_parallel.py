@@ -155,8 +155,8 @@ def test_two_processes_train_as_one(tmp_path, source):
 
 
 @pytest.mark.slow
-def test_inner_micro_batches_communicate_nothing_but_what_zero3_gathers(tmp_path, source):
-    ways = ("ddp", "zero2", "zero3")
+def test_inner_micro_batches_communicate_nothing_but_what_zero3_and_hybrid_gather(tmp_path, source):
+    ways = ("ddp", "zero2", "zero3", "hybrid")
 
     def counts(accumulation) -> dict[str, Counter]:
         plans = []
@@ -164,7 +164,7 @@ def test_inner_micro_batches_communicate_nothing_but_what_zero3_gathers(tmp_path
             flags = ["--parallel", way, "--gradient_accumulation_steps", str(accumulation), "--eval_strategy", "no"]
             name = tmp_path / f"{way}-{accumulation}"
             flags = flags_of(source, name, *flags, rows=8 // accumulation, steps=2)
-            plans.append({"flags": flags, "count": f"{name}.count"})
+            plans.append({"flags": flags, "count": f"{name}.count", "local": 1 if way == "hybrid" else 2})  # two nodes
         ended(start(plans, 2))
         lines = {way: (tmp_path / f"{way}-{accumulation}.count.0").read_text().splitlines() for way in ways}
         return {way: Counter(json.loads(of_way[-1])) for way, of_way in lines.items()}
@@ -173,8 +173,9 @@ def test_inner_micro_batches_communicate_nothing_but_what_zero3_gathers(tmp_path
     print(once, four_times)
     assert once["ddp"] == four_times["ddp"]
     assert once["zero2"] == four_times["zero2"] and once["zero2"].total() > 0
-    more = four_times["zero3"] - once["zero3"]
-    assert all("allgather" in name for name in more) and more.total() > 0
+    for way in ("zero3", "hybrid"):
+        more = four_times[way] - once[way]
+        assert all("allgather" in name for name in more) and (more.total() > 0 or way == "hybrid")
 
 
 @pytest.mark.slow
@@ -379,7 +380,7 @@ def test_the_two_newest_checkpoints_can_be_resumed_and_the_limit_is_kept(tmp_pat
         checkpoint.read_progress(tmp_path / "all/checkpoint-2")
 
 
-def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tmp_path, source, capsys):
+def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tmp_path, source, capsys, monkeypatch):
     train.main(flags_of(source, tmp_path / "whole", "--save_steps", "3"))
     resume = ["--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-6")]
     train.main(flags_of(source, tmp_path / "other", *resume))
@@ -389,7 +390,8 @@ def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tm
     assert [row["step"] for row in metrics(tmp_path / "other") if "loss" in row] == [7, 8, 9, 10]
     assert "holds a run" in refused(capsys, flags_of(source, tmp_path / "other", *resume))
     before = curve(tmp_path / "whole")
-    train.main(flags_of(source, tmp_path / "whole", *resume, "--save_steps", "7", "--save_total_limit", "1"))
+    monkeypatch.chdir(tmp_path)  # the checkpoint is of this run, however its place is written
+    train.main(flags_of(source, "whole", *resume, "--save_steps", "7", "--save_total_limit", "1"))
     assert curve(tmp_path / "whole") == before
     held = [path.name for path in train.checkpoints(tmp_path / "whole")]
     assert held == ["checkpoint-7", "checkpoint-9"]  # a later one does not count

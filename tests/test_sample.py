@@ -475,6 +475,11 @@ def test_pieces_join_to_the_text_and_split_no_character(text):
     assert "".join(parts) == text and len(parts) == len(ids) and "\ufffd" not in "".join(parts)
 
 
+def test_a_token_whose_text_depends_on_the_one_before_has_the_text_it_adds():
+    words = Tokenizer(GOLDEN / "models" / "qwen3")  # which puts a space between two, and none before the first
+    assert display.pieces(words, words.encode("w1 w2 w3"), [False] * 3) == ["w1", " w2", " w3"]
+
+
 def test_pieces_of_a_masked_token_are_empty_and_of_its_neighbours_their_own():
     ids = tokenizer().encode("What is the word?")
     masked = [i == 2 for i in range(len(ids))]

@@ -276,7 +276,7 @@ def test_streams_of_nothing_are_refused_by_name(tmp_path, words):
     write(tmp_path / "bad" / "train.jsonl", [{"messages": [{"role": "user", "content": "w1"}]}] * 30)
     write(tmp_path / "bad" / "test.jsonl", [{"messages": chat("w1", "w2")}])
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"leaves no row to train .*no assistant turn at the end"):
+    with pytest.raises(ValueError, match=r"leaves no row to train .*no assistant turn at the end 1?\d\d, read"):
         take(loader(f"{tmp_path}/bad", stage="sft", max_length=8), 1)
     with pytest.raises(ValueError, match=r"empty\.jsonl has no rows"):
         loader(f"{tmp_path}/empty.jsonl")

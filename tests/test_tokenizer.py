@@ -211,6 +211,13 @@ def test_an_embedding_needs_a_row_for_every_id():
             tokenizer.fit(rows, mask=mask)
 
 
+def test_a_token_that_the_config_leaves_open_is_none(tmp_path):
+    config = json.loads((copy(QWEN3, tmp_path) / "tokenizer_config.json").read_text()) | {"pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(tmp_path)
+    assert "pad_token" not in tokenizer.special and tokenizer.pad_id == tokenizer.eos_id
+
+
 def test_a_rare_pair_is_not_merged():
     texts = ["common"] * 500 + ["rare"] * 4  # 504 texts: a merge needs 5 occurrences
     tokenizer = Tokenizer.train(texts, 400)

@@ -7,6 +7,7 @@ import re
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny
@@ -118,6 +119,20 @@ def test_accumulation_changes_neither_the_loss_nor_the_weights(source, objective
     for losses, weights in results[1:]:
         torch.testing.assert_close(losses, results[0][0], rtol=1e-6, atol=0)
         torch.testing.assert_close(weights, results[0][1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+@pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
+def test_a_chats_padding_is_learnt_by_mdlm_and_to_the_end_of_its_block_by_bd3lm(source, objective, stage):
+    flags = ["--model_name_or_path", source, "--output_dir", "unused", "--dataset_args", "", "--stage", stage]
+    args, tokenizer = train.arguments().parse_args(flags), Tokenizer(source)
+    config = tiny(objective=objective, block_length=4 if objective == "bd3lm" else None).config
+    rows = [{"tokens": np.full(n, 5), "supervised": np.ones(n, bool)} for n in (3, 6)]
+    batch = train.collate_for(args, config, tokenizer)(rows)
+    seen, learnt, T = {("mdlm", "sft"): (6, 6, 6), ("bd3lm", "sft"): (4, 4, 8)}.get((objective, stage), (3, 3, 6))
+    assert batch["tokens"].shape == (2, T)
+    assert (batch["document"][0] == 0).sum() == seen and batch["supervised"][0].sum() == learnt
+    assert (batch["tokens"][0, 3:learnt] == tokenizer.eos_id).all() or objective == "mdlm"
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
