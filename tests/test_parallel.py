@@ -633,7 +633,7 @@ def test_a_directory_that_cannot_be_written_is_told_in_one_line(tmp_path, source
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file/run", tmp_path / "file"):
         said = refused(capsys, flags_of(source, output))
-        assert f"--output_dir {output}: {tmp_path}/file is a file" in said
+        assert f"--output_dir {output}: {tmp_path}/file is no directory to write to" in said
     for more in ([], ["--resume_from_checkpoint", "auto"]):
         said = refused(capsys, flags_of(source, Path("/proc/self/run"), *more))  # not even for root
         assert "--output_dir /proc/self/run: /proc/self" in said and "is no directory to write to" in said

@@ -369,7 +369,8 @@ def test_builtin_tiny_starts_from_nothing_and_its_ar_checkpoint_declares_no_mask
 
 def test_the_log_tells_rates_memory_and_the_time_left(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "_peak", lambda device: 1e9)
-    monkeypatch.setattr(train, "train_flops", lambda *_: 5_000_000)
+    predictions = []
+    monkeypatch.setattr(train, "train_flops", lambda config, layout, rows: predictions.append(rows) or 5_000_000)
     flags = ["--max_steps", "6", "--logging_steps", "2", "--eval_strategy", "no", "--gradient_accumulation_steps", "2"]
     rows = [row for row in run(source, tmp_path / "run", *flags) if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 6]
@@ -384,12 +385,50 @@ def test_the_log_tells_rates_memory_and_the_time_left(source, tmp_path, monkeypa
         [2 * rows[0]["minutes"], rows[1]["minutes"] / 2, 0], abs=1e-3
     )
     assert "minutes_left" in capsys.readouterr().out
+    assert any(count % 64 for count in predictions)  # not those that fill up an index
 
 
 def test_the_time_left_is_no_more_than_the_cap_on_the_time_leaves(source, tmp_path):
     rows = run(source, tmp_path, "--max_steps", "100000", "--max_minutes", "0.02", "--logging_steps", "1")
     rows = [row for row in rows if "loss" in row]
     assert all(row["minutes_left"] <= max(0, 0.02 - row["minutes"]) + 1e-4 for row in rows) and rows[0]["minutes_left"]
+
+
+def test_the_memory_told_is_of_what_a_process_holds_and_of_all_that_it_feeds(monkeypatch):
+    """Of Qwen3-0.6B on 64 processes, by the formulas of recipes/README.md."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    shape = {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    shape |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        model = train.LanguageModel(train.Config(**shape))
+    P = sum(parameter.numel() for parameter in model.parameters())
+
+    def told(*flags, objective="mdlm", world_size=64) -> tuple[float, float]:
+        args = train.arguments().parse_args(["--model_name_or_path", "x", "--output_dir", "y", *SFT, *flags])
+        model.config.objective, model.config.block_length = objective, 32
+        train.complete(args)
+        train.complete_noise(args, objective)
+        said = train.describe(args, model, "", 1, train.Ranks(0, world_size, torch.device("cpu")), torch.bfloat16)
+        return tuple(float(number) for number in re.findall(r"([\d.]+) GB", said))
+
+    accumulated = ["--gradient_accumulation_steps", "2", "--parallel"]
+    for flags, size in {
+        (): 16 * P,
+        ("--optim", "muon"): 12 * P,
+        ("--parallel", "zero2"): 16 * P / 64 + 2 * P,
+        ("--parallel", "zero3"): 16 * P / 64,
+        ("--parallel", "hybrid"): 16 * P / 8,
+        (*accumulated, "zero3"): 16 * P / 64 + 4 * P,
+        (*accumulated, "zero3", "--reduce_dtype", "bfloat16"): 16 * P / 64 + 2 * P,
+    }.items():
+        assert told(*flags)[0] == pytest.approx(size / 1e9, abs=0.006)
+    once = told()[1]
+    assert once > 1 and told("--max_length", "256")[1] == pytest.approx(once / 2, abs=0.02)
+    for twice in (told(objective="bd3lm"), told("--complementary_masks", "True"), told("--pad_to", "1024")):
+        assert twice[1] == pytest.approx(2 * once, abs=0.02)
+    for kept in ("selective", "full"):
+        assert told("--checkpoint_activations", kept)[1] < once
+        once = told("--checkpoint_activations", kept)[1]
 
 
 def test_rates_are_of_all_processes_over_the_time_that_each_took():
