@@ -469,6 +469,9 @@ def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
 def read_progress(path: Path) -> dict:
     """The progress that save_training stored; FileNotFoundError where `path` is no checkpoint to resume from."""
     file = path / STATE / PROGRESS
+    if not path.is_dir():
+        there = ", ".join(sorted(other.name for other in path.parent.glob("checkpoint-*"))) or "no checkpoint"
+        raise FileNotFoundError(f"there is no directory {path} to resume from; {path.parent} holds {there}")
     if not (file.is_file() and (path / STATE / ".metadata").is_file()):
         raise FileNotFoundError(f"{path} holds no training state; it can be loaded as a model, but not resumed")
     return json.loads(file.read_text())

@@ -761,7 +761,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("evaluate.py"):
         if not argv or argv[0] in ("-h", "--help"):
             options = model_options().format_help()
-            print(MANUAL + options[options.index("model:") :].replace("  --", "  "))
+            print(MANUAL + options[options.index("model:") :].replace("--", ""))
         elif argv[0] == "--table":
             print(table(argv[1:] or ["."]))
         else:

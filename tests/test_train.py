@@ -503,7 +503,7 @@ MISTAKES = {
     "--packing True --objective mdlm": "mdlm learns chat with its padding",
     "--streaming True --load_preprocessed_data True": "contradict each other",
     "--overwrite --resume_from_checkpoint auto": "contradict each other",
-    "--resume_from_checkpoint ./nowhere": "holds no training state",
+    "--resume_from_checkpoint ./nowhere": "there is no directory nowhere to resume from; . holds no checkpoint",
 }
 
 
