@@ -467,6 +467,17 @@ def test_weights_and_biases_gets_what_the_metrics_hold(source, tmp_path, monkeyp
     assert Run.finished
 
 
+def test_a_run_computes_in_the_dtype_it_is_told(source, tmp_path):
+    losses = {
+        dtype: [
+            row["eval_loss"] for row in run(source, tmp_path / dtype, "--compute_dtype", dtype) if "eval_loss" in row
+        ]
+        for dtype in ("float32", "bfloat16")
+    }
+    for exact, rounded in zip(*losses.values(), strict=True):
+        assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact
+
+
 def test_a_run_leaves_its_curves(source, tmp_path):
     run(source, tmp_path, "--logging_steps", "1")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
