@@ -7,6 +7,8 @@ machine that drifts drifts for both. Two ways whose results differ have no ratio
 FLOPs are those of the matrix products (model.forward_flops, and three times that for a training step).
 """
 
+from cli import Parser, add_compile, check_file, compile_layers, one_line_errors, replacing_file, switch
+
 import argparse
 import json
 import os
@@ -23,7 +25,6 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
-from cli import Parser, add_compile, check_file, compile_layers, one_line_errors, replacing_file, switch
 from diffusion import (
     Batch,
     bd3lm_example,

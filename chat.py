@@ -1,16 +1,5 @@
 """A conversation with a checkpoint in the terminal. `python chat.py --help` is the manual, and /help within."""
 
-import argparse
-import difflib
-import json
-import signal
-import sys
-import time
-from contextlib import contextmanager
-from pathlib import Path
-
-import torch
-
 from cli import (
     Parser,
     add_model,
@@ -27,6 +16,18 @@ from cli import (
     switch,
     with_block,
 )
+
+import argparse
+import difflib
+import json
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
 from diffusion import Kept, denoise
 from display import MASKED, Rate, Stream, spans, styled, terminal
 from model import LanguageModel

@@ -18,6 +18,11 @@ from pathlib import Path
 
 TRUTH = {"true": True, "false": False}
 
+# Every program imports this file first: while it then imports torch, for seconds, Ctrl-C ends it without a traceback.
+_started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+if _started.parent == Path(__file__).resolve().parent and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until one_line_errors; in a shell's background it stays ignored
+
 
 def boolean(text: str) -> bool:
     if text.lower() not in TRUTH:
@@ -98,7 +103,7 @@ def silent_forks():
     """Inside, Ctrl-C is a KeyboardInterrupt as ever, but ends processes forked from this one, as those that tokenise,
     without a traceback of each."""
     before, process = signal.getsignal(signal.SIGINT), os.getpid()
-    if before is not signal.default_int_handler:  # in the background of a shell it is ignored
+    if before not in (signal.default_int_handler, signal.SIG_DFL):
         yield
         return
 

@@ -1,5 +1,7 @@
 """An autoregressive checkpoint in, a diffusion checkpoint out, and back. `python convert.py --help` is the manual."""
 
+from cli import Parser, boolean, check_place, one_line_errors, place, seed, switch
+
 import argparse
 import sys
 from pathlib import Path
@@ -7,7 +9,6 @@ from pathlib import Path
 import torch
 
 from checkpoint import OBJECTIVES, load_config, load_model, resolve, save_model
-from cli import Parser, boolean, check_place, one_line_errors, place, seed, switch
 from model import Config, LanguageModel
 from tokenizer import Tokenizer
 

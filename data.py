@@ -16,6 +16,8 @@ which needs no network: `builtin/sums` (chat), `builtin/stdlib` (plain text). A 
 `python data.py --help`: tokenise a set once, for many runs, and look at it.
 """
 
+from cli import Parser, check_place, one_line_errors, place, switch
+
 import argparse
 import glob
 import hashlib
@@ -1086,8 +1088,6 @@ def _make_ahead(make, box, stop, process: bool) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    from cli import Parser, place, switch
-
     parser = Parser(
         "data.py",
         """\
@@ -1137,8 +1137,8 @@ def look(row: dict, tokenizer, *, colour: bool) -> str:
 
 
 def prepare(args: argparse.Namespace) -> None:
+
     from checkpoint import replacing, resolve
-    from cli import check_place
 
     for name, least in (("max_length", 1), ("num_proc", 1), ("show", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -1175,8 +1175,6 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cli import one_line_errors
-
     parser = arguments()
     args = parser.parse_args(argv)
     with one_line_errors(parser.prog):

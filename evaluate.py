@@ -4,6 +4,20 @@ Importing this file registers a2d_ar, a2d_mdlm and a2d_bd3lm with lm-eval. (It h
 `evaluate`, which some upstream tasks import: as a program it makes way for that one.)
 """
 
+from cli import (
+    MDLM_BLOCK,
+    SAMPLING,
+    Parser,
+    add_reading,
+    add_sampling,
+    boolean,
+    check_place,
+    one_line_errors,
+    replacing_file,
+    seed,
+    switch,
+)
+
 import difflib
 import functools
 import hashlib
@@ -30,20 +44,6 @@ except ModuleNotFoundError as error:
         raise ModuleNotFoundError(missing) from error
     print(missing, file=sys.stderr)
     sys.exit(2)
-
-from cli import (
-    MDLM_BLOCK,
-    SAMPLING,
-    Parser,
-    add_reading,
-    add_sampling,
-    boolean,
-    check_place,
-    one_line_errors,
-    replacing_file,
-    seed,
-    switch,
-)
 
 HERE = Path(__file__).resolve().parent
 MANUAL = """\
@@ -150,9 +150,9 @@ class A2D(TemplateLM):
     objective = "mdlm"
 
     def __init__(self, batch_size: int | str = 1, max_batch_size: int | None = None, device=None, **model_args):
-        import torch
-
         from cli import open_model
+
+        import torch
 
         super().__init__()
         model_args.pop("trust_remote_code", None)  # lm-eval adds it with its flag; no code is loaded with a checkpoint

@@ -1,16 +1,5 @@
 """Answers prompts, fills in masks, or scores a chat data set. `python sample.py --help` is the manual."""
 
-import argparse
-import json
-import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-from tqdm import tqdm
-
-import data
 from cli import (
     Parser,
     add_model,
@@ -27,6 +16,18 @@ from cli import (
     switch,
     with_block,
 )
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
 from diffusion import denoise
 from display import (
     STRONG,

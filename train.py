@@ -4,6 +4,8 @@ Read `train` at the end first: model, data, optimizers, then the loop. What an e
 diffusion.py, what a batch is in data.py.
 """
 
+from cli import Parser, boolean, check_place, one_line_errors, place, replacing_file, seed, switch
+
 import argparse
 import functools
 import hashlib
@@ -48,7 +50,6 @@ from checkpoint import (
     save_training,
     writing,
 )
-from cli import Parser, boolean, check_place, one_line_errors, place, replacing_file, seed, switch
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
 from display import METRICS, curves, read_runs
 from model import PEAK_FLOPS, Config, LanguageModel, kept_bytes, train_flops

@@ -636,6 +636,24 @@ def test_ctrl_c_while_a_program_loads_ends_it_in_one_line(run, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_while_a_program_imports_torch_ends_it_without_a_traceback(program):
+    if PROGRAMS[program] is None:
+        pytest.skip("needs lm-eval")
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", str(ROOT / f"{program}.py"), "--help"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as child:
+        for line in child.stderr:
+            if re.search(rb"\| +(torch|numpy|datasets)\._?\w+", line):  # numpy is the first of what torch imports
+                break
+        child.send_signal(signal.SIGINT)
+        said = child.stderr.read()
+    assert child.returncode == -signal.SIGINT and b"Traceback" not in said, said[-2000:]
+
+
 def test_ctrl_c_ends_the_processes_that_tokenise_without_a_word_of_theirs(tmp_path):
     rows = lines([{"messages": [user("a"), assistant(str(n))]} for n in range(20_000)])
     (tmp_path / "rows.jsonl").write_bytes(rows)

@@ -1,5 +1,7 @@
 """sample.py: its answers are the sampler's, every flag, scoring, what it shows and writes, and mistakes in one line."""
 
+import cli
+
 import io
 import json
 import re
@@ -14,7 +16,6 @@ from checkpoints import checkpoint, tokenizer
 from conftest import GOLDEN, golden_json, golden_model, tiny
 
 import checkpoint as checkpoints
-import cli
 import data
 import display
 import sample
