@@ -452,13 +452,27 @@ def history(file: str):
 
     path = Path(file).expanduser()
     if file and path.exists():
-        readline.read_history_file(path)
+        with naming_history(path):
+            readline.read_history_file(path)
     try:
         yield
     finally:
         if file:
             readline.set_history_length(HISTORY)
-            readline.write_history_file(path)
+            with naming_history(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                readline.write_history_file(path)
+
+
+@contextmanager
+def naming_history(path: Path):
+    """readline's errors name no file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--history_file {path}: {error.strerror}; name another file, or '' to keep nothing"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> None:

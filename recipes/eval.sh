@@ -36,7 +36,9 @@ reference | common) settings=$setting ;;
 *) echo "eval.sh: --setting $setting: expected reference, common or both" >&2 && exit 2 ;;
 esac
 if [ -z "$method" ]; then # what the checkpoint declares, else what its name says
-    method=$("$PYTHON" -c 'import sys; from checkpoint import load_config; print(load_config(sys.argv[1]).objective or "")' "$model")
+    ask='import sys; from checkpoint import load_config; from cli import one_line_errors
+one_line_errors("eval.sh")(lambda: print(load_config(sys.argv[1]).objective or ""))()'
+    method=$("$PYTHON" -c "$ask" "$model")
     case $method,$model in ,*bd3lm*) method=bd3lm ;; ,*mdlm* | ,*open-dcoder*) method=mdlm ;; ,*) method=ar ;; esac
 fi
 

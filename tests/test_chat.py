@@ -516,6 +516,13 @@ def test_a_talk_in_a_terminal(tmp_path, objective, columns):
     assert (tmp_path / "history").read_text().splitlines()[-2:] == ["more", f"/set {settings[-1]}"]
 
 
+def test_a_history_file_that_cannot_be_read_is_named(tmp_path):
+    flags = ("--model_name_or_path", checkpoint("bd3lm"), "--history_file", tmp_path)
+    with Terminal("chat.py", *flags, columns=200) as window:
+        assert window.end() == 2
+        assert re.search(r"\nchat.py: --history_file \S+: .*; name another file, or '' to keep nothing$", window.text)
+
+
 def test_the_commands_in_a_terminal(tmp_path):
     flags = ("--model_name_or_path", checkpoint("bd3lm"), "--history_file", "", *NEW)
     saved = tmp_path / "talk.jsonl"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -716,6 +717,17 @@ def recipe(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["sh", str(ROOT / "recipes" / "eval.sh"), *argv], capture_output=True, text=True, env=environment
     )
+
+
+def test_the_recipe_tells_a_model_out_of_reach_in_one_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = subprocess.run(
+        ["sh", str(ROOT / "recipes" / "eval.sh"), "--model_name_or_path", "./nowhere"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable},
+    )
+    assert done.returncode == 2 and re.fullmatch(r"eval\.sh: \./nowhere is neither a directory .*\n", done.stderr)
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
