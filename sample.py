@@ -155,6 +155,8 @@ def requests(args: argparse.Namespace) -> list[Request]:
         args.prompts, args.input = [], "-"
     if len(given) > 1:
         raise ValueError(f"prompts come from {' and '.join(given)}; expected one source")
+    if args.min_exact_match is not None and not 0 <= args.min_exact_match <= 100:
+        raise ValueError(f"--min_exact_match {args.min_exact_match}: expected a percentage, 0 to 100")
     if args.min_exact_match is not None and not args.dataset_args:
         raise ValueError("--min_exact_match needs answers to compare with; add --dataset_args")
     if args.dataset_args:

@@ -400,6 +400,8 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError("--packing is for --stage sft; plain text is always packed")
     if args.streaming and args.load_preprocessed_data:
         raise ValueError("--streaming and --load_preprocessed_data contradict each other; leave one out")
+    if args.load_preprocessed_data and args.model_name_or_path == TINY:
+        raise ValueError(f"--load_preprocessed_data holds tokens; {TINY} makes its tokenizer of text; leave one out")
     if args.stop_at_eval_loss is not None and args.eval_strategy == "no":
         raise ValueError("--stop_at_eval_loss needs evaluations; leave out --eval_strategy no")
 

@@ -597,6 +597,9 @@ def test_rows_that_cannot_be_scored_are_refused(refused, tmp_path):
     for name in rows:
         (tmp_path / "rows.jsonl").write_bytes(lines(rows[name] * 40))
         refused("sample", scoring, words[name])
+    refused(
+        "sample", [*scoring, "--min_exact_match", "101"], "--min_exact_match 101.0: expected a percentage, 0 to 100"
+    )
     refused("sample", [*scoring, "--split", "dev"], "split 'dev': expected one of train, validation, test")
 
 
