@@ -129,13 +129,7 @@ class Chat:
         """Answers a message; one that cannot be answered is not kept."""
         if text == "" and self.templated:
             return
-        before = list(self.messages)
-        self.messages.append({"role": "user", "content": text})
-        try:
-            self._answer()
-        except (ValueError, KeyboardInterrupt):
-            self.messages = before
-            raise
+        self._ask(text, otherwise=list(self.messages))
 
     def help(self, rest: str) -> None:
         """list the commands"""
@@ -190,13 +184,7 @@ class Chat:
         if not self.messages:
             raise ValueError("nothing to retry; the conversation is empty")
         before = list(self.messages)
-        text = self._take_back()
-        self.messages.append({"role": "user", "content": text})
-        try:
-            self._answer()
-        except (ValueError, KeyboardInterrupt):
-            self.messages = before
-            raise
+        self._ask(self._take_back(), otherwise=before)
         if len(self.messages) < len(before):
             self.messages = before
             self._tell("the earlier answer stays")
@@ -259,6 +247,15 @@ class Chat:
         raise EOFError
 
     # How it is done
+
+    def _ask(self, text: str, otherwise: list[dict]) -> None:
+        """Answers `text`; where that cannot be done, the conversation is `otherwise`."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            self._answer()
+        except (ValueError, KeyboardInterrupt):
+            self.messages = otherwise
+            raise
 
     def _answer(self) -> None:
         """Answers the last message, a user's, and keeps the answer; of one that is stopped what has settled."""

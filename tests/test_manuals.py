@@ -1,9 +1,13 @@
 """`--help` is the manual: flags in groups, each with what it means and what it is when it is not given."""
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 PROGRAMS = {  # program: the function that makes its parser
     "train": "arguments",
     "sample": "arguments",
@@ -38,3 +42,12 @@ def test_help_ends_well(program, capsys):
     said = capsys.readouterr().out
     assert not stop.value.code and said.startswith(f"usage: {program}.py ")
     assert max(map(len, said.splitlines())) <= 120
+
+
+def test_the_garbage_collector_rests_only_until_the_arguments_are_parsed():
+    code = (
+        "import gc, sys; sys.modules['__main__'].__file__ = sys.argv[1]; import cli; print(gc.isenabled()); "
+        "cli.Parser('train.py', '').parse_args([]); print(gc.isenabled())"
+    )
+    argv = [sys.executable, "-c", code, str(ROOT / "train.py")]
+    assert subprocess.run(argv, cwd=ROOT, capture_output=True, text=True).stdout.split() == ["False", "True"]
