@@ -154,6 +154,8 @@ class A2D(TemplateLM):
 
         import torch
 
+        from checkpoint import load_config, resolve
+
         super().__init__()
         model_args.pop("trust_remote_code", None)  # lm-eval adds it with its flag; no code is loaded with a checkpoint
         self.options = parse_model_args(model_args)
@@ -168,6 +170,12 @@ class A2D(TemplateLM):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
         if self._world_size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")  # only small objects travel
+        declared = load_config(resolve(self.options.pretrained)).objective
+        if declared not in (None, self.objective):
+            raise ValueError(
+                f"--model a2d_{self.objective} contradicts the checkpoint, which declares objective {declared}; pass "
+                f"--model a2d_{declared}"
+            )
         self.options.model_name_or_path, self.options.objective = self.options.pretrained, self.objective
         self.options.device = device
         self.model, self.tokenizer = open_model(self.options)
