@@ -335,7 +335,7 @@ def test_wrong_model_args_are_named(model_args, message):
 
 
 def test_an_objective_that_is_not_the_models_is_refused(checkpoints):
-    with pytest.raises(ValueError, match="--model a2d_bd3lm contradicts .* declares objective mdlm; pass --model a2d"):
+    with pytest.raises(ValueError, match=r"--model a2d_bd3lm contradicts .* declares objective mdlm; pass --model a2d"):
         evaluate.BD3LM(pretrained=checkpoints["mdlm"], block_size=4)
     with pytest.raises(ValueError, match="contradicts the checkpoint"):
         evaluate.AR(pretrained=checkpoints["bd3lm"])
