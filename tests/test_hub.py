@@ -49,7 +49,7 @@ def small(repo: str, folder: Path) -> str:
     shutil.copytree(source, path, copy_function=shutil.copyfile)
     raw = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(raw | {name: SMALL[name] for name in SMALL.keys() & raw.keys()}))
-    model, generator = LanguageModel(load_config(path)), torch.Generator().manual_seed(0)
+    model, generator = LanguageModel(load_config(path)), torch.Generator().manual_seed(len(repo))
     model.init_weights(generator)
     with torch.no_grad():
         for vector in (parameter for parameter in model.parameters() if parameter.ndim == 1):  # norms and biases
