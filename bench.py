@@ -4,7 +4,7 @@ Each table compares ours with a plain implementation that does the same work in 
 in the same run: two fresh processes, so that peak memory is each one's own, that take their steps in turn, so that a
 machine that drifts drifts for both. Two ways whose results differ have no ratio: the program then ends with status 1.
 
-FLOPs are those of the matrix products (model.forward_flops, and three times that for a training step).
+FLOPs are those of the matrix products (log.forward_flops, and three times that for a training step).
 """
 
 from cli import Parser, add_compile, check_file, compile_layers, one_line_errors, replacing_file, switch
@@ -25,17 +25,10 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
-from diffusion import (
-    Batch,
-    bd3lm_example,
-    denoise,
-    draw_noise,
-    log_likelihood,
-    loss,
-    loss_weight,
-    mdlm_example,
-)
-from model import PEAK_FLOPS, Config, KVCache, LanguageModel, Layout, forward_flops, train_flops
+from diffusion import Batch, bd3lm_example, denoise, draw_noise, loss, loss_weight, mdlm_example
+from likelihood import log_likelihood
+from log import PEAK_FLOPS, forward_flops, train_flops
+from model import Config, KVCache, LanguageModel, Layout
 
 # family, vocabulary, hidden, intermediate, layers, heads, key/value heads, head_dim
 MODELS = {
@@ -623,12 +616,12 @@ def load(args, arguments: list[str]) -> dict:
 
 def curves(args, arguments: list[str]) -> None:
     """Draws the metrics of several runs in one picture."""
-    import display
+    import log
 
     check_file("--picture", args.picture, (".png",), overwrite=args.overwrite)
-    runs = display.read_runs(args.runs)
+    runs = log.read_runs(args.runs)
     with replacing_file(args.picture) as path:
-        display.curves(runs, path)
+        log.curves(runs, path)
     print(f"curves of {len(runs)} runs drawn to {args.picture}")
 
 

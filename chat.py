@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion import Kept, denoise
+from diffusion import Prefix, Sampling, denoise
 from display import MASKED, Rate, Stream, spans, styled, terminal
 from model import LanguageModel
 from tokenizer import Tokenizer
@@ -39,7 +39,7 @@ HISTORY = 1000  # lines
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
     """The flags that /set changes, too."""
-    add_sampling(parser)
+    add_sampling(parser, Sampling)
     add = parser.add_argument_group("display").add_argument
     switch(
         add,
@@ -107,7 +107,7 @@ class Chat:
         self.system_message = args.system
         self.messages = []  # turns of user and assistant, without the system message
         self.left_out = 0  # of the messages, the first ones
-        self.kept = Kept()
+        self.kept = Prefix()
         self.files = set()  # that this conversation was saved to or loaded from
         self._check(self.options)
 
@@ -298,7 +298,7 @@ class Chat:
         self.left_out = first
         return ids
 
-    def _decode(self, ids: list[int], holes: list[bool] | None, kept: Kept | None) -> tuple[str, bool]:
+    def _decode(self, ids: list[int], holes: list[bool] | None, kept: Prefix | None) -> tuple[str, bool]:
         """Shows how the canvas is denoised; the text it came to, and whether Ctrl-C stopped it."""
         options = with_block(self.options, self.model.config.objective)
         if holes is not None:
@@ -310,7 +310,7 @@ class Chat:
             [ids],
             canvas_masks=None if holes is None else [holes],
             end_ids=end_ids,
-            kept=kept,
+            prefix=kept,
             generator=self.generator,
             **options,
         )

@@ -19,9 +19,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import Config, LanguageModel
+from model import FAMILIES, Config, LanguageModel
 
-FAMILIES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
 OBJECTIVES = ("ar", "mdlm", "bd3lm")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # torch's name: safetensors'
 SHARD_BYTES = 5_000_000_000
@@ -149,12 +148,12 @@ def is_diffusion(config: Config) -> bool:
 
 def config_dict(config: Config) -> dict:
     """The fields of config.json, flat dialect; the family is dLLM's a2d-* for diffusion, else the plain causal one."""
-    name, diffusion = FAMILIES[config.model_type], is_diffusion(config)
+    name, diffusion = config.family.name, is_diffusion(config)
     out = {field.name: getattr(config, field.name) for field in fields(Config) if field.name != "extra"}
     out |= {"architectures": [f"A2D{name}LMHeadModel" if diffusion else f"{name}ForCausalLM"], **config.extra}
     out["model_type"] = f"a2d-{config.model_type}" if diffusion else config.model_type
-    if config.model_type == "qwen2":
-        del out["attention_bias"]  # its biases are no option
+    if config.family.qkv_bias is not None:
+        del out["attention_bias"]  # the family's biases are no option
     return dict(sorted((key, value) for key, value in out.items() if value is not None or key not in OURS))
 
 
@@ -360,7 +359,7 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
-def writing(path: str | Path):
+def naming_file(path: str | Path):
     """Names `path` in an OSError that names no file, as that of a full disk does."""
     try:
         yield
@@ -383,7 +382,7 @@ def replacing(path: str | Path):
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        with writing(path):
+        with naming_file(path):
             yield new
         for written in (*new.rglob("*"), new):
             _sync(written)

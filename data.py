@@ -44,7 +44,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tokenizer import Tokenizer, mistake
+from tokenizer import Tokenizer, why_invalid
 
 SPLITS = ("train", "validation", "test")
 SPEC_HELP = (  # of every program's --dataset_args
@@ -414,12 +414,12 @@ def answer_filter(spec: Spec, columns: list[str]):
             f"{spec.name}[lang:{spec.lang}]: lang looks into the answers of a chat, and this set is none (it has "
             f"{', '.join(columns)}); leave it out"
         )
-    return partial(_answer_contains, to_messages=to_messages, word=spec.lang, sources=_sources(mistake))
+    return partial(_answer_contains, to_messages=to_messages, word=spec.lang, sources=_sources(why_invalid))
 
 
 def _answer_contains(row, *, to_messages, word: str, sources) -> bool:
     messages = to_messages(row)
-    return mistake(messages, answered=True) is None and word in messages[-1]["content"]
+    return why_invalid(messages, answered=True) is None and word in messages[-1]["content"]
 
 
 def _sources(*others) -> list[str]:
@@ -470,7 +470,7 @@ def texts(dataset_args: str, stage: str, text_field: str = "text"):
             for found in map(content, rows):
                 if stage == "pt" and isinstance(found, str):
                     yield found
-                elif stage == "sft" and mistake(found, answered=True) is None:
+                elif stage == "sft" and why_invalid(found, answered=True) is None:
                     yield from (text for message in found for text in (message["role"], message["content"]))
 
 
@@ -491,7 +491,7 @@ def tokenize_chat(
     A row longer than max_length is cut on the right, or dropped (truncation filter). One that then has nothing to
     learn, because its prompt alone fills max_length, is dropped, and so is one that the template does not take.
     """
-    if reason := mistake(messages, answered=True):
+    if reason := why_invalid(messages, answered=True):
         return Encoded([], [], f"dropped:{reason}")
     try:
         tokens, supervised = tokenizer.render(messages, train_on=train_on)

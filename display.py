@@ -4,7 +4,6 @@ Token ids and plain numbers come in; nothing here knows a model.
 """
 
 import html
-import json
 import os
 import sys
 from pathlib import Path
@@ -367,76 +366,3 @@ aria-label="position by forward">{"".join(bars)}</svg></div>
 <p>Across: position. Down: forward, 0 to {S}.</p>
 </body></html>
 """
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training curves
-
-METRICS = "metrics.jsonl"  # of a run of train.py: a row a log, and one an evaluation
-CURVES = {  # metric of metrics.jsonl: its axis
-    "loss": "training loss",
-    "eval_loss": "evaluated bound, nats per token",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-}
-
-
-def read_runs(directories: list[str | Path]) -> dict[str, list[dict]]:
-    """Of each run its name, for `curves`, and the rows of its metrics.jsonl.
-
-    A name is as much of the end of the directory's path as tells it from the others. Raises FileNotFoundError where a
-    directory holds no run, ValueError where one occurs twice or a line is damaged; a last line that is still being
-    written is left out.
-    """
-    places = [Path(directory).resolve() for directory in directories]
-    runs = {}
-    for directory, place in zip(directories, places):
-        file = place / METRICS
-        if not file.is_file():
-            raise FileNotFoundError(f"{directory} holds no {METRICS}; expected the --output_dir of a run of train.py")
-        length = next((n for n in range(1, len(place.parts)) if _alike(place, places, n) == 1), None)
-        if length is None:
-            raise ValueError(f"{directory} is named twice; name each run once")
-        rows = []
-        for n, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
-            try:
-                rows.append(json.loads(line))
-                rows[-1]["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {n}: {line[:40]!r} is no row of a run's log; remove it") from error
-        runs["/".join(place.parts[-length:])] = rows
-    return runs
-
-
-def _alike(place: Path, places: list[Path], length: int) -> int:
-    """How many of `places` end in the same `length` parts as `place`."""
-    return sum(other.parts[-length:] == place.parts[-length:] for other in places)
-
-
-def curves(runs: dict[str, list[dict]], path: str | Path) -> None:
-    """A .png of four axes, a line for each of `runs`: its name, and the rows of its metrics.jsonl (`read_runs`).
-
-    A run has one colour in all four; where it has nothing of a metric, it has no line there.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    named = {}  # name: a line of it
-    for panel, (metric, label) in zip(axes.flat, CURVES.items()):
-        for n, (name, rows) in enumerate(runs.items()):
-            points = [(row["step"], row[metric]) for row in rows if metric in row]
-            if points:
-                style = {"color": f"C{n}", "linewidth": 1.2, "marker": "." if len(points) < 60 else ""}
-                named[name] = panel.plot(*zip(*points), label=name, **style)[0]
-        panel.set_xlabel("step")
-        panel.set_title(label, fontsize=10, loc="left")
-        panel.grid(alpha=0.3)
-        if metric in ("loss", "eval_loss", "grad_norm") and panel.lines:
-            panel.set_yscale("log")
-    if len(runs) > 1 and named:
-        figure.legend(handles=[named[name] for name in runs if name in named], loc="outside upper center", ncols=3)
-    figure.savefig(path, format="png", dpi=110)
-    plt.close(figure)

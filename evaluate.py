@@ -6,7 +6,6 @@ Importing this file registers a2d_ar, a2d_mdlm and a2d_bd3lm with lm-eval. (It h
 
 from cli import (
     MDLM_BLOCK,
-    SAMPLING,
     Parser,
     add_reading,
     add_sampling,
@@ -17,6 +16,7 @@ from cli import (
     seed,
     switch,
 )
+from cli import sampling as sampling_of
 
 import difflib
 import functools
@@ -32,8 +32,11 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
+
+from options import Count, Natural, NonNegative
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -88,6 +91,21 @@ class _Options(Parser):
         )
 
 
+def sampling_options():
+    from diffusion import Sampling
+
+    @dataclass(kw_only=True)
+    class Generation(Sampling):
+        max_new_tokens: Natural | None = None
+        """masks that follow each prompt, at most: a task that asks for fewer gets fewer (default: what the task asks
+        for, else 256)"""
+        steps: Count | None = None  # forwards for the whole answer (default: one a token)
+        temperature: NonNegative | None = None
+        """of the Gumbel noise on the logits (default: the task's where it has do_sample, else 0)"""
+
+    return Generation
+
+
 def model_options() -> Parser:
     parser = _Options("evaluate.py", "")
     add = parser.add_argument_group("model").add_argument
@@ -108,15 +126,7 @@ def model_options() -> Parser:
         "in training)",
     )
     add("--seed", type=seed, default=42, metavar="N", help="of the noise of likelihoods and of sampling")
-    add_sampling(parser, max_new_tokens=None, steps=None, temperature=None)
-    for action in parser._actions:
-        replaced = {
-            "max_new_tokens": "masks that follow each prompt, at most: a task that asks for fewer gets fewer (default: "
-            "what the task asks for, else 256)",
-            "steps": action.help + " (default: one a token)",
-            "temperature": action.help + " (default: the task's where it has do_sample, else 0)",
-        }
-        action.help = replaced.get(action.dest, action.help)
+    add_sampling(parser, sampling_options())
     add = parser.add_argument_group("likelihood").add_argument
     add("--mc_num", type=int, default=128, metavar="N", help="draws of each block (mdlm: of the whole answer)")
     switch(
@@ -192,7 +202,7 @@ class A2D(TemplateLM):
         """Refuses options that the sampler would refuse, before any task is loaded."""
         from diffusion import denoise
 
-        given = {name: getattr(self.options, name) for name in SAMPLING}
+        given = sampling_of(self.options)
         drawn = (given["top_k"], given["top_p"]) != (None, None)  # the temperature may be the task's
         instead = {"max_new_tokens": 1, "steps": 1, "temperature": float(drawn)}
         next(denoise(self.model, [[0]], **given | {k: v for k, v in instead.items() if given[k] is None}))
@@ -293,7 +303,7 @@ class A2D(TemplateLM):
         """(log-likelihood, standard error, greedy) of each (texts, context ids, continuation ids)."""
         import torch
 
-        from diffusion import log_likelihood
+        from likelihood import log_likelihood
 
         room = self.max_length + int(self.objective == "ar")
         continuations = [continuation for _, _, continuation in requests]
@@ -387,7 +397,7 @@ class A2D(TemplateLM):
                 f"generation option {', '.join(wanted)} is unknown; a task or --gen_kwargs gives until, max_gen_toks, "
                 "do_sample, temperature, top_k and top_p, the rest are model_args"
             )
-        sampling = {name: getattr(self.options, name) for name in SAMPLING}
+        sampling = sampling_of(self.options)
         if sampling["temperature"] is None:
             sampling["temperature"] = drawn["temperature"] or 0.0
         for name in ("top_k", "top_p"):
@@ -564,7 +574,7 @@ def manifest(lm: A2D, counts: Counter, results: dict, argv: list[str], seconds: 
         "checkpoint_sha256": digest.hexdigest(),
         "config": config_dict(lm.model.config),
         "dtype": str(lm.model.head_weight.dtype).removeprefix("torch."),
-        "sampler": {name: getattr(lm.options, name) for name in SAMPLING},
+        "sampler": sampling_of(lm.options),
         "options": {name: getattr(lm.options, name) for name in shown},
         "gen_kwargs": config.get("gen_kwargs"),
         "chat_template_sha": results.get("chat_template_sha"),

@@ -20,12 +20,9 @@ from torch import Tensor, nn
 
 @dataclass
 class Config:
-    """A checkpoint's config.json, under Hugging Face's names; the defaults are the shape of `builtin/tiny`.
+    """A checkpoint's config.json, under Hugging Face's names; the defaults are the shape of `builtin/tiny`."""
 
-    The three switches between the families follow from `model_type`: `qk_norm`, `qkv_bias` and `rope_scaling`.
-    """
-
-    model_type: str = "qwen3"  # qwen3, qwen2 or llama
+    model_type: str = "qwen3"  # a key of FAMILIES
     vocab_size: int = 512
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -48,16 +45,32 @@ class Config:
     extra: dict = field(default_factory=dict)  # the source's other fields, unread, kept to be written back
 
     @property
-    def qk_norm(self) -> bool:
-        return self.model_type == "qwen3"
+    def family(self) -> "Family":
+        return FAMILIES[self.model_type]
 
     @property
     def qkv_bias(self) -> bool:
-        return self.model_type == "qwen2" or self.attention_bias
+        return self.attention_bias if self.family.qkv_bias is None else self.family.qkv_bias
 
     @property
     def output_bias(self) -> bool:
-        return self.model_type != "qwen2" and self.attention_bias
+        return self.attention_bias if self.family.output_bias is None else self.family.output_bias
+
+
+class Family(NamedTuple):
+    """How a family differs from the others, whose layers have the same order."""
+
+    name: str  # in transformers' class names
+    qk_norm: bool = False  # queries and keys are normed, head by head
+    qkv_bias: bool | None = None  # None: as config.json's attention_bias says
+    output_bias: bool | None = None
+
+
+FAMILIES = {
+    "qwen3": Family("Qwen3", qk_norm=True),
+    "qwen2": Family("Qwen2", qkv_bias=True, output_bias=False),
+    "llama": Family("Llama"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,8 +273,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, G * C, bias=config.qkv_bias)
         self.v_proj = Linear(D, G * C, bias=config.qkv_bias)
         self.o_proj = Linear(H * C, D, bias=config.output_bias)
-        self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.family.qk_norm else None
+        self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.family.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, write, index) -> Tensor:
         B, T, _ = x.shape
@@ -369,48 +382,3 @@ class LanguageModel(nn.Module):
             x = layer(x, cos, sin, mask, write, index if i == len(self.model.layers) - 1 else None)
         x = self.model.norm(x)  # (B, T, D), or (N, D)
         return F.linear(x, self.head_weight.to(x.dtype)) if head is None else head(x, self.head_weight)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a training step costs
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 by device name (NVIDIA's data sheets)
-
-
-def forward_flops(config: Config, tokens: int, rows: int, pairs: int) -> int:
-    """FLOPs of the matrix products of a forward, 2 a multiply-add; a training step takes three times as many.
-
-        2 * P * tokens            P: weights of the layers' matrices; tokens: those fed, of BD3LM's two streams both
-        2 * (V * D + P') * rows   rows: the predictions that are made; the head, and the last layer's P' after attention
-        4 * L * H * C * pairs     scores and weighted values; pairs: (query, key)
-
-    Embedding, norms, softmax, rotation and optimizer are not counted.
-    """
-    D, C, inner = config.hidden_size, config.head_dim, config.intermediate_size
-    H, G, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    weights = L * (2 * D * H * C + 2 * D * G * C + 3 * D * inner)
-    last = H * C * D + 3 * D * inner
-    return 2 * (weights - last) * tokens + 2 * (config.vocab_size * D + last) * rows + 4 * L * H * C * pairs
-
-
-def kept_bytes(config: Config, tokens: int, itemsize: int, recompute: str = "none") -> int:
-    """Bytes of activations that a forward of `tokens` keeps for the backward pass, `itemsize` a number: of every layer
-    what its norms, products, attention and MLP read. recompute: train.py's --checkpoint_activations; with `selective`
-    a layer's input and the outputs of products and attention are kept, with `full` a layer's input."""
-    D, C, inner = config.hidden_size, config.head_dim, config.intermediate_size
-    q, k = config.num_attention_heads * C, config.num_key_value_heads * C
-    normed = q + k if config.qk_norm else 0
-    layer = {
-        "none": 4 * D + normed + 2 * (q + k) + 4 * inner,
-        "selective": 3 * D + 2 * (q + k) + 2 * inner,
-        "full": D,
-    }
-    return itemsize * tokens * config.num_hidden_layers * layer[recompute]
-
-
-def train_flops(config: Config, layout: Layout, rows: int) -> int:
-    """FLOPs of a training step on `layout`, forward 1 part and backward 2 parts; of the pairs, those that see each
-    other. All rows of `layout` are taken to be like the first."""
-    first = layout.map(lambda field: field[:1])
-    pairs = visible(first.map(lambda field: field[:, :, None]), first.map(lambda field: field[:, None, :])).sum()
-    return 3 * forward_flops(config, layout.position.numel(), rows, layout.position.shape[0] * int(pairs))

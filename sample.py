@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from diffusion import denoise
+from diffusion import Sampling, denoise
 from display import (
     STRONG,
     Rate,
@@ -43,10 +43,17 @@ from display import (
     wrap,
 )
 from model import LanguageModel
+from options import Natural
 from tokenizer import Tokenizer
 
 FRAME = 0.04  # seconds that a frame of --show lasts at least
 PLAIN_EVERY = 8  # forwards from one line of --show to the next where there is no terminal
+
+
+@dataclass(kw_only=True)
+class Answering(Sampling):
+    max_new_tokens: Natural | None = None
+    """masks that follow each prompt (default: 128, or 0 after a prompt that has masks)"""
 
 
 def arguments() -> Parser:
@@ -124,7 +131,7 @@ many at once as it has rows). ar decodes 1 token per forward.""",
         metavar="PERCENT",
         help="exit with status 1 if the pooled score is lower (default: 0)",
     )
-    add_sampling(parser, max_new_tokens=None)
+    add_sampling(parser, Answering)
     return parser
 
 

@@ -39,7 +39,7 @@ def reading(file: Path):
         raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; fetch it again") from error
 
 
-def mistake(messages, *, answered: bool = False) -> str | None:
+def why_invalid(messages, *, answered: bool = False) -> str | None:
     """Why `messages` are no chat, if that is so: a list of dicts with a role and a content that is a string; answered:
     one that ends in an assistant's turn, as what is learnt must."""
     if not isinstance(messages, list) or not messages:

@@ -4,9 +4,8 @@ Read `train` at the end first: model, data, optimizers, then the loop. What an e
 diffusion.py, what a batch is in data.py.
 """
 
-from cli import Parser, boolean, check_place, one_line_errors, place, replacing_file, seed, switch
+from cli import Parser, check_place, one_line_errors, replacing_file
 
-import argparse
 import functools
 import hashlib
 import itertools
@@ -20,9 +19,10 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,25 +34,24 @@ from tqdm import tqdm
 import data
 import stream
 from checkpoint import (
-    DTYPES,
-    OBJECTIVES,
     barrier,
     config_dict,
     declare,
     drop_training,
     load_model,
     load_training,
+    naming_file,
     read_progress,
     recover,
     remove,
     resolve,
     save_model,
     save_training,
-    writing,
 )
 from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
-from display import METRICS, curves, read_runs
-from model import PEAK_FLOPS, Config, LanguageModel, kept_bytes, train_flops
+from log import METRICS, PEAK_FLOPS, curves, kept_bytes, read_runs, train_flops
+from model import Config, LanguageModel
+from options import Count, Decay, Natural, NonNegative, Options, Place, Positive, Seed, Share, add_flags, flags
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
@@ -62,368 +61,212 @@ AHEAD = {"cpu": 0, "cuda": 2}  # steps whose examples a thread makes meanwhile; 
 REQUEUE = 75  # exit status of a run that a signal ended: it can go on (EX_TEMPFAIL)
 EVALUATION_SEED = 0  # of the evaluation's noise: the same in every run
 
-# What a flag is when it is not given, for those that belong to one stage or to noise; given elsewhere it is an error.
-STAGE_DEFAULTS = {
-    "pt": {"text_field": "text", "insert_eos": True, "drop_tail": True},
-    "sft": {"truncation": "right", "mask_prompt_loss": True, "group_by_length": True, "train_on": "last"},
-}
-NOISE_DEFAULTS = {
-    "loss_weight_type": None,  # scheduler for levels, count for counts
-    "noise_type": "level",
-    "level_per": "block",
-    "scheduler": "linear",
-    "time_epsilon": 1e-3,
-    "time_max": 1.0,
-    "at_least_one": False,
-    "complementary_masks": False,
-}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# The settings: `python train.py --help` prints what follows. They bear dLLM's names and defaults where it has them.
 
 
-def arguments() -> Parser:
-    parser = Parser(
-        "train.py",
-        """\
-Train a causal, masked-diffusion (MDLM) or block-diffusion (BD3LM) language model.
+@dataclass(kw_only=True)
+class Model(Options):
+    "model"
 
-  python convert.py --model_name_or_path Qwen/Qwen3-0.6B --output_dir .models/a2d/Qwen3-0.6B
-  python train.py --objective mdlm --stage pt --model_name_or_path .models/a2d/Qwen3-0.6B \\
-      --dataset_args Trelis/tiny-shakespeare --text_field Text --insert_eos False --output_dir runs/shakespeare
-
-Writes OUTPUT_DIR/checkpoint-N and checkpoint-final (Hugging Face directories: model and tokenizer), metrics.jsonl (one
-line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's names and defaults where it has them.""",
-    )
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--model_name_or_path",
-        type=place,
-        required=True,
-        help=f"a directory (also under $BASE_MODELS_DIR) or a Hub id, converted by convert.py for mdlm and bd3lm; or "
-        f"{TINY}: random weights in a small Qwen3 shape, with a tokenizer trained on the data",
-    )
-    add(
-        "--objective", choices=OBJECTIVES, help="what to train it as (default: what the checkpoint declares, else mdlm)"
-    )
-    add("--block_size", type=int, metavar="TOKENS", help="bd3lm's block length (default: the checkpoint's)")
-    add(
-        "--right_shift_logits",
-        type=boolean,
-        metavar="True|False",
-        help="position i predicts token i + 1, as in the AR model (default: what the checkpoint declares, else False)",
-    )
-    add(
-        "--output_dir",
-        type=place,
-        required=True,
-        metavar="DIR",
-        help="directory of this run; one that holds a run is refused",
-    )
-    switch(add, "--overwrite", False, "replace the run in --output_dir")
-    add("--save_dtype", choices=list(DTYPES)[:3], help="of the saved weights (default: that of the source)")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_args", required=True, metavar="SPEC", help=data.SPEC_HELP)
-    add("--stage", choices=["pt", "sft"], default="pt", help="pt: plain text in full pieces. sft: chat")
-    add("--max_length", type=int, metavar="TOKENS", help="longest row (default: pt 128, sft 512)")
-    add("--text_field", metavar="COLUMN", help="pt: the column with the text (default: text)")
-    add("--insert_eos", type=boolean, metavar="True|False", help="pt: end each text in EOS (default: True)")
-    add("--drop_tail", type=boolean, metavar="True|False", help="pt: drop the last, shorter piece (default: True)")
-    add("--truncation", choices=["right", "filter"], help="sft: cut rows that are too long, or drop (default: right)")
-    add(
-        "--mask_prompt_loss",
-        type=boolean,
-        metavar="True|False",
-        help="sft: learn the assistant's turns only (which: --train_on), not the whole chat (default: True)",
-    )
-    add(
-        "--group_by_length",
-        type=boolean,
-        metavar="True|False",
-        help="sft: rows of like length share a batch (default: True)",
-    )
-    add(
-        "--pad_to",
-        type=int,
-        metavar="TOKENS",
-        help="pad every batch to this length, at least max_length (default: to the global batch's longest row). Where "
-        "mdlm learns chat, padding is visible and learnt, as it teaches where an answer ends inside a canvas",
-    )
-    add(
-        "--train_on",
-        choices=["last", "all"],
-        help="sft: which of the assistant's turns are learnt; all only where the chat template lets the turns be told "
-        "apart (default: last)",
-    )
-    switch(
-        add,
-        "--packing",
-        False,
-        "sft, ar or bd3lm: several chats to a row of --max_length (or --pad_to), which do not see each other; the loss "
-        "is that of the same chats padded",
-    )
-    add("--num_proc", type=int, default=8, metavar="N", help="processes that tokenise what is not builtin")
-    switch(add, "--load_preprocessed_data", False, "--dataset_args is a directory that python data.py wrote")
-    switch(
-        add,
-        "--streaming",
-        False,
-        "read and tokenise while training runs, without end (give --max_steps); canvases are --max_length long",
-    )
-    add("--shuffle_buffer", type=int, default=2000, metavar="ROWS", help="with --streaming: rows shuffled among them")
-    add(
-        "--dataloader_num_workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --streaming: processes of each rank that tokenise; 0: a thread",
-    )
-
-    add = parser.add_argument_group("noise and loss (mdlm and bd3lm, but for the last)").add_argument
-    add(
-        "--loss_weight_type",
-        choices=["scheduler", "uniform", "count"],
-        help="weight of a masked token: scheduler, -alpha'(t)/(1 - alpha(t)), 1/t for linear, the likelihood bound; "
-        "uniform, 1, better at small budgets; count, m/n (default: scheduler; with --noise_type count: count)",
-    )
-    add(
-        "--noise_type",
-        choices=["level", "count"],
-        help="level: mask each token with probability 1 - alpha(t). count: mask n of a block's m tokens, n uniform in "
-        "1..m, of lower variance (default: level)",
-    )
-    add(
-        "--level_per",
-        choices=["block", "sequence"],
-        help="a level for each block, spread evenly over a row's blocks, or one a row, as dLLM does (default: block)",
-    )
-    add(
-        "--scheduler",
-        choices=["linear", "cosine"],
-        help="alpha(t), the probability that a token is not masked at time t: 1 - t, or 1 - cos((1 - t) pi/2) "
-        "(default: linear)",
-    )
-    add("--time_epsilon", type=float, metavar="T", help="lowest time that is drawn (default: 0.001)")
-    add("--time_max", type=float, metavar="T", help="highest time, 1 for all masked (default: 1)")
-    add(
-        "--at_least_one",
-        type=boolean,
-        metavar="True|False",
-        help="mask one token where a block's draw is empty; lowers variance, biases the 1/t weight (default: False)",
-    )
-    add(
-        "--complementary_masks",
-        type=boolean,
-        metavar="True|False",
-        help="train on every row twice, the second time with the other tokens masked (default: False)",
-    )
-    add(
-        "--loss_norm_type",
-        choices=["token", "sequence", "batch"],
-        default="token",
-        help="what the loss is divided by. token: the supervised tokens of the global batch. sequence: each row's by "
-        "its own, and by the rows. batch: the rows alone",
-    )
-
-    add = parser.add_argument_group("optimization").add_argument
-    add(
-        "--optim",
-        choices=["adamw", "muon"],
-        default="adamw",
-        help="muon: Muon on the layers' matrices, AdamW on the rest; much faster from random weights",
-    )
-    add(
-        "--learning_rate",
-        type=float,
-        default=1e-4,
-        metavar="RATE",
-        help="peak; Muon's is scaled to the size of AdamW's updates",
-    )
-    add(
-        "--lr_scheduler_type",
-        choices=["cosine", "linear", "constant"],
-        default="cosine",
-        help="how the learning rate falls to 0 after the warm-up; constant: it stays at its peak",
-    )
-    add(
-        "--warmup_ratio",
-        type=float,
-        default=0.1,
-        metavar="PART",
-        help="part of the run, 0 to 1, in which the learning rate rises from 0",
-    )
-    add("--weight_decay", type=float, default=0.0, metavar="RATE", help="of the matrices, a step, times learning rate")
-    add("--adam_beta1", type=float, default=0.9, metavar="BETA", help="how much AdamW's mean gradient keeps in a step")
-    add("--adam_beta2", type=float, default=0.999, metavar="BETA", help="and its mean squared gradient")
-    add("--adam_epsilon", type=float, default=1e-8, metavar="E", help="added to the root of AdamW's mean square")
-    add("--max_grad_norm", type=float, default=1.0, metavar="NORM", help="clip the gradient's norm; 0: do not")
-    add("--num_train_epochs", type=float, default=20.0, metavar="N", help="passes over the data")
-    add("--max_steps", type=int, metavar="N", help="optimizer steps (default: what --num_train_epochs come to)")
-    add(
-        "--max_minutes",
-        type=float,
-        metavar="MINUTES",
-        help="end the run after that time; the learning rate's schedule ends with it (default: no limit)",
-    )
-    add("--per_device_train_batch_size", type=int, default=16, metavar="ROWS", help="rows of a micro-batch")
-    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
-    add("--seed", type=seed, default=42, metavar="N", help="of the order of rows, the noise and random weights")
-    add(
-        "--compute_dtype",
-        choices=["bfloat16", "float32"],
-        help="of the matrix products; weights and optimizer are float32 (default: bfloat16 on CUDA, else float32)",
-    )
-
-    add = parser.add_argument_group("many processes and memory (start them by torchrun)").add_argument
-    add(
-        "--parallel",
-        choices=["ddp", "zero2", "zero3", "hybrid"],
-        default="ddp",
-        help="ddp: every process has the whole model. zero2: weights, gradients and optimizer are sharded, weights "
-        "gathered once a step. zero3: and gathered again for the backward pass. hybrid: sharded within a node, "
-        "replicated across nodes",
-    )
-    add(
-        "--reduce_dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="in which gradients are summed over processes",
-    )
-    add(
-        "--checkpoint_activations",
-        choices=["none", "selective", "full"],
-        default="none",
-        help="what the backward pass computes again instead of keeping it: selective, all but matrix products; full, "
-        "everything inside a layer",
-    )
-    switch(add, "--torch_compile", False, "compile the layers (minutes at the start)")
-
-    add = parser.add_argument_group("evaluation, saving, logging").add_argument
-    add(
-        "--eval_strategy",
-        choices=["steps", "epoch", "no"],
-        default="steps",
-        help="evaluate on the set's validation split, else its test split, else 5 %% held out: the likelihood bound "
-        "in nats per token and its perplexity, unbiased, with fixed noise",
-    )
-    add(
-        "--eval_steps",
-        type=float,
-        default=0.1,
-        metavar="N",
-        help="evaluate every so many optimizer steps; below 1, a part of the run",
-    )
-    add("--per_device_eval_batch_size", type=int, default=16, metavar="ROWS", help="rows of an evaluation batch")
-    add("--stop_at_eval_loss", type=float, metavar="NATS", help="end the run at this bound (default: never)")
-    add(
-        "--save_steps",
-        type=float,
-        default=0.1,
-        metavar="N",
-        help="save every so many optimizer steps; below 1, a part of the run; 0: at the end only",
-    )
-    add("--save_total_limit", type=int, metavar="N", help="keep the last N checkpoint-N (default: all)")
-    add(
-        "--resume_from_checkpoint",
-        metavar="auto|DIR",
-        help="go on from a checkpoint-N, on any number of processes; auto: the newest in --output_dir, or from the "
-        "start where there is none. A checkpoint-N is a model; the two newest also hold what resuming takes (default: "
-        "begin anew)",
-    )
-    add(
-        "--skip_nonfinite",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave out up to N steps whose loss or gradient is not finite; one more ends the run",
-    )
-    add("--logging_steps", type=int, default=10, metavar="N", help="a line in metrics.jsonl every so many steps")
-    add(
-        "--report_to",
-        choices=["none", "wandb"],
-        default="none",
-        help="wandb: also to Weights & Biases (a package of its own, which heeds WANDB_MODE, WANDB_PROJECT and so on)",
-    )
-    return parser
+    model_name_or_path: Place
+    """a directory (also under $BASE_MODELS_DIR) or a Hub id, converted by convert.py for mdlm and bd3lm; or
+    builtin/tiny: random weights in a small Qwen3 shape, with a tokenizer trained on the data"""
+    objective: Literal["ar", "mdlm", "bd3lm"] | None = None
+    """what to train it as (default: what the checkpoint declares, else mdlm)"""
+    block_size: int | None = None  # bd3lm's block length (default: the checkpoint's)
+    right_shift_logits: bool | None = None
+    """position i predicts token i + 1, as in the AR model (default: what the checkpoint declares, else False)"""
 
 
-def complete(args: argparse.Namespace) -> None:
-    """Fills in the defaults that depend on the stage and checks what can be checked before anything is loaded."""
-    for stage, defaults in STAGE_DEFAULTS.items():
-        for name, default in defaults.items():
-            if getattr(args, name) is None:
-                setattr(args, name, default)
-            elif stage != args.stage:
-                raise ValueError(f"--{name} is for --stage {stage}; leave it out of --stage {args.stage}")
-    if args.max_length is None:
-        args.max_length = {"pt": 128, "sft": 512}[args.stage]
-    least = {
-        "max_length": 1,
-        "num_proc": 1,
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "save_total_limit": 1,
-        "skip_nonfinite": 0,
-        "shuffle_buffer": 1,
-        "dataloader_num_workers": 0,
-        "max_grad_norm": 0,
-        "save_steps": 0,
-        "weight_decay": 0,
-        "adam_beta1": 0,
-        "adam_beta2": 0,
-        "adam_epsilon": 0,
-    }
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name} {value}: expected a number")
-    for name, bound in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < bound:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {bound}")
-    for name in ("learning_rate", "num_train_epochs", "max_minutes", "eval_steps"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected more than 0")
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(args, name) >= 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected less than 1")
-    if not 0 <= args.warmup_ratio <= 1:
-        raise ValueError(f"--warmup_ratio {args.warmup_ratio}: expected 0 to 1, a part of the run")
-    if args.optim == "muon" and args.parallel != "ddp":
-        raise ValueError(
-            f"--optim muon needs whole matrices, which --parallel {args.parallel} shards; use ddp, or adamw"
-        )
-    if args.packing and args.stage == "pt":
-        raise ValueError("--packing is for --stage sft; plain text is always packed")
-    if args.streaming and args.load_preprocessed_data:
-        raise ValueError("--streaming and --load_preprocessed_data contradict each other; leave one out")
-    if args.load_preprocessed_data and args.model_name_or_path == TINY:
-        raise ValueError(f"--load_preprocessed_data holds tokens; {TINY} makes its tokenizer of text; leave one out")
-    if args.stop_at_eval_loss is not None and args.eval_strategy == "no":
-        raise ValueError("--stop_at_eval_loss needs evaluations; leave out --eval_strategy no")
+@dataclass(kw_only=True)
+class Data(Options):
+    "data"
+
+    dataset_args: str
+    """data set, name[key:value,...], several joined by "+": Hub ids, local files (.jsonl .json .txt .parquet),
+    builtin/sums (chat), builtin/stdlib (text). Keys: train:5000 (row limit of a split), name:CONFIG, lang:LANGUAGE"""
+    stage: Literal["pt", "sft"] = "pt"  # pt: plain text in full pieces. sft: chat
+    max_length: Count | None = None  # longest row (default: pt 128, sft 512)
+    pad_to: int | None = None
+    """pad every batch to this length, at least max_length (default: to the global batch's longest row). Where mdlm
+    learns chat, padding is visible and learnt, as it teaches where an answer ends inside a canvas"""
+    load_preprocessed_data: bool = False  # --dataset_args is a directory that python data.py wrote
+    streaming: bool = False
+    """read and tokenise while training runs, without end (give --max_steps); canvases are --max_length long"""
+    shuffle_buffer: Count = 2000  # with --streaming: rows shuffled among them
+    seed: Seed = 42  # of the order of rows, the noise and random weights
 
 
-def complete_noise(args: argparse.Namespace, objective: str) -> None:
-    """The same for the noise, once the objective is known."""
-    for name, default in NOISE_DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif objective == "ar":
-            raise ValueError(f"--{name} {getattr(args, name)}: ar has no noise; leave it out, or pass --objective")
-    if args.loss_weight_type is None:
-        args.loss_weight_type = "count" if args.noise_type == "count" else "scheduler"
-    if (args.noise_type, args.loss_weight_type) in (("count", "scheduler"), ("level", "count")):
-        raise ValueError(
-            f"--loss_weight_type {args.loss_weight_type} does not go with --noise_type {args.noise_type}: level goes "
-            "with scheduler or uniform, count with count or uniform"
-        )
-    if not 0 < args.time_epsilon < args.time_max <= 1:
-        raise ValueError(f"--time_epsilon {args.time_epsilon}, --time_max {args.time_max}: expected 0 < both <= 1")
-    if args.complementary_masks and (args.scheduler != "linear" or args.noise_type != "level"):
-        raise ValueError("--complementary_masks needs --noise_type level and --scheduler linear, where 1 - t is a time")
+@dataclass(kw_only=True)
+class PlainText(Options):
+    "data: plain text (--stage pt)"
+
+    text_field: str = "text"  # the column with the text
+    insert_eos: bool = True  # end each text in EOS
+    drop_tail: bool = True  # drop the last, shorter piece
+
+
+@dataclass(kw_only=True)
+class Chat(Options):
+    "data: chat (--stage sft)"
+
+    truncation: Literal["right", "filter"] = "right"  # cut rows that are too long, or drop them
+    mask_prompt_loss: bool = True  # learn the assistant's turns only (which: --train_on), not the whole chat
+    train_on: Literal["last", "all"] = "last"
+    """which of the assistant's turns are learnt; all only where the chat template lets the turns be told apart"""
+    group_by_length: bool = True  # rows of like length share a batch
+    packing: bool = False
+    """ar or bd3lm: several chats to a row of --max_length (or --pad_to), which do not see each other; the loss is that
+    of the same chats padded"""
+
+
+@dataclass(kw_only=True)
+class Noising(Options):
+    "noise (mdlm and bd3lm)"
+
+    loss_weight_type: Literal["scheduler", "uniform", "count"] | None = None
+    """weight of a masked token: scheduler, -alpha'(t)/(1 - alpha(t)), 1/t for linear, the likelihood bound; uniform, 1,
+    better at small budgets; count, m/n (default: scheduler; with --noise_type count: count)"""
+    noise_type: Literal["level", "count"] = "level"
+    """level: mask each token with probability 1 - alpha(t). count: mask n of a block's m tokens, n uniform in 1..m, of
+    lower variance"""
+    level_per: Literal["block", "sequence"] = "block"
+    """a level for each block, spread evenly over a row's blocks, or one a row, as dLLM does"""
+    scheduler: Literal["linear", "cosine"] = "linear"
+    """alpha(t), the probability that a token is not masked at time t: 1 - t, or 1 - cos((1 - t) pi/2)"""
+    time_epsilon: float = 1e-3  # lowest time that is drawn
+    time_max: float = 1.0  # highest time, 1 for all masked
+    at_least_one: bool = False  # mask one token where a block's draw is empty; lowers variance, biases the 1/t weight
+    complementary_masks: bool = False  # train on every row twice, the second time with the other tokens masked
+
+
+@dataclass(kw_only=True)
+class Optimization(Options):
+    "optimization"
+
+    loss_norm_type: Literal["token", "sequence", "batch"] = "token"
+    """what the loss is divided by. token: the supervised tokens of the global batch. sequence: each row's by its own,
+    and by the rows. batch: the rows alone"""
+    optim: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon on the layers' matrices, AdamW on the rest; much faster from random weights"""
+    learning_rate: Positive = 1e-4  # peak; Muon's is scaled to the size of AdamW's updates
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """how the learning rate falls to 0 after the warm-up; constant: it stays at its peak"""
+    warmup_ratio: Share = 0.1  # part of the run, 0 to 1, in which the learning rate rises from 0
+    weight_decay: NonNegative = 0.0  # of the matrices, a step, times learning rate
+    adam_beta1: Decay = 0.9  # how much AdamW's mean gradient keeps in a step
+    adam_beta2: Decay = 0.999  # and its mean squared gradient
+    adam_epsilon: NonNegative = 1e-8  # added to the root of AdamW's mean square
+    max_grad_norm: NonNegative = 1.0  # clip the gradient's norm; 0: do not
+    num_train_epochs: Positive = 20.0  # passes over the data
+    max_steps: Count | None = None  # optimizer steps (default: what --num_train_epochs come to)
+
+
+@dataclass(kw_only=True)
+class Machine(Options):
+    "processes, memory, speed: what changes no result but by rounding (many processes: start them by torchrun)"
+
+    per_device_train_batch_size: Count = 16  # rows of a micro-batch
+    gradient_accumulation_steps: Count = 1  # micro-batches of an optimizer step
+    per_device_eval_batch_size: Count = 16  # rows of an evaluation batch
+    num_proc: Count = 8  # processes that tokenise what is not builtin
+    dataloader_num_workers: Natural = 0  # with --streaming: processes of each rank that tokenise; 0: a thread
+    compute_dtype: Literal["bfloat16", "float32"] | None = None
+    """of the matrix products; weights and optimizer are float32 (default: bfloat16 on CUDA, else float32)"""
+    parallel: Literal["ddp", "zero2", "zero3", "hybrid"] = "ddp"
+    """ddp: every process has the whole model. zero2: weights, gradients and optimizer are sharded, weights gathered
+    once a step. zero3: and gathered again for the backward pass. hybrid: sharded within a node, replicated across
+    nodes"""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # in which gradients are summed over processes
+    checkpoint_activations: Literal["none", "selective", "full"] = "none"
+    """what the backward pass computes again instead of keeping it: selective, all but matrix products; full, everything
+    inside a layer"""
+    torch_compile: bool = False  # compile the layers (minutes at the start)
+
+
+@dataclass(kw_only=True)
+class Output(Options):
+    "output: evaluation, saving, logging, and when to stop"
+
+    output_dir: Place  # directory of this run; one that holds a run is refused
+    overwrite: bool = False  # replace the run in --output_dir
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """of the saved weights (default: that of the source)"""
+    eval_strategy: Literal["steps", "epoch", "no"] = "steps"
+    """evaluate on the set's validation split, else its test split, else 5 % held out: the likelihood bound in nats per
+    token and its perplexity, unbiased, with fixed noise"""
+    eval_steps: Positive = 0.1  # evaluate every so many optimizer steps; below 1, a part of the run
+    stop_at_eval_loss: float | None = None  # end the run at this bound, in nats per token (default: never)
+    save_steps: NonNegative = 0.1
+    """save every so many optimizer steps; below 1, a part of the run; 0: at the end only"""
+    save_total_limit: Count | None = None  # keep the last N checkpoint-N (default: all)
+    resume_from_checkpoint: str | None = None
+    """auto or a directory: go on from a checkpoint-N, on any number of processes; auto: the newest in --output_dir, or
+    from the start where there is none. A checkpoint-N is a model; the two newest also hold what resuming takes
+    (default: begin anew)"""
+    max_minutes: Positive | None = None
+    """end the run after that time; the learning rate's schedule ends with it (default: no limit)"""
+    skip_nonfinite: Natural = 0
+    """leave out up to N steps whose loss or gradient is not finite; one more ends the run"""
+    logging_steps: Count = 10  # a line in metrics.jsonl every so many steps
+    report_to: Literal["none", "wandb"] = "none"
+    """wandb: also to Weights & Biases (a package of its own, which heeds WANDB_MODE, WANDB_PROJECT and so on)"""
+
+
+@dataclass(kw_only=True)
+class Settings(Model, Data, PlainText, Chat, Noising, Optimization, Machine, Output):
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length is None:
+            self.max_length = {"pt": 128, "sft": 512}[self.stage]
+        if self.optim == "muon" and self.parallel != "ddp":
+            raise ValueError(
+                f"--optim muon needs whole matrices, which --parallel {self.parallel} shards; use ddp, or adamw"
+            )
+        if self.packing and self.stage == "pt":
+            raise ValueError("--packing is for --stage sft; plain text is always packed")
+        if self.streaming and self.load_preprocessed_data:
+            raise ValueError("--streaming and --load_preprocessed_data contradict each other; leave one out")
+        if self.load_preprocessed_data and self.model_name_or_path == TINY:
+            raise ValueError(
+                f"--load_preprocessed_data holds tokens; {TINY} makes its tokenizer of text; leave one out"
+            )
+        if self.stop_at_eval_loss is not None and self.eval_strategy == "no":
+            raise ValueError("--stop_at_eval_loss needs evaluations; leave out --eval_strategy no")
+
+    @classmethod
+    def parse(cls, parser, argv=None) -> "Settings":
+        args = super().parse(parser, argv)
+        other, group = {"pt": ("sft", Chat), "sft": ("pt", PlainText)}[args.stage]
+        for name in args.given & flags(group).keys():
+            raise ValueError(f"--{name} is for --stage {other}; leave it out of --stage {args.stage}")
+        return args
+
+    def check_noise(self, objective: str) -> None:
+        """Refuses noise for ar and noise that contradicts itself, once the checkpoint has told the objective."""
+        for name in self.given & flags(Noising).keys() if objective == "ar" else ():
+            raise ValueError(f"--{name} {getattr(self, name)}: ar has no noise; leave it out, or pass --objective")
+        if self.loss_weight_type is None:
+            self.loss_weight_type = "count" if self.noise_type == "count" else "scheduler"
+        if (self.noise_type, self.loss_weight_type) in (("count", "scheduler"), ("level", "count")):
+            raise ValueError(
+                f"--loss_weight_type {self.loss_weight_type} does not go with --noise_type {self.noise_type}: level "
+                "goes with scheduler or uniform, count with count or uniform"
+            )
+        if not 0 < self.time_epsilon < self.time_max <= 1:
+            raise ValueError(f"--time_epsilon {self.time_epsilon}, --time_max {self.time_max}: expected 0 < both <= 1")
+        if self.complementary_masks and (self.scheduler, self.noise_type) != ("linear", "level"):
+            raise ValueError(
+                "--complementary_masks needs --noise_type level and --scheduler linear, where 1 - t is a time"
+            )
+
+    @property
+    def learnt(self) -> dict:
+        """What decides the weights, and so must not differ in a run that goes on with another."""
+        free = flags(Machine).keys() | flags(Output).keys() | {"model_name_or_path"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 def held_run(output: Path, overwrite: bool) -> list[Path]:
@@ -438,7 +281,7 @@ def held_run(output: Path, overwrite: bool) -> list[Path]:
 # Model, examples, optimizers
 
 
-def build_model(args: argparse.Namespace) -> tuple[LanguageModel, Tokenizer]:
+def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
     """The model, float32 on the CPU, its config declaring what it is trained as, and its tokenizer."""
     if args.model_name_or_path == TINY:
         texts = data.texts(args.dataset_args, args.stage, args.text_field)
@@ -477,7 +320,7 @@ def build_model(args: argparse.Namespace) -> tuple[LanguageModel, Tokenizer]:
     return model.train(), tokenizer
 
 
-def collate_for(args: argparse.Namespace, config: Config, tokenizer: Tokenizer):
+def collate_for(args: Settings, config: Config, tokenizer: Tokenizer):
     """data.collate as the stage and the objective want it: see its docstring for the two ways to fill a chat row."""
     chat = args.stage == "sft"
     return functools.partial(
@@ -508,7 +351,7 @@ def make_example(
     return bd3lm_example(batch, noise, block_length=block_length, **options)
 
 
-def training_example(args: argparse.Namespace, config: Config):
+def training_example(args: Settings, config: Config):
     """make_example as the flags say: a function of a micro-batch alone."""
     draw = functools.partial(
         draw_noise,
@@ -531,7 +374,7 @@ def training_example(args: argparse.Namespace, config: Config):
     )
 
 
-def build_optimizers(model: LanguageModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: LanguageModel, args: Settings) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon (Keller Jordan's, in torch.optim) for the layers' matrices and AdamW for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." not in name]
@@ -556,7 +399,7 @@ def build_optimizers(model: LanguageModel, args: argparse.Namespace) -> list[tor
     return [*optimizers, adamw]
 
 
-def learning_rate(progress: float, args: argparse.Namespace) -> float:
+def learning_rate(progress: float, args: Settings) -> float:
     """At a point of the run, 0 to 1: a linear rise over warmup_ratio, then a cosine or a line down to 0, or neither."""
     if progress < args.warmup_ratio:
         return args.learning_rate * progress / args.warmup_ratio
@@ -614,7 +457,7 @@ def setup() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, compute_dtype: torch.dtype):
+def parallelize(model: LanguageModel, args: Settings, ranks: Ranks, compute_dtype: torch.dtype):
     """Activation checkpointing, compilation, precision, sharding, in this order: (engine, sync), what to call in the
     model's place, and a function of whether the next backward pass sums gradients over ranks, as a step's last must.
 
@@ -668,7 +511,7 @@ def parallelize(model: LanguageModel, args: argparse.Namespace, ranks: Ranks, co
     return model, sync
 
 
-def _kept(args: argparse.Namespace) -> dict:
+def _kept(args: Settings) -> dict:
     """For `selective`: the outputs of matrix products and attention are kept, all else is computed again."""
     if args.checkpoint_activations == "full":
         return {}
@@ -743,7 +586,7 @@ class Log:
     def write(self, step: int, **metrics: float | str) -> None:
         """A line in metrics.jsonl."""
         if not self.silent:
-            with writing(self.output / METRICS):
+            with naming_file(self.output / METRICS):
                 self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             if self.wandb is not None:
                 self.wandb.log(metrics, step=step)
@@ -751,7 +594,7 @@ class Log:
     def draw(self) -> None:
         """curves.png of what metrics.jsonl holds."""
         if not self.silent:
-            with writing(self.output / CURVES):
+            with naming_file(self.output / CURVES):
                 curves(read_runs([self.output]), self.output / CURVES)
 
     def show(self, step: int, left: float, **metrics: float) -> None:
@@ -838,7 +681,7 @@ def every(interval: float, steps: int) -> int:
     return max(1, math.ceil(steps * interval)) if interval < 1 else int(interval)
 
 
-def build_loaders(args: argparse.Namespace, config: Config, tokenizer: Tokenizer, ranks: Ranks):
+def build_loaders(args: Settings, config: Config, tokenizer: Tokenizer, ranks: Ranks):
     """(loader of training batches, rows to evaluate on or None, collate, counts of rows, a line about the data)."""
     reading = {
         "stage": args.stage,
@@ -901,7 +744,7 @@ def build_loaders(args: argparse.Namespace, config: Config, tokenizer: Tokenizer
     )
 
 
-def resume_point(args: argparse.Namespace, output: Path) -> Path | None:
+def resume_point(args: Settings, output: Path) -> Path | None:
     """The checkpoint to go on from; None: from the start. ValueError or FileNotFoundError where that cannot be."""
     check_place("--output_dir", output)
     if args.resume_from_checkpoint is None:
@@ -947,34 +790,11 @@ def check_resumed(path: Path, settings: dict, config: Config, rows: int, process
         )
 
 
-# Flags that may differ between a run and what goes on with it.
-FREE = (
-    *("model_name_or_path", "output_dir", "overwrite", "save_dtype", "num_proc", "resume_from_checkpoint"),
-    *(
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "per_device_eval_batch_size",
-        "dataloader_num_workers",
-    ),
-    *("parallel", "reduce_dtype", "checkpoint_activations", "torch_compile", "compute_dtype", "skip_nonfinite"),
-    "report_to",
-    *(
-        "eval_strategy",
-        "eval_steps",
-        "stop_at_eval_loss",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-        "max_minutes",
-    ),
-)
-
-
-def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
+def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
     """The exit status: 0, or where a signal ended the run after a step and a save, REQUEUE (130 for SIGINT)."""
     wandb = import_wandb() if args.report_to == "wandb" else None
-    for other in ranks.gather(vars(args)):
-        for name, value in vars(args).items():
+    for other in ranks.gather(asdict(args)):
+        for name, value in asdict(args).items():
             if other[name] != value:
                 raise ValueError(f"--{name} is {value} here, {other[name]} on another process; start all with the same")
     output = Path(args.output_dir)
@@ -992,8 +812,8 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
     with ranks.first_on_node():
         model, tokenizer = build_model(args)
         config = model.config
-        complete_noise(args, config.objective)
-        settings = {name: value for name, value in vars(args).items() if name not in FREE}
+        args.check_noise(config.objective)
+        settings = args.learnt
         if begin_at is not None:
             rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
             check_resumed(begin_at, settings, config, rows, ranks.world_size)
@@ -1036,8 +856,8 @@ def train(args: argparse.Namespace, ranks: Ranks, signals: Signals) -> int:
     barrier()
     if ranks.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        with writing(output / ARGS):
-            (output / ARGS).write_text(json.dumps(vars(args), indent=2) + "\n")
+        with naming_file(output / ARGS):
+            (output / ARGS).write_text(json.dumps(asdict(args), indent=2) + "\n")
 
     log = Log(output, step, steps, silent=ranks.rank > 0, wandb=wandb)
     log.tell(describe(args, model, about_data, steps, ranks, compute_dtype))
@@ -1220,7 +1040,7 @@ def _peak(device: torch.device) -> float | None:
     return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
-def describe(args: argparse.Namespace, model: LanguageModel, about_data: str, steps: int, ranks: Ranks, dtype) -> str:
+def describe(args: Settings, model: LanguageModel, about_data: str, steps: int, ranks: Ranks, dtype) -> str:
     """What the run begins with telling; dtype: of the computation."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
@@ -1259,12 +1079,27 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted((path for path in output.glob("checkpoint-*") if path.name[11:].isdigit()), key=_number)
 
 
+MANUAL = """\
+Train a causal, masked-diffusion (MDLM) or block-diffusion (BD3LM) language model.
+
+  python convert.py --model_name_or_path Qwen/Qwen3-0.6B --output_dir .models/a2d/Qwen3-0.6B
+  python train.py --objective mdlm --stage pt --model_name_or_path .models/a2d/Qwen3-0.6B \\
+      --dataset_args Trelis/tiny-shakespeare --text_field Text --insert_eos False --output_dir runs/shakespeare
+
+Writes OUTPUT_DIR/checkpoint-N and checkpoint-final (Hugging Face directories: model and tokenizer), metrics.jsonl (one
+line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's names and defaults where it has them."""
+
+
+def arguments() -> Parser:
+    parser = Parser("train.py", MANUAL)
+    add_flags(parser, Settings)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments()
-    args = parser.parse_args(argv)
     try:
-        with one_line_errors(parser.prog):
-            complete(args)
+        with one_line_errors("train.py"):
+            args = Settings.parse(arguments(), argv)
             ranks = setup()  # where a rank may wait for others, deaf to signals: until then they do what they always do
             with Signals() as signals:
                 status = train(args, ranks, signals)

@@ -7,7 +7,8 @@ import torch
 from conftest import random_tokens, tiny
 
 import bench
-from diffusion import denoise, log_likelihood
+from diffusion import denoise
+from likelihood import log_likelihood
 
 
 @pytest.mark.parametrize("objective", ["mdlm", "bd3lm"])

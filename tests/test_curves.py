@@ -5,7 +5,7 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
-import display
+import log
 
 
 def run_at(directory, rows: list[dict]) -> str:
@@ -30,7 +30,7 @@ def drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(Figure, "savefig", keep)
 
     def draw(*directories) -> Figure:
-        display.curves(display.read_runs(directories), tmp_path / "curves.png")
+        log.curves(log.read_runs(directories), tmp_path / "curves.png")
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
         return figures[-1]
 
@@ -41,7 +41,7 @@ def test_each_run_has_a_line_of_its_own_colour_and_points_in_every_panel_it_has_
     both = run_at(tmp_path / "both", [{"step": 0, "rows read": 5}, *EVALUATED, *TRAINED])
     trained = run_at(tmp_path / "trained", TRAINED[:2])
     evaluated = run_at(tmp_path / "evaluated", EVALUATED)
-    panels = dict(zip(display.CURVES, drawn(trained, both, evaluated).axes))
+    panels = dict(zip(log.CURVES, drawn(trained, both, evaluated).axes))
     lines = {metric: {line.get_label(): line for line in panel.lines} for metric, panel in panels.items()}
     assert set(lines["loss"]) == set(lines["grad_norm"]) == {"both", "trained"}
     assert set(lines["eval_loss"]) == {"both", "evaluated"}
@@ -62,29 +62,29 @@ def test_a_name_is_as_much_of_the_path_as_tells_runs_apart(tmp_path, monkeypatch
     names = ("x/one/run", "x/two/run", "x/three", "y/two/run")
     for name in names:
         run_at(tmp_path / name, TRAINED)
-    assert list(display.read_runs([tmp_path / name for name in names])) == [
+    assert list(log.read_runs([tmp_path / name for name in names])) == [
         "one/run",
         "x/two/run",
         "three",
         "y/two/run",
     ]
     monkeypatch.chdir(tmp_path / "x/three")
-    assert list(display.read_runs(["."])) == ["three"]
+    assert list(log.read_runs(["."])) == ["three"]
 
 
 def test_a_run_that_is_still_written_is_drawn_and_what_is_no_run_refused(drawn, tmp_path):
     run = run_at(tmp_path / "run", TRAINED)
     (tmp_path / "run/metrics.jsonl").open("a").write('{"step": 4, "lo')
-    assert len(display.read_runs([run])["run"]) == 3
+    assert len(log.read_runs([run])["run"]) == 3
     assert drawn(run)
     with pytest.raises(FileNotFoundError, match=r"nowhere holds no metrics\.jsonl; expected the --output_dir of a run"):
-        display.read_runs([run, tmp_path / "nowhere"])
+        log.read_runs([run, tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="run is named twice; name each run once"):
-        display.read_runs([run, tmp_path / "run"])
+        log.read_runs([run, tmp_path / "run"])
     for text in ("{\n", "[1]\n", '{"loss": 1}\n'):
         bad = tmp_path / f"bad{len(text)}"
         run_at(bad, TRAINED)
         (bad / "metrics.jsonl").open("a").write(text)
         with pytest.raises(ValueError, match=r"metrics\.jsonl, line 4: .* is no row of a run's log; remove it"):
-            display.read_runs([bad])
+            log.read_runs([bad])
     assert drawn(run_at(tmp_path / "empty", []), run)  # a run that has logged nothing yet

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 
 import evaluate
 from checkpoint import load_model, save_model
-from diffusion import log_likelihood
+from likelihood import log_likelihood
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

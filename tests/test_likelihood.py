@@ -9,7 +9,8 @@ import torch
 from conftest import MASK, golden_json, golden_model, tiny, watched_masks
 
 import diffusion
-from diffusion import is_greedy, log_likelihood
+import likelihood
+from likelihood import is_greedy, log_likelihood
 from model import Layout
 
 GOLDEN_MASK = 504  # the golden qwen3's <|mask|>
@@ -146,7 +147,7 @@ def test_drawn_subsets_are_as_many_as_asked_and_weigh_as_those_enumerated_set_by
     f = random.normal(size=2**m) + 2 * of_size[[code.bit_count() for code in range(2**m)]]
     sums = np.zeros((runs, sets))
     for seed in range(runs):
-        drawn = list(diffusion._subsets(m, draws, sets, np.random.default_rng(seed)))
+        drawn = list(likelihood._subsets(m, draws, sets, np.random.default_rng(seed)))
         assert len(drawn) == draws
         often = np.zeros((sets, m), dtype=int)
         np.add.at(often, [which for *_, which in drawn], [masked for masked, *_ in drawn])
@@ -155,7 +156,7 @@ def test_drawn_subsets_are_as_many_as_asked_and_weigh_as_those_enumerated_set_by
             code = int(masked @ 2 ** np.arange(m))
             weights[code] = weights.get(code, 0) + weight / sets / runs
             sums[seed, which] += weight * f[code]
-    for masked, weight, _ in diffusion._subsets(m, 2**m, 1, np.random.default_rng(0)):
+    for masked, weight, _ in likelihood._subsets(m, 2**m, 1, np.random.default_rng(0)):
         hits = runs * draws / m / math.comb(m, int(masked.sum()))
         assert weights[int(masked @ 2 ** np.arange(m))] == pytest.approx(weight, rel=5 / math.sqrt(hits))
     assert abs(np.corrcoef(sums.T) - np.eye(sets)).max() < 4.5 / math.sqrt(runs)
@@ -171,21 +172,21 @@ def test_the_standard_error_is_that_of_the_mean_over_sets(objective, K, monkeypa
         log_p = log_probs(model, noised, Layout.of(torch.arange(6)[None], None, K))
         values.append(3 * log_p[4 + hole, continuation[hole]].item())
     subsets = [(np.array([True, False]), 3.0, 0), (np.array([False, True]), 3.0, 1)]
-    monkeypatch.setattr(diffusion, "_subsets", lambda m, draws, sets, noise: subsets)
+    monkeypatch.setattr(likelihood, "_subsets", lambda m, draws, sets, noise: subsets)
     estimate, error = log_likelihood(model, [context], [continuation], draws=4)
     assert estimate.item() == pytest.approx(sum(values) / 2)
     assert error.item() == pytest.approx(abs(values[0] - values[1]) / 2)  # of two numbers: half their distance
 
 
 def test_noise_is_of_the_context_and_the_block_and_shared_by_the_answers_to_a_question(monkeypatch):
-    drawn, subsets = [], diffusion._subsets
+    drawn, subsets = [], likelihood._subsets
 
     def record(m, draws, sets, noise):
         found = list(subsets(m, draws, sets, noise))
         drawn.append(str(found))
         return found
 
-    monkeypatch.setattr(diffusion, "_subsets", record)
+    monkeypatch.setattr(likelihood, "_subsets", record)
     question, other = tokens(8), tokens(8, 1)
     answers = [tokens(16, seed) for seed in (2, 3, 4)]
     model = tiny(objective="bd3lm", block_length=8)
@@ -232,7 +233,7 @@ def test_ar_is_the_sum_of_next_token_log_probabilities(family):
 def test_greedy_verdicts_stop_where_all_have_failed(monkeypatch):
     model = tiny(objective="mdlm")
     shapes = counted(model, monkeypatch)
-    *_, last = diffusion.denoise(model, [[1, 2]], max_new_tokens=9, steps_per_block=9)
+    *_, last = likelihood.denoise(model, [[1, 2]], max_new_tokens=9, steps_per_block=9)
     greedy = last.tokens[0, 2:].tolist()
     for change, forwards in ((0, 9), (1, 1)):  # of every token, so of the first that settles
         shapes.clear()
@@ -283,7 +284,7 @@ def test_copies_that_need_several_forwards_give_what_one_gives(right_shift, monk
     model = tiny(objective="bd3lm", block_length=8, right_shift=right_shift)
     contexts, continuations = [tokens(20), tokens(20), tokens(2)], [tokens(20, 1), tokens(19, 2), tokens(21)]
     one = log_likelihood(model, contexts, continuations, draws=40, generator=rng())
-    monkeypatch.setattr("diffusion.COPIES", 24)
+    monkeypatch.setattr("likelihood.COPIES", 24)
     shapes, seen = counted(model, monkeypatch), watched_masks(monkeypatch)
     many = log_likelihood(model, contexts, continuations, draws=40, generator=rng())
     assert len(shapes) > 10 and len(seen) == len(shapes) and all(seen)  # every query sees something, padding too
@@ -294,7 +295,7 @@ def test_copies_that_need_several_forwards_give_what_one_gives(right_shift, monk
 @pytest.mark.parametrize(("objective", "rows"), [("ar", 4), ("mdlm", 4), ("bd3lm", 2)])
 def test_a_forward_takes_as_many_rows_as_it_may_take_tokens_and_no_more(objective, rows, monkeypatch):
     """40 tokens a row, of ar 39; of bd3lm 32 of the past and three noisy copies of 8 at a time, of many."""
-    monkeypatch.setattr("diffusion.COPIES", 24)
+    monkeypatch.setattr("likelihood.COPIES", 24)
     model = tiny(objective=objective, block_length=8)
     shapes = counted(model, monkeypatch)
     contexts, continuations = ([tokens(20, seed + first) for seed in range(6)] for first in (0, 6))
@@ -333,14 +334,14 @@ def test_no_forward_makes_logits_beyond_a_slice(monkeypatch):
     expected = log_likelihood(model, [tokens(4)], [tokens(5, 1)], draws=31)
     monkeypatch.setitem(diffusion.CHUNK, "cpu", 5)
     monkeypatch.setattr("diffusion.SLICE", 10)
-    seen, slices = [], diffusion._slices
+    seen, slices = [], diffusion.vocabulary_slices
 
     def record(hidden, weight):
         for start, scores in slices(hidden, weight):
             seen.append(scores[0].shape)
             yield start, scores
 
-    monkeypatch.setattr("diffusion._slices", record)
+    monkeypatch.setattr("likelihood.vocabulary_slices", record)
     torch.testing.assert_close(log_likelihood(model, [tokens(4)], [tokens(5, 1)], draws=31), expected)
     assert max(rows for rows, _ in seen) == 5 and max(rows * v for rows, v in seen) == 10
     assert sum(rows * v for rows, v in seen) == 80 * model.config.vocab_size

@@ -6,7 +6,8 @@ from conftest import FAMILIES, MASK, golden_arrays, golden_model, positions, ran
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Config, KVCache, LanguageModel, Layout, attention_mask, kept_bytes, rotary, rotate, visible
+from log import kept_bytes
+from model import Config, KVCache, LanguageModel, Layout, attention_mask, rotary, rotate, visible
 
 LOGITS = {"rtol": 0, "atol": 1e-4}  # float32 against the goldens
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64, two ways of computing the same

@@ -13,6 +13,7 @@ import diffusion
 from diffusion import (
     Batch,
     Noise,
+    Noising,
     alpha,
     alpha_derivative,
     ar_example,
@@ -136,7 +137,7 @@ def test_unknown_names_are_refused_by_name():
         lambda: alpha(t, "quadratic"),
         lambda: alpha_derivative(t, "quadratic"),
         lambda: loss_weight(t, "quadratic"),
-        lambda: draw_noise(batch, noise_type="quadratic"),
+        lambda: draw_noise(batch, Noising(noise_type="quadratic")),
         lambda: ar_example(batch, norm_type="quadratic"),
     ):
         with pytest.raises(ValueError, match=r"'quadratic' is unknown; expected"):
@@ -507,9 +508,11 @@ def equal_noise(a, b):
 @pytest.mark.parametrize("K", (None, 1, 4, 5))
 def test_noise_belongs_to_the_sample_and_not_to_the_batch(K, options):
     batch = ragged_batch(8, 13)._replace(sample=torch.tensor([5, 0, 9, 3, 1, 700, 2, 8]))
-    whole = draw_noise(batch, block_length=K, seed=3, **options)
+    whole = draw_noise(batch, Noising(**options), block_length=K, seed=3)
     for at in ([2], [0, 1, 2], [7, 3, 5, 5], list(range(8))[::-1]):
-        equal_noise(Noise(*(x[at] for x in whole)), draw_noise(rows(batch, at), block_length=K, seed=3, **options))
+        equal_noise(
+            Noise(*(x[at] for x in whole)), draw_noise(rows(batch, at), Noising(**options), block_length=K, seed=3)
+        )
 
 
 @pytest.mark.parametrize("options", NOISES, ids=str)
@@ -523,7 +526,7 @@ def test_noise_does_not_depend_on_right_padding(K, options):
         positions(8, 19),
         batch.sample,
     )
-    narrow, wide = (draw_noise(b, block_length=K, **options) for b in (batch, padded))
+    narrow, wide = (draw_noise(b, Noising(**options), block_length=K) for b in (batch, padded))
     equal_noise(Noise(*(x[:, :13] for x in wide)), narrow)
     assert not wide.masked[:, 13:].any()
 
@@ -544,7 +547,7 @@ def test_noise_changes_with_seed_epoch_and_sample(seed):
 @pytest.mark.parametrize("options", NOISES, ids=str)
 def test_only_supervised_tokens_are_masked(options):
     batch = ragged_batch(20)
-    assert not (draw_noise(batch, block_length=4, **options).masked & ~batch.supervised).any()
+    assert not (draw_noise(batch, Noising(**options), block_length=4).masked & ~batch.supervised).any()
 
 
 def star_discrepancy(x: torch.Tensor) -> float:
@@ -559,19 +562,19 @@ def star_discrepancy(x: torch.Tensor) -> float:
 @pytest.mark.parametrize("level_per", ("block", "sequence"))
 def test_levels_of_consecutive_samples_have_low_discrepancy(level_per, n, first):
     batch = make_batch(n, 4, sample=first + torch.arange(n))
-    level = draw_noise(batch, time_epsilon=0.0, level_per=level_per).level
+    level = draw_noise(batch, Noising(time_epsilon=1e-12, level_per=level_per)).level
     assert (level == level[:, :1]).all()
     assert star_discrepancy(level[:, 0]) < math.log(n) / n  # independent draws: about 0.9 / sqrt(n)
 
 
 def test_levels_cover_time_epsilon_to_time_max():
-    level = draw_noise(make_batch(1000, 1), time_epsilon=0.2, time_max=0.6).level
+    level = draw_noise(make_batch(1000, 1), Noising(time_epsilon=0.2, time_max=0.6)).level
     assert 0.2 <= level.min() < 0.201 and 0.599 < level.max() <= 0.6
 
 
 def block_levels(batch, K, **options) -> torch.Tensor:
     """(B, T / K) levels, one a block."""
-    level = draw_noise(batch, block_length=K, time_epsilon=0.0, **options).level.unfold(1, K, K)
+    level = draw_noise(batch, Noising(time_epsilon=1e-12, **options), block_length=K).level.unfold(1, K, K)
     assert (level == level[..., :1]).all()
     return level[..., 0]
 
@@ -620,7 +623,7 @@ def test_blocks_do_not_reach_across_documents():
 
 @pytest.mark.parametrize("scheduler", ("linear", "cosine"))
 def test_tokens_are_masked_with_probability_one_minus_alpha(scheduler):
-    noise = draw_noise(make_batch(500, 40), scheduler=scheduler)
+    noise = draw_noise(make_batch(500, 40), Noising(scheduler=scheduler))
     expected = 1 - alpha(noise.level.double(), scheduler)
     z = (noise.masked.double() - expected).sum() / (expected * (1 - expected)).sum().sqrt()
     assert abs(z) < 4
@@ -632,7 +635,7 @@ def test_tokens_are_masked_with_probability_one_minus_alpha(scheduler):
 def test_count_noise_masks_a_uniform_count_and_is_never_empty(K):
     supervised = torch.zeros(2000, 12, dtype=torch.bool)
     supervised[:, 1:4] = supervised[:, 4:8] = supervised[:, 9] = True  # 3, 4 and 1 of three blocks
-    noise = draw_noise(make_batch(2000, 12, supervised=supervised), block_length=K, noise_type="count")
+    noise = draw_noise(make_batch(2000, 12, supervised=supervised), Noising(noise_type="count"), block_length=K)
     for start, stop in ((0, 12),) if K is None else ((0, 4), (4, 8), (8, 12)):
         at = slice(start, stop)
         m, counts = int(supervised[0, at].sum()), noise.masked[:, at].sum(dim=1)
@@ -646,7 +649,7 @@ def test_count_noise_masks_a_uniform_count_and_is_never_empty(K):
 
 
 def test_count_noise_masks_every_subset_of_its_size_alike():
-    noise = draw_noise(make_batch(6000, 4), noise_type="count")
+    noise = draw_noise(make_batch(6000, 4), Noising(noise_type="count"))
     code = (noise.masked.long() * torch.tensor([1, 2, 4, 8])).sum(dim=1)
     for size, critical in ((1, 16.3), (2, 20.5), (3, 16.3)):
         subsets = [sum(1 << i for i in s) for s in itertools.combinations(range(4), size)]
@@ -658,7 +661,7 @@ def test_count_noise_masks_every_subset_of_its_size_alike():
 def test_at_least_one_masks_one_token_of_an_empty_draw_and_changes_no_other(noise_type):
     batch = ragged_batch(200, 12)
     plain, full = (
-        draw_noise(batch, block_length=3, noise_type=noise_type, at_least_one=flag) for flag in (False, True)
+        draw_noise(batch, Noising(noise_type=noise_type, at_least_one=flag), block_length=3) for flag in (False, True)
     )
     assert torch.equal(plain.level, full.level)
     per_block = [x.unfold(1, 3, 3) for x in (plain.masked, full.masked, batch.supervised)]
@@ -672,7 +675,7 @@ def test_at_least_one_masks_one_token_of_an_empty_draw_and_changes_no_other(nois
 @pytest.mark.parametrize("noise_type", ("level", "count"))
 def test_with_complement_masks_every_supervised_token_once(noise_type):
     batch = ragged_batch(10)
-    noise = draw_noise(batch, block_length=4, noise_type=noise_type)
+    noise = draw_noise(batch, Noising(noise_type=noise_type), block_length=4)
     twice, both = with_complement(batch, noise)
     first, second = both.masked.chunk(2)
     assert torch.equal(first ^ second, batch.supervised) and not (first & second).any()
@@ -739,7 +742,7 @@ def test_the_bound_over_count_noise_is_the_mean_over_all_orders_of_revealing(K, 
 
     draws = 1000
     many = Batch(*(field.expand(draws, *field.shape[1:]) for field in row[:4]), torch.arange(draws))
-    example = bound(many, draw_noise(many, block_length=K, noise_type="count"))
+    example = bound(many, draw_noise(many, Noising(noise_type="count"), block_length=K))
     nll = model(example.tokens, example.layout, index=example.index).log_softmax(dim=-1)
     nll = -nll.gather(1, example.targets[:, None])[:, 0] * example.weights
     each = torch.zeros(draws, dtype=nll.dtype).index_add_(0, example.index // example.tokens.shape[1], nll)
@@ -752,7 +755,7 @@ def test_only_blocks_that_are_learned_have_a_noisy_copy(right_shift):
     supervised = torch.zeros(3, T, dtype=torch.bool)
     supervised[0, 25:31], supervised[1, 20:22], supervised[2, 8:12] = True, True, True
     batch = make_batch(3, T, supervised=supervised)
-    noise = draw_noise(batch, block_length=K, noise_type="count")
+    noise = draw_noise(batch, Noising(noise_type="count"), block_length=K)
     model = tiny()
     example = bd3lm_example(batch, noise, mask_id=MASK, block_length=K, right_shift=right_shift)
     assert example.tokens.shape == (3, 2 * K + T)  # row 0 has two such blocks, the others are filled up

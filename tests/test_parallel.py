@@ -990,7 +990,7 @@ def test_the_fused_optimizer_updates_on_a_gpu_as_on_the_cpu():
     for device in ("cpu", "cuda"):
         model, generator = tiny().train().to(device), torch.Generator().manual_seed(0)
         optimizers = train.build_optimizers(
-            model, train.arguments().parse_args(flags_of("model", "run", "--weight_decay", "0.1"))
+            model, train.Settings.parse(train.arguments(), flags_of("model", "run", "--weight_decay", "0.1"))
         )
         assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW"] and optimizers[0].defaults["fused"]
         for step in range(5):

@@ -290,13 +290,13 @@ def test_a_batch_of_ragged_canvases_equals_single_rows(mode):
 @each_mode
 def test_the_logits_tokens_are_picked_from_are_those_of_training(mode, family, monkeypatch):
     model, recorded = a_model(mode, family), []
-    pick = diffusion._pick
+    pick = diffusion.choose_tokens
 
-    def record(hidden, weight, **options):
+    def record(hidden, weight, *options):
         recorded.append(hidden[0] @ weight.T)
-        return pick(hidden, weight, **options)
+        return pick(hidden, weight, *options)
 
-    monkeypatch.setattr(diffusion, "_pick", record)
+    monkeypatch.setattr(diffusion, "choose_tokens", record)
     config, prompt = model.config, PROMPTS[0]
     steps = decode(mode, model, [prompt], steps=12)
     assert len(recorded) == len(steps) - 1
@@ -340,13 +340,13 @@ def test_generation_is_infilling_of_a_canvas_that_ends_in_masks(mode):
 def test_the_mask_id_is_never_committed(mode, temperature, monkeypatch, rng):
     model, loved = a_model(mode, tie_word_embeddings=False), []
     model.lm_head.weight[MASK] *= 50
-    pick = diffusion._pick
+    pick = diffusion.choose_tokens
 
-    def record(hidden, weight, **options):
+    def record(hidden, weight, *options):
         loved.append(((hidden[0] @ weight.T).argmax(dim=1) == MASK).any())
-        return pick(hidden, weight, **options)
+        return pick(hidden, weight, *options)
 
-    monkeypatch.setattr(diffusion, "_pick", record)
+    monkeypatch.setattr(diffusion, "choose_tokens", record)
     last = decode(mode, model, PROMPTS, temperature=temperature, generator=rng)[-1]
     assert any(loved)
     assert last.done.all() and not last.masked.any() and not (last.tokens == MASK).any()
@@ -439,13 +439,13 @@ CONVERSATIONS = {  # each prompt: what it makes of the canvas before it, (prompt
 @pytest.mark.parametrize("options", ({}, {"threshold": 0.3}, {"end_ids": (3, 4, 5, 6, 7, 8)}), ids=str)
 @pytest.mark.parametrize("mode", ("ar", "bd3lm", "bd3lm.odd", "bd3lm.shift", "bd3lm.shift.1"))
 def test_a_kept_cache_gives_what_a_fresh_one_gives(mode, options):
-    model, kept, prompt, widths = a_model(mode), diffusion.Kept(), PROMPTS[0], []
+    model, kept, prompt, widths = a_model(mode), diffusion.Prefix(), PROMPTS[0], []
     model.register_forward_pre_hook(lambda module, arguments: widths.append(arguments[0].shape[1]))
     K = model.config.block_length or 1
     for turn in (*CONVERSATIONS, "longer", "longer"):
         fresh = decode(mode, model, [prompt], **options)
         widths.clear()
-        again = decode(mode, model, [prompt], kept=kept, **options)
+        again = decode(mode, model, [prompt], prefix=kept, **options)
         assert len(fresh) == len(again)
         assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(fresh, again))
         canvas = again[-1].tokens[0].tolist()
@@ -456,33 +456,33 @@ def test_a_kept_cache_gives_what_a_fresh_one_gives(mode, options):
 
 @pytest.mark.parametrize("mode", ("ar", "bd3lm", "bd3lm.shift"))
 def test_a_kept_cache_is_right_after_an_answer_that_was_broken_off(mode):
-    model, kept = a_model(mode), diffusion.Kept()
+    model, kept = a_model(mode), diffusion.Prefix()
     for forwards in (0, 1, 4, 7):
-        for step in denoise(model, PROMPTS[:1], max_new_tokens=NEW, kept=kept):
+        for step in denoise(model, PROMPTS[:1], max_new_tokens=NEW, prefix=kept):
             if step.forwards == forwards:
                 break
         prompt = step.tokens[0, : len(PROMPTS[0]) + forwards // 2].tolist()
-        fresh, again = (decode(mode, model, [prompt], kept=cache)[-1].tokens for cache in (None, kept))
+        fresh, again = (decode(mode, model, [prompt], prefix=cache)[-1].tokens for cache in (None, kept))
         assert torch.equal(fresh, again)
 
 
 def test_a_kept_cache_is_none_of_another_block_size():
-    model, kept, prompt = tiny(objective="bd3lm", block_length=None), diffusion.Kept(), random_tokens(40).tolist()
+    model, kept, prompt = tiny(objective="bd3lm", block_length=None), diffusion.Prefix(), random_tokens(40).tolist()
     for K in (16, 3, 8, 20, 20):
         options = {"max_new_tokens": NEW, "block_size": K}
-        fresh, again = (list(denoise(model, [prompt], kept=cache, **options)) for cache in (None, kept))
+        fresh, again = (list(denoise(model, [prompt], prefix=cache, **options)) for cache in (None, kept))
         assert torch.equal(fresh[-1].tokens, again[-1].tokens)
 
 
 @pytest.mark.parametrize("mode", ("ar", "bd3lm", "bd3lm.shift"))
 def test_a_kept_cache_serves_what_is_before_the_first_mask(mode):
     """Also where the earlier prompt had, as given tokens, mask ids in the place of masks."""
-    model, kept, holes = a_model(mode), diffusion.Kept(), [6 < i < 10 for i in range(24)]
+    model, kept, holes = a_model(mode), diffusion.Prefix(), [6 < i < 10 for i in range(24)]
     prompt = [MASK if hole else token for token, hole in zip(random_tokens(24).tolist(), holes)]
-    list(denoise(model, [prompt], max_new_tokens=NEW, kept=kept))
+    list(denoise(model, [prompt], max_new_tokens=NEW, prefix=kept))
     for _ in range(2):
         options = {"canvas_masks": [holes], "max_new_tokens": 2}
-        fresh, again = (list(denoise(model, [prompt], kept=cache, **options)) for cache in (None, kept))
+        fresh, again = (list(denoise(model, [prompt], prefix=cache, **options)) for cache in (None, kept))
         assert torch.equal(fresh[-1].tokens, again[-1].tokens)
 
 
@@ -655,10 +655,9 @@ def test_a_token_its_probability_and_the_entropy_are_those_of_all_logits_at_once
     random = torch.randn(2 * rows + VOCAB, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hidden, weight = random[: 2 * rows].view(2, rows, 8), random[2 * rows :]
     weight[2] *= loud
-    options = {"cfg_scale": 0.5, "suppress": (3, 9), "begin_suppress": (1, 2), "mask_id": MASK, "entropy": True}
-    token, probability, score = diffusion._pick(
-        list(hidden), weight, temperature=temperature, top_k=None, top_p=None, generator=None, **options
-    )
+    options = {"cfg_scale": 0.5, "suppress_tokens": (3, 9), "begin_suppress_tokens": (1, 2), "entropy": 0.1}
+    options = diffusion.Sampling(temperature=temperature, **options)
+    token, probability, score = diffusion.choose_tokens(list(hidden), weight, options, MASK, None)
     conditional, free = hidden @ weight.T
     logits = free + 1.5 * (conditional - free)
     logits[:, [3, 9]] = -math.inf
@@ -812,14 +811,14 @@ def test_static_shapes_keep_a_cache_for_the_next_call(mode):
     model = a_model(mode)
     runs = {}
     for static in (False, True):
-        kept, prompt, runs[static] = diffusion.Kept(), [3, 5, 7], []
+        kept, prompt, runs[static] = diffusion.Prefix(), [3, 5, 7], []
         for turn in range(3):
-            last = decode(mode, model, [prompt], static=static, kept=kept)[-1]
+            last = decode(mode, model, [prompt], static=static, prefix=kept)[-1]
             fresh = decode(mode, model, [prompt], static=static)[-1]
             assert torch.equal(last.tokens, fresh.tokens)
             runs[static].append(last.tokens.tolist())
             prompt = [*last.tokens[0].tolist()[: len(prompt) + 7], 11 + turn]
-        decode(mode, model, [last.tokens[0].tolist()], static=static, kept=kept, max_new_tokens=0)
+        decode(mode, model, [last.tokens[0].tolist()], static=static, prefix=kept, max_new_tokens=0)
     assert runs[False] == runs[True]
 
 
@@ -898,11 +897,11 @@ def test_top_p_takes_no_token_more_where_some_have_it_exactly_and_counts_what_to
 def test_a_temperature_divides_the_logits_that_top_p_restricts(options):
     random = torch.randn(40 + VOCAB, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hidden, weight = random[:40], random[40:]
-    options |= {"cfg_scale": 0, "suppress": (), "begin_suppress": (), "mask_id": MASK, "entropy": False, "top_p": 0.6}
 
     def token(hidden, temperature):
         generator = torch.Generator().manual_seed(0)
-        return diffusion._pick([hidden], weight, temperature=temperature, generator=generator, **options)[0]
+        chosen = diffusion.Sampling(temperature=temperature, top_p=0.6, **options)
+        return diffusion.choose_tokens([hidden], weight, chosen, MASK, generator)[0]
 
     for temperature in (0.25, 4.0):
         assert torch.equal(token(hidden, temperature), token(hidden / temperature, 1.0))
@@ -1038,7 +1037,7 @@ CONTRADICTIONS = [
     (AR, [[1, 2]], {"canvas_masks": [[True, False]]}, "ar model cannot fill in the first token; begin the canvas with"),
     (AR, [[1]], {"block_size": 4}, "block_size 4: an ar model decodes token by token; leave --block_size out"),
     (MDLM, [[1]], {"temperature": -0.5}, "temperature -0.5: expected 0"),
-    (MDLM, [[1]], {"temperature": math.nan}, "temperature nan: expected 0"),
+    (MDLM, [[1]], {"temperature": math.nan}, "temperature nan: expected a number"),
     (MDLM, [[1]], {"temperature": 1.0, "top_k": 0}, "top_k 0: expected at least 1; leave it out"),
     (MDLM, [[1]], {"temperature": 1.0, "top_p": 0.0}, "top_p 0.0: expected above 0 and at most 1; leave it out"),
     (MDLM, [[1]], {"temperature": 1.0, "top_p": 1.5}, "top_p 1.5: expected above 0 and at most 1; leave it out"),
@@ -1051,9 +1050,9 @@ CONTRADICTIONS = [
     (MDLM, [[1]], {"entropy": 1.0, "remasking": "random"}, "entropy compares confidences.*drop one of the two"),
     (MDLM, [[1]], {"threshold": 0.5, "stochastic_transfer": True}, "which stochastic_transfer is about; drop one"),
     (MDLM, [[1]], {"threshold": 0.5, "steps_per_block": 2}, "which steps_per_block is about; drop one of the two"),
-    (MDLM, [[1]], {"kept": diffusion.Kept()}, "kept: 1 rows of mdlm; expected one of ar or bd3lm"),
-    (AR, [[1], [2]], {"kept": diffusion.Kept()}, "kept: 2 rows of ar; expected one of ar or bd3lm"),
-    (AR, [[1]], {"kept": diffusion.Kept(), "cfg_scale": 1.0}, "kept: guidance.*leave it out"),
+    (MDLM, [[1]], {"prefix": diffusion.Prefix()}, "prefix: 1 rows of mdlm; expected one of ar or bd3lm"),
+    (AR, [[1], [2]], {"prefix": diffusion.Prefix()}, "prefix: 2 rows of ar; expected one of ar or bd3lm"),
+    (AR, [[1]], {"prefix": diffusion.Prefix(), "cfg_scale": 1.0}, "prefix: guidance.*leave it out"),
     (MDLM, [[1]], {"steps": 0}, "steps 0: expected at least 1"),
     (MDLM, [[1]], {"block_size": 0}, "block_size 0: expected at least 1"),
     (BD3LM | {"block_length": 4}, [[1]], {"block_size": 0}, "block_size 0: expected at least 1"),

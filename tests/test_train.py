@@ -94,10 +94,9 @@ def test_accumulation_changes_neither_the_loss_nor_the_weights(source, objective
     flags += ["--block_size", "4"] if objective == "bd3lm" else []
     results = []
     for micro, accumulation in ((8, 1), (4, 2), (1, 8), (3, 3)):
-        args = parser.parse_args(flags)
-        train.complete(args)
+        args = train.Settings.parse(parser, flags)
         model, tokenizer = train.build_model(args)
-        train.complete_noise(args, objective)
+        args.check_noise(objective)
         model.double()
         rows = data.load("builtin/sums", stage="sft", split="train", tokenizer=tokenizer, max_length=48)
         collate = train.collate_for(args, model.config, tokenizer)
@@ -125,7 +124,7 @@ def test_accumulation_changes_neither_the_loss_nor_the_weights(source, objective
 @pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
 def test_a_chats_padding_is_learnt_by_mdlm_and_to_the_end_of_its_block_by_bd3lm(source, objective, stage):
     flags = ["--model_name_or_path", source, "--output_dir", "unused", "--dataset_args", "", "--stage", stage]
-    args, tokenizer = train.arguments().parse_args(flags), Tokenizer(source)
+    args, tokenizer = train.Settings.parse(train.arguments(), flags), Tokenizer(source)
     config = tiny(objective=objective, block_length=4 if objective == "bd3lm" else None).config
     rows = [{"tokens": np.full(n, 5), "supervised": np.ones(n, bool)} for n in (3, 6)]
     batch = train.collate_for(args, config, tokenizer)(rows)
@@ -143,7 +142,7 @@ def test_what_is_saved_is_what_was_evaluated(source, tmp_path, objective):
     assert model.config.objective == objective
     assert model.config.block_length == (4 if block else None)
     rows = data.load("builtin/sums", stage="sft", split="validation", tokenizer=tokenizer, max_length=512)
-    args = train.arguments().parse_args(["--model_name_or_path", "unused", "--output_dir", "unused", *SFT])
+    args = train.Settings.parse(train.arguments(), ["--model_name_or_path", "unused", "--output_dir", "unused", *SFT])
     collate = train.collate_for(args, model.config, tokenizer)
     again = train.evaluate(model, model, rows, collate, batch_size=7, ranks=ALONE)
     assert again == pytest.approx([row["eval_loss"] for row in metrics if "eval_loss" in row][-1], rel=1e-5)
@@ -227,11 +226,10 @@ def test_the_evaluated_bound_falls(source, tmp_path, objective, optim):
 
 
 def test_every_parameter_has_one_optimizer(source):
-    args = train.arguments().parse_args(
-        ["--model_name_or_path", source, "--output_dir", "unused", *SFT, "--optim", "muon"]
+    args = train.Settings.parse(
+        train.arguments(), ["--model_name_or_path", source, "--output_dir", "unused", *SFT, "--optim", "muon"]
     )
     args.weight_decay = 0.1
-    train.complete(args)
     model, _ = train.build_model(args)
     muon, adamw = train.build_optimizers(model, args)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -243,8 +241,8 @@ def test_every_parameter_has_one_optimizer(source):
 
 
 def test_the_learning_rate_rises_then_falls(source):
-    args = train.arguments().parse_args(
-        ["--model_name_or_path", "unused", "--output_dir", "unused", "--dataset_args", ""]
+    args = train.Settings.parse(
+        train.arguments(), ["--model_name_or_path", "unused", "--output_dir", "unused", "--dataset_args", ""]
     )
     rates = [train.learning_rate(progress, args) for progress in (0, 0.05, 0.1, 0.55, 1)]
     assert rates == pytest.approx([0, 0.5e-4, 1e-4, 0.5e-4, 0])
@@ -266,10 +264,9 @@ def test_neither_the_first_step_nor_the_last_is_in_vain(source, tmp_path, more):
 
 
 def test_a_gradient_is_clipped_to_its_norm_or_not_at_all(source):
-    args = train.arguments().parse_args(["--model_name_or_path", source, "--output_dir", "unused", *SFT])
-    train.complete(args)
+    args = train.Settings.parse(train.arguments(), ["--model_name_or_path", source, "--output_dir", "unused", *SFT])
     model, tokenizer = train.build_model(args)
-    train.complete_noise(args, "mdlm")
+    args.check_noise("mdlm")
     rows = data.load("builtin/sums", stage="sft", split="train", tokenizer=tokenizer, max_length=48)
     loader = data.Loader(
         rows, micro_batch_size=8, accumulation=1, seed=1, collate=train.collate_for(args, model.config, tokenizer)
@@ -353,13 +350,6 @@ def test_every_flag_is_exercised_here():
     assert published == exercised | REQUIRED
 
 
-def test_a_flag_that_depends_on_the_stage_is_what_its_help_says():
-    helps = {action.dest: action.help for action in train.arguments()._actions}
-    for name, default in (train.NOISE_DEFAULTS | train.STAGE_DEFAULTS["pt"] | train.STAGE_DEFAULTS["sft"]).items():
-        if default is not None:  # loss_weight_type: by the type of noise
-            assert f"(default: {default:g})" if isinstance(default, float) else f"(default: {default})" in helps[name]
-
-
 def test_builtin_tiny_starts_from_nothing_and_its_ar_checkpoint_declares_no_mask(tmp_path):
     run("builtin/tiny", tmp_path, "--objective", "ar")
     model, tokenizer = load_model(tmp_path / "checkpoint-final"), Tokenizer(tmp_path / "checkpoint-final")
@@ -404,10 +394,9 @@ def test_the_memory_told_is_of_what_a_process_holds_and_of_all_that_it_feeds(mon
     P = sum(parameter.numel() for parameter in model.parameters())
 
     def told(*flags, objective="mdlm", world_size=64) -> tuple[float, float]:
-        args = train.arguments().parse_args(["--model_name_or_path", "x", "--output_dir", "y", *SFT, *flags])
+        args = train.Settings.parse(train.arguments(), ["--model_name_or_path", "x", "--output_dir", "y", *SFT, *flags])
         model.config.objective, model.config.block_length = objective, 32
-        train.complete(args)
-        train.complete_noise(args, objective)
+        args.check_noise(objective)
         said = train.describe(args, model, "", 1, train.Ranks(0, world_size, torch.device("cpu")), torch.bfloat16)
         return tuple(float(number) for number in re.findall(r"([\d.]+) GB", said))
 

@@ -69,7 +69,9 @@ def check_whole(output: Path) -> int:
             progress = checkpoint.read_progress(path)
         except FileNotFoundError:
             continue
-        optimizers = train.build_optimizers(model, train.arguments().parse_args(runs.flags_of("model", "run")))
+        optimizers = train.build_optimizers(
+            model, train.Settings.parse(train.arguments(), runs.flags_of("model", "run"))
+        )
         checkpoint.load_training(path, model, optimizers)
         assert path.name == f"checkpoint-{progress['step']}", path
         whole += 1

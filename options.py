@@ -1,0 +1,241 @@
+"""Options as typed dataclasses: a field is a flag, its type its bounds, the comment beside it its line in `--help`.
+
+    @dataclass(kw_only=True)
+    class Optimization(Options):
+        "optimization"                            # the title of this group in --help
+
+        optim: Literal["adamw", "muon"] = "adamw" # muon: Muon on the layers' matrices, AdamW on the rest
+        learning_rate: Positive = 1e-4
+        \"\"\"or, where a line is too short, a string below the field\"\"\"
+
+A program inherits its groups, and adds its manual as a docstring and its name as `prog`; `parse` then reads a command
+line. The same classes are keyword arguments in Python: a bad value is the same ValueError of one line in both.
+"""
+
+import argparse
+import ast
+import difflib
+import functools
+import inspect
+import itertools
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types of values. In an Annotated type a Bound limits the value, a string names it in --help, a function reads it.
+
+
+class Bound(NamedTuple):
+    """A condition on a value, and what an error says was expected."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def at_least(n: int) -> Bound:
+    return Bound(lambda x: x >= n, f"at least {n}")
+
+
+def path(text: str) -> str:
+    """A path or a Hub id. An empty one, which a shell makes of an unset variable, would be the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected the name of a directory")
+    return text
+
+
+def seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
+def ids(text: str) -> tuple[int, ...]:
+    """Token ids separated by commas, with or without brackets around them."""
+    parts = [part for part in re.split(r"[\s,]+", text.strip("[]() ")) if part]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected token ids separated by commas, such as 151643,151645")
+    return tuple(map(int, parts))
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected True or False")
+    return text.lower() == "true"
+
+
+Count = Annotated[int, at_least(1), "N"]
+Natural = Annotated[int, at_least(0), "N"]
+NonNegative = Annotated[float, at_least(0), "X"]
+Positive = Annotated[float, Bound(lambda x: x > 0, "more than 0"), "X"]
+Decay = Annotated[float, at_least(0), Bound(lambda x: x < 1, "less than 1"), "BETA"]
+Share = Annotated[float, Bound(lambda x: 0 <= x <= 1, "0 to 1, a part of the run"), "PART"]
+Tokens, Rows = Annotated[Count, "TOKENS"], Annotated[Count, "ROWS"]
+Model, Directory = Annotated[str, path, "DIR|ID"], Annotated[str, path, "DIR"]
+Seed, Ids = Annotated[int, seed, "N"], Annotated[tuple[int, ...], ids, "ID,ID,..."]
+Words = tuple[str, ...]  # arguments without a flag
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classes of options
+
+
+class Flag(NamedTuple):
+    read: Callable[[str], Any]  # a value from its text
+    choices: tuple
+    bounds: tuple[Bound, ...]
+    metavar: str | None
+    default: Any  # MISSING: it must be given
+    help: str
+    group: str  # the first line of the class that declares it
+
+
+@functools.cache
+def flags(cls: type) -> dict[str, Flag]:
+    """What a command line must know of each field, by name. A field that a subclass redeclares stays in its group."""
+    helps, groups = {}, {}
+    for owner in cls.__mro__[:-1]:
+        source = textwrap.dedent(inspect.getsource(owner))
+        lines, body = source.splitlines(), ast.parse(source).body[0].body
+        for field, after in zip(body, [*body[1:], None]):
+            if isinstance(field, ast.AnnAssign):
+                comment = lines[field.end_lineno - 1].encode()[field.end_col_offset :].decode().partition("# ")[2]
+                string = after.value.value if isinstance(after, ast.Expr) else None
+                helps.setdefault(field.target.id, " ".join(string.split()) if string else comment)
+                groups[field.target.id] = inspect.getdoc(owner) or "options"
+    found, hints = {}, get_type_hints(cls, include_extras=True)
+    for field in fields(cls):
+        hint = hints[field.name]
+        if get_origin(hint) in (Union, UnionType):  # X | None
+            (hint,) = (part for part in get_args(hint) if part is not NoneType)
+        marks = getattr(hint, "__metadata__", ())
+        kind = get_args(hint)[0] if marks else hint
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        default = str if choices or kind == Words else boolean if kind is bool else kind
+        found[field.name] = Flag(
+            read=next((mark for mark in marks if inspect.isfunction(mark)), default),
+            choices=choices,
+            bounds=tuple(mark for mark in marks if isinstance(mark, Bound)),
+            metavar=next((mark for mark in reversed(marks) if isinstance(mark, str)), None),
+            default=field.default,
+            help=helps[field.name],
+            group=groups[field.name],
+        )
+    return found
+
+
+@dataclass(kw_only=True)
+class Options:
+    prog: ClassVar[str] = "python"
+    given: ClassVar[frozenset[str]] = frozenset()  # the names that a command line set
+
+    def __post_init__(self):
+        for name, flag in flags(type(self)).items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if flag.choices and value not in flag.choices:
+                *others, last = flag.choices
+                raise ValueError(f"--{name} {value!r} is unknown; expected {', '.join(others)} or {last}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{name} {value}: expected a number")
+            for bound in flag.bounds:
+                if not bound.holds(value):
+                    raise ValueError(f"--{name} {value}: expected {bound.expected}")
+
+    @classmethod
+    def parser(cls) -> "Parser":
+        return Parser(cls)
+
+    @classmethod
+    def parse(cls, argv: list[str] | None = None) -> Self:
+        """The options that a command line sets, the others at their defaults; ValueError for what is wrong with it."""
+        given = vars(cls.parser().parse_args(argv))
+        options = cls(**given)
+        options.given = frozenset(given)
+        return options
+
+    def only(self, cls: type) -> dict[str, Any]:
+        """The options that are fields of `cls`, a class that this one inherits."""
+        return {name: value for name, value in asdict(self).items() if name in flags(cls)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+ELSEWHERE = {  # what other programs call a flag: what it is called here
+    "--model": "--model_name_or_path",
+    "--lr": "--learning_rate",
+    "--batch_size": "--per_device_train_batch_size",
+    "--epochs": "--num_train_epochs",
+    "--dataset": "--dataset_args",
+    "--grad_accum": "--gradient_accumulation_steps",
+    "--gen_length": "--max_new_tokens",
+    "--max_tokens": "--max_new_tokens",
+    "--block_length": "--block_size",
+    "--prompt": "PROMPT",
+}
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The way out of an unknown name: the known one that it resembles, else what `otherwise` says."""
+    known = list(known)
+    here = ELSEWHERE.get(name)
+    near = [here] if here in known else difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for a class of options: a group of flags for each class that it inherits.
+
+    Flags are spelled out whole; a flag that does not exist is answered by the nearest name; what is wrong is raised as
+    ValueError. Flags that are not given are left out of the result.
+    """
+
+    def __init__(self, cls: type):
+        manual = inspect.getdoc(cls) if "prog" in vars(cls) else None
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=cls.prog, description=manual, formatter_class=form, allow_abbrev=False)
+        groups = {}
+        for name, flag in flags(cls).items():
+            help = flag.help
+            if flag.default not in (None, MISSING, (), "") and "default" not in help:
+                help += f" (default: {flag.default})"
+            how = {"type": flag.read, "metavar": flag.metavar, "help": help.replace("%", "%%")}
+            if flag.choices:
+                how |= {"choices": flag.choices, "type": type(flag.choices[0])}
+            if flag.read is boolean:
+                how |= {"nargs": "?", "const": True, "metavar": "True|False"}  # alone it means True
+            if flag.group not in groups:
+                groups[flag.group] = self.add_argument_group(flag.group)
+            if get_type_hints(cls)[name] == Words:
+                groups[flag.group].add_argument(name, nargs="*", default=argparse.SUPPRESS, **how)
+            else:
+                how |= {"required": flag.default is MISSING, "default": argparse.SUPPRESS}
+                groups[flag.group].add_argument(f"--{name}", **how)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        before = list(itertools.takewhile(lambda argument: argument != "--", args))
+        positional = [action.metavar for action in self._get_positional_actions()]
+        for flag in (argument.partition("=")[0] for argument in before if argument.startswith("--")):
+            if flag not in self._option_string_actions:
+                known = [*self._option_string_actions, *positional]
+                raise ValueError(
+                    f"unknown flag {flag}; {nearest(flag, known, f'python {self.prog} --help lists them')}"
+                )
+        if not positional:
+            return super().parse_args(args, namespace)
+        for i, (flag, after) in enumerate(itertools.zip_longest(before, before[1:], fillvalue="")):
+            action = self._option_string_actions.get(flag)
+            if action is not None and action.type is boolean and after.lower() not in ("true", "false"):
+                args[i] = f"{flag}=True"  # alone, and not with the prompt that follows for its value
+        return self.parse_intermixed_args(args, namespace)
