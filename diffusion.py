@@ -7,7 +7,6 @@
     Sampling                Sampling: its options. RULES, REMASKING: how many tokens a forward reveals, and which
     The sampler             denoise and Decoding: fills in the masks of a canvas, block by block
     Choosing a token        choose_tokens: from hidden states, without the whole logits
-    Static shapes           the same on CUDA without waiting for the GPU, and a cache from one call to the next
 
 Masked diffusion: MDLM, arXiv 2406.07524. Block diffusion: BD3LM, arXiv 2503.09573. Time t is in (0, 1], 1 = all masked;
 alpha(t) is the probability that a token is still clean. Letters as in model.py, and S for steps.
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphs import static_steps
 from model import Config, KVCache, LanguageModel, Layout, attention_mask
 from options import Bound, Count, Ids, Natural, Options, Tokens
 
@@ -703,7 +703,7 @@ def denoise(
     static = model.head_weight.is_cuda if static is None else static
     batch = Decoding(model, prompts, Sampling(**options), canvas_masks, end_ids, prefix, generator, static)
     yield batch.now(0)
-    for forwards, _ in enumerate(_static_steps(batch) if static else batch.steps(), 1):
+    for forwards, _ in enumerate(static_steps(batch) if static else batch.steps(), 1):
         if prefix is not None:
             prefix.tokens = batch.tokens[0, : int(batch.filled)].tolist()
         yield batch.now(forwards)
@@ -735,6 +735,7 @@ class Decoding:
         self.cached = self.objective != "mdlm"
         self.right_shift = int(self.objective == "ar" or bool(config.right_shift))
         self.rule, self.score = options.rule
+        self.fixed_count = self.rule is fixed_count
         self.remasks = options.remasking == "p2"
         self.copies = 2 if options.cfg_scale else 1  # with guidance every row is fed twice
         check_canvas(config, self.objective, options, prompts, canvas_masks, end_ids, prefix)
@@ -974,6 +975,20 @@ def check_canvas(config: Config, objective: str, options: Sampling, prompts, can
                 )
 
 
+def _reuse(prefix: Prefix, cache: KVCache, layout: Layout, tokens: Tensor, masked: Tensor, K: int) -> None:
+    """Cuts `prefix` to the complete blocks that it shares with tokens (T,), and moves these to `cache`, its new one."""
+    known = len(prefix.tokens) if prefix.block_size == K else 0
+    ours = tokens.masked_fill(masked, -1)[:known]  # no token equals a mask
+    agree = ours == torch.tensor(prefix.tokens[: len(ours)], dtype=torch.int64, device=tokens.device)
+    n = int(agree.int().cumprod(dim=0).sum()) // K * K
+    prefix.tokens, prefix.block_size = prefix.tokens[:n], K
+    if n:
+        cache.keys[:, :, :n] = prefix.cache.keys[:, :, :n]
+        cache.values[:, :, :n] = prefix.cache.values[:, :, :n]
+        cache.write_layout(torch.arange(n, device=tokens.device)[None], layout.map(lambda field: field[:, :n]))
+    prefix.cache = cache
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing a token
 
@@ -1100,94 +1115,3 @@ def _choose_in_slice(logits, start: int, options: Sampling, mask_id, generator, 
     else:
         total = mean = logits.exp_().sum(dim=1)
     return Slice(best, token + start, chosen, top, total, mean)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Static shapes: on CUDA without waiting for the GPU, recorded as graphs. And a cache from one call to the next
-
-
-def _static_steps(batch: Decoding) -> Iterator[None]:
-    """Advances as `Decoding.steps` does, but reads whether all rows are done only once the next step is under way."""
-    if not batch.masked.any():
-        return
-    advance = _recorded(batch.advance, batch.generator, batch.column.device)
-    for width in _static_widths(batch):
-        over = _later(batch.done.all())
-        advance(width)
-        if over():  # every row was done before this forward, which changed nothing
-            return
-        yield
-
-
-def _static_widths(batch: Decoding) -> Iterator[int]:
-    """How many columns each forward feeds, known before decoding: first the prompt; then of a row its block and, with
-    right shift, the column before it; and where a row begins a block, all columns from the block before on.
-
-    A fixed number of reveals tells when rows begin their blocks; otherwise it is as if one always did.
-    """
-    if not batch.cached:
-        yield from itertools.repeat(batch.T)
-    own, lead = (0, 1) if batch.objective == "ar" else (batch.K, batch.right_shift)
-    begins: dict[int, int] = {}  # forward: columns
-    for counts in (batch.schedule > 0).sum(dim=2).tolist():  # forwards of each block of the row
-        blocks, forward = [b for b, count in enumerate(counts) if count], 0
-        for before, b in itertools.pairwise(blocks):
-            forward += counts[before]
-            begins[forward] = max(begins.get(forward, 0), (b - before) * batch.K + own)
-    yield batch.width()
-    widest = max([own + lead, *begins.values()])
-    for forward in itertools.count(1):
-        yield max(own + lead, begins.get(forward, 0)) if batch.rule is fixed_count else widest
-
-
-def _recorded(advance, generator: torch.Generator | None, device: torch.device):
-    """`advance` on CUDA: of each width the first call as it is, the second recorded as a graph, which then replays."""
-    if device.type != "cuda":
-        return advance
-    graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
-    # torch's own stream for recording is of one device, for good; they share memory, since no result outlives a replay
-    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-
-    def run(W: int) -> None:
-        with torch.cuda.device(device):
-            if W not in graphs:
-                graphs[W] = None
-                return advance(W)
-            if graphs[W] is None:
-                graphs[W] = torch.cuda.CUDAGraph()
-                if generator is not None and generator.device.type == "cuda":
-                    graphs[W].register_generator_state(generator)
-                with torch.cuda.graph(graphs[W], pool=pool, stream=stream):
-                    advance(W)
-            graphs[W].replay()
-
-    return run
-
-
-def _later(flag: Tensor):
-    """A function that returns the value of `flag` (); on CUDA it waits for what came before it, not after."""
-    if not flag.is_cuda:
-        return flag.clone().item
-    copy, ready = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
-    copy.copy_(flag, non_blocking=True)
-    ready.record(torch.cuda.current_stream(flag.device))
-
-    def value() -> bool:
-        ready.synchronize()
-        return copy.item()
-
-    return value
-
-
-def _reuse(prefix: Prefix, cache: KVCache, layout: Layout, tokens: Tensor, masked: Tensor, K: int) -> None:
-    """Cuts `prefix` to the complete blocks that it shares with tokens (T,), and moves these to `cache`, its new one."""
-    known = len(prefix.tokens) if prefix.block_size == K else 0
-    ours = tokens.masked_fill(masked, -1)[:known]  # no token equals a mask
-    agree = ours == torch.tensor(prefix.tokens[: len(ours)], dtype=torch.int64, device=tokens.device)
-    n = int(agree.int().cumprod(dim=0).sum()) // K * K
-    prefix.tokens, prefix.block_size = prefix.tokens[:n], K
-    if n:
-        cache.keys[:, :, :n] = prefix.cache.keys[:, :, :n]
-        cache.values[:, :, :n] = prefix.cache.values[:, :, :n]
-        cache.write_layout(torch.arange(n, device=tokens.device)[None], layout.map(lambda field: field[:, :n]))
-    prefix.cache = cache

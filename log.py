@@ -1,9 +1,148 @@
-"""What a run of training tells: the cost of its steps, its log and its curves."""
+"""What a training run reports: its first lines, its log (metrics.jsonl and the progress bar), its curves, its cost."""
 
+import hashlib
 import json
+import os
+import resource
+import sys
+from collections import Counter
 from pathlib import Path
 
-from model import Config, Layout, visible
+import torch
+from tqdm import tqdm
+
+from checkpoint import naming_file
+from cli import replacing_file
+from model import Config, LanguageModel, Layout, visible
+from parallel import Ranks
+
+ARGS, METRICS, PICTURE = "args.json", "metrics.jsonl", "curves.png"  # in a run's --output_dir, beside its checkpoints
+SUMS = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")  # what a line of the log is made of
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
+
+
+class Log:
+    """metrics.jsonl and the progress bar, of rank 0; where a line cannot be redrawn, plain lines in the bar's place."""
+
+    def __init__(self, output: Path, step: int, steps: int, *, silent: bool, wandb):
+        """step: the one a resumed run goes on from, else 0. silent: of another rank. wandb: that module, or None."""
+        self.output, self.silent, self.total = output, silent, steps
+        self.file = self.bar = self.wandb = None
+        self.past = []  # the lines of the run that this one goes on with
+        if silent:
+            return
+        if wandb is not None:
+            # An id made of the directory's name, so that a resumed run goes on with its own curves.
+            name = str(output.resolve())
+            config, project = json.loads((output / ARGS).read_text()), os.environ.get("WANDB_PROJECT", "nanoA2D")
+            known = {"name": output.name, "id": hashlib.sha256(name.encode()).hexdigest()[:12], "resume": "allow"}
+            self.wandb = wandb.init(project=project, dir=str(output), config=config, **known)
+        # Lines after the checkpoint are of steps that will be done again; a last part without an end is half a line.
+        path = output / METRICS
+        lines = path.read_text().split("\n")[:-1] if path.is_file() and step else []
+        self.past = [row for row in map(json.loads, lines) if row["step"] <= step]
+        with replacing_file(path) as new:
+            new.write_text("".join(json.dumps(row) + "\n" for row in self.past))
+        self.file = path.open("a", buffering=1)
+        self.bar = tqdm(initial=step, total=steps, unit="step", disable=None, dynamic_ncols=True)
+
+    def write(self, step: int, **metrics: float | str) -> None:
+        """A line in metrics.jsonl."""
+        if not self.silent:
+            with naming_file(self.output / METRICS):
+                self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            if self.wandb is not None:
+                self.wandb.log(metrics, step=step)
+
+    def show(self, step: int, left: float, **metrics: float) -> None:
+        """On the bar, which shows the time left by itself; left: minutes."""
+        if self.silent:
+            return
+        text = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        if self.bar.disable:
+            print(f"step {step}/{self.total} {text} minutes_left {left:.3g}", flush=True)
+        else:
+            self.bar.set_postfix_str(text)
+
+    def advance(self) -> None:
+        """One step more on the bar."""
+        if not self.silent:
+            self.bar.update()
+
+    def print(self, text: str) -> None:
+        """A line that stays."""
+        if not self.silent:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Draws curves.png of what metrics.jsonl holds, and ends the log."""
+        if not self.silent:
+            with naming_file(self.output / PICTURE):
+                curves(read_runs([self.output]), self.output / PICTURE)
+            self.bar.close()
+            self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def import_wandb():
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "--report_to wandb: the package is not installed; pip install wandb, or leave it out"
+        ) from error
+    return wandb
+
+
+def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
+    """Metrics of the steps since the last line of the log, over all ranks."""
+    total = dict(zip(SUMS, ranks.sum(*(sums[name] for name in SUMS))))
+    seconds = total["seconds"] / ranks.world_size
+    metrics = {
+        "loss": total["loss"] / max(1, total["denominator"]),
+        "tokens_per_second": total["tokens"] / seconds,
+        "tokens_per_second_per_process": total["tokens"] / seconds / ranks.world_size,
+        "supervised_tokens_per_second": total["supervised"] / seconds,
+        "tokens": total["tokens"],
+        "supervised_tokens": total["supervised"],
+    }
+    if peak:  # model FLOPs utilization: the share of what the devices could have done that the steps needed
+        metrics["mfu"] = total["flops"] / seconds / (peak * ranks.world_size)
+    if ranks.device.type == "cuda":
+        metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    else:  # of the whole process; in bytes on macOS, in kilobytes elsewhere
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        metrics["peak_memory_gb"] = resident * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return metrics
+
+
+def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ranks, dtype: torch.dtype) -> str:
+    """The first lines of a run. args: train.Settings; dtype: of the computation."""
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
+    block = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
+    where = f"{ranks.world_size} x {ranks.device.type} ({args.parallel})" if ranks.world_size > 1 else ranks.device.type
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
+    length = args.pad_to or args.max_length
+    streams = 2 if config.objective == "bd3lm" else 1
+    fed = args.per_device_train_batch_size * length * streams * (1 + args.complementary_masks)
+    activations = activation_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
+    return (
+        f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
+        f"{block}{shift}, on {where}\n"
+        f"data   {about_data}\n"
+        f"run    {steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} tokens; "
+        f"{args.optim}, learning rate {args.learning_rate:g}\n"
+        f"memory {state_bytes(args, ranks, dtype) * parameters / 1e9:.2f} GB a process for weights, gradients and "
+        f"optimizer; about {activations / 1e9:.2f} GB for activations, by count, with rows of {length} tokens"
+    )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a training step costs
@@ -27,7 +166,34 @@ def forward_flops(config: Config, tokens: int, rows: int, pairs: int) -> int:
     return 2 * (weights - last) * tokens + 2 * (config.vocab_size * D + last) * rows + 4 * L * H * C * pairs
 
 
-def kept_bytes(config: Config, tokens: int, itemsize: int, recompute: str = "none") -> int:
+def train_flops(config: Config, layout: Layout, rows: int) -> int:
+    """FLOPs of a training step on `layout`, forward 1 part and backward 2 parts; of the pairs, those that see each
+    other. All rows of `layout` are taken to be like the first."""
+    first = layout.map(lambda field: field[:1])
+    pairs = visible(first.map(lambda field: field[:, :, None]), first.map(lambda field: field[:, None, :])).sum()
+    return 3 * forward_flops(config, layout.position.numel(), rows, layout.position.shape[0] * int(pairs))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOPs a second that the device could do at most; None: not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+
+
+def state_bytes(args, ranks: Ranks, dtype: torch.dtype) -> float:
+    """Bytes that a process keeps for each parameter: weight, gradient and one or two moments, in float32, or its share
+    of them where they are sharded."""
+    size = 12 if args.optim == "muon" else 16
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size /= {"ddp": 1, "hybrid": local}.get(args.parallel, ranks.world_size)
+    if ranks.world_size > 1 and args.parallel == "zero2":
+        size += dtype.itemsize  # the weights as gathered
+    if ranks.world_size > 1 and args.parallel != "ddp" and args.gradient_accumulation_steps > 1:
+        size += getattr(torch, args.reduce_dtype).itemsize  # the sum of the gradients so far, which is sharded at last
+    return size
+
+
+def activation_bytes(config: Config, tokens: int, itemsize: int, recompute: str = "none") -> int:
     """Bytes of activations that a forward of `tokens` keeps for the backward pass, `itemsize` a number: of every layer
     what its norms, products, attention and MLP read. recompute: train.py's --checkpoint_activations; with `selective`
     a layer's input and the outputs of products and attention are kept, with `full` a layer's input."""
@@ -42,18 +208,9 @@ def kept_bytes(config: Config, tokens: int, itemsize: int, recompute: str = "non
     return itemsize * tokens * config.num_hidden_layers * layer[recompute]
 
 
-def train_flops(config: Config, layout: Layout, rows: int) -> int:
-    """FLOPs of a training step on `layout`, forward 1 part and backward 2 parts; of the pairs, those that see each
-    other. All rows of `layout` are taken to be like the first."""
-    first = layout.map(lambda field: field[:1])
-    pairs = visible(first.map(lambda field: field[:, :, None]), first.map(lambda field: field[:, None, :])).sum()
-    return 3 * forward_flops(config, layout.position.numel(), rows, layout.position.shape[0] * int(pairs))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training curves
 
-METRICS = "metrics.jsonl"  # of a run of train.py: a row a log, and one an evaluation
 CURVES = {  # metric of metrics.jsonl: its axis
     "loss": "training loss",
     "eval_loss": "evaluated bound, nats per token",
@@ -69,14 +226,16 @@ def read_runs(directories: list[str | Path]) -> dict[str, list[dict]]:
     directory holds no run, ValueError where one occurs twice or a line is damaged; a last line that is still being
     written is left out.
     """
-    places = [Path(directory).resolve() for directory in directories]
+    paths = [Path(directory).resolve() for directory in directories]
     runs = {}
-    for directory, place in zip(directories, places):
-        file = place / METRICS
+    for directory, path in zip(directories, paths):
+        file = path / METRICS
         if not file.is_file():
             raise FileNotFoundError(f"{directory} holds no {METRICS}; expected the --output_dir of a run of train.py")
-        length = next((n for n in range(1, len(place.parts)) if _alike(place, places, n) == 1), None)
-        if length is None:
+        # The name: the fewest last parts of the path that no other path ends in.
+        endings = (path.parts[-n:] for n in range(1, len(path.parts)))
+        name = next((end for end in endings if sum(other.parts[-len(end) :] == end for other in paths) == 1), None)
+        if name is None:
             raise ValueError(f"{directory} is named twice; name each run once")
         rows = []
         for n, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
@@ -85,13 +244,8 @@ def read_runs(directories: list[str | Path]) -> dict[str, list[dict]]:
                 rows[-1]["step"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {n}: {line[:40]!r} is no row of a run's log; remove it") from error
-        runs["/".join(place.parts[-length:])] = rows
+        runs["/".join(name)] = rows
     return runs
-
-
-def _alike(place: Path, places: list[Path], length: int) -> int:
-    """How many of `places` end in the same `length` parts as `place`."""
-    return sum(other.parts[-length:] == place.parts[-length:] for other in places)
 
 
 def curves(runs: dict[str, list[dict]], path: str | Path) -> None:

@@ -1,39 +1,37 @@
 """Trains a language model as ar, mdlm or bd3lm, on plain text or chat. `python train.py --help` is the manual.
 
-Read `train` at the end first: model, data, optimizers, then the loop. What an example and its loss are is in
-diffusion.py, what a batch is in data.py.
+    Settings                        the flags, in groups; what must not differ in a resumed run
+    build_model, build_loaders      a checkpoint and a data set, checked against the settings
+    build_optimizers                AdamW or Muon, and the learning rate's schedule
+    evaluate                        the bound in nats per token on the rows set aside
+    Run                             a run in progress: what it holds, saves, logs, and where it resumes
+    train                           the loop: read this first
+    gradients, update               one optimizer step
+
+What an example and its loss are is in diffusion.py, what a batch is in data.py, many processes in parallel.py.
 """
 
-from cli import Parser, check_place, one_line_errors, replacing_file
-
-import functools
-import hashlib
 import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from tqdm import tqdm
 
 import data
 import stream
 from checkpoint import (
+    DTYPES,
     barrier,
     config_dict,
     declare,
@@ -41,81 +39,89 @@ from checkpoint import (
     load_model,
     load_training,
     naming_file,
-    read_progress,
-    recover,
     remove,
     resolve,
-    save_model,
     save_training,
 )
-from diffusion import Batch, Example, ar_example, bd3lm_example, draw_noise, loss, mdlm_example, with_complement
-from log import METRICS, PEAK_FLOPS, curves, kept_bytes, read_runs, train_flops
+from cli import one_line_errors
+from diffusion import NORMS, OBJECTIVES, Batch, Example, Noising, loss, training_example
+from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, summarize, train_flops
 from model import Config, LanguageModel
-from options import Count, Decay, Natural, NonNegative, Options, Place, Positive, Seed, Share, add_flags, flags
+from options import (
+    Count,
+    Decay,
+    Directory,
+    Model,
+    Natural,
+    NonNegative,
+    Options,
+    Positive,
+    Rows,
+    Seed,
+    Share,
+    flags,
+)
+from parallel import REQUEUE, Parallel, Ranks, Signals, mark_stopped, parallelize, setup
+from resume import (
+    FINAL,
+    check_ranks_agree,
+    check_resumed,
+    checkpoints,
+    existing_files,
+    is_complete,
+    number_of,
+    resume_point,
+    save_whole,
+)
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
-ARGS, CURVES, FINAL = "args.json", "curves.png", "checkpoint-final"
-SUMS = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")  # what a line of the log is made of
-AHEAD = {"cpu": 0, "cuda": 2}  # steps whose examples a thread makes meanwhile; a CPU has no meanwhile
-REQUEUE = 75  # exit status of a run that a signal ended: it can go on (EX_TEMPFAIL)
+PREFETCH = {"cpu": 0, "cuda": 2}  # steps whose examples a thread makes ahead; a CPU is busy with the step itself
 EVALUATION_SEED = 0  # of the evaluation's noise: the same in every run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The settings: `python train.py --help` prints what follows. They bear dLLM's names and defaults where it has them.
+# The settings. They bear dLLM's names and defaults where it has them.
 
 
 @dataclass(kw_only=True)
-class Model(Options):
+class Source(Options):
     "model"
 
-    model_name_or_path: Place
+    model_name_or_path: Model
     """a directory (also under $BASE_MODELS_DIR) or a Hub id, converted by convert.py for mdlm and bd3lm; or
     builtin/tiny: random weights in a small Qwen3 shape, with a tokenizer trained on the data"""
-    objective: Literal["ar", "mdlm", "bd3lm"] | None = None
+
+
+@dataclass(kw_only=True)
+class Target(Options):
+    "model"
+
+    objective: Literal[*OBJECTIVES] | None = None
     """what to train it as (default: what the checkpoint declares, else mdlm)"""
-    block_size: int | None = None  # bd3lm's block length (default: the checkpoint's)
+    block_size: Annotated[int, "TOKENS"] | None = None  # bd3lm's block length (default: the checkpoint's)
     right_shift_logits: bool | None = None
     """position i predicts token i + 1, as in the AR model (default: what the checkpoint declares, else False)"""
 
 
 @dataclass(kw_only=True)
-class Data(Options):
+class Batching(Options):
     "data"
 
-    dataset_args: str
-    """data set, name[key:value,...], several joined by "+": Hub ids, local files (.jsonl .json .txt .parquet),
-    builtin/sums (chat), builtin/stdlib (text). Keys: train:5000 (row limit of a split), name:CONFIG, lang:LANGUAGE"""
-    stage: Literal["pt", "sft"] = "pt"  # pt: plain text in full pieces. sft: chat
-    max_length: Count | None = None  # longest row (default: pt 128, sft 512)
-    pad_to: int | None = None
-    """pad every batch to this length, at least max_length (default: to the global batch's longest row). Where mdlm
-    learns chat, padding is visible and learnt, as it teaches where an answer ends inside a canvas"""
+    pad_to: Annotated[int, "TOKENS"] | None = None
+    """pad every batch to this length, at least max_length (default: to the global batch's longest row). For MDLM chat
+    training the model also learns the padding; that is how it learns to stop early"""
     load_preprocessed_data: bool = False  # --dataset_args is a directory that python data.py wrote
     streaming: bool = False
     """read and tokenise while training runs, without end (give --max_steps); canvases are --max_length long"""
-    shuffle_buffer: Count = 2000  # with --streaming: rows shuffled among them
+    shuffle_buffer: Rows = 2000  # with --streaming: rows shuffled among them
     seed: Seed = 42  # of the order of rows, the noise and random weights
 
 
 @dataclass(kw_only=True)
-class PlainText(Options):
-    "data: plain text (--stage pt)"
-
-    text_field: str = "text"  # the column with the text
-    insert_eos: bool = True  # end each text in EOS
-    drop_tail: bool = True  # drop the last, shorter piece
-
-
-@dataclass(kw_only=True)
-class Chat(Options):
+class ChatBatching(Options):
     "data: chat (--stage sft)"
 
-    truncation: Literal["right", "filter"] = "right"  # cut rows that are too long, or drop them
-    mask_prompt_loss: bool = True  # learn the assistant's turns only (which: --train_on), not the whole chat
-    train_on: Literal["last", "all"] = "last"
-    """which of the assistant's turns are learnt; all only where the chat template lets the turns be told apart"""
     group_by_length: bool = True  # rows of like length share a batch
     packing: bool = False
     """ar or bd3lm: several chats to a row of --max_length (or --pad_to), which do not see each other; the loss is that
@@ -123,90 +129,56 @@ class Chat(Options):
 
 
 @dataclass(kw_only=True)
-class Noising(Options):
-    "noise (mdlm and bd3lm)"
-
-    loss_weight_type: Literal["scheduler", "uniform", "count"] | None = None
-    """weight of a masked token: scheduler, -alpha'(t)/(1 - alpha(t)), 1/t for linear, the likelihood bound; uniform, 1,
-    better at small budgets; count, m/n (default: scheduler; with --noise_type count: count)"""
-    noise_type: Literal["level", "count"] = "level"
-    """level: mask each token with probability 1 - alpha(t). count: mask n of a block's m tokens, n uniform in 1..m, of
-    lower variance"""
-    level_per: Literal["block", "sequence"] = "block"
-    """a level for each block, spread evenly over a row's blocks, or one a row, as dLLM does"""
-    scheduler: Literal["linear", "cosine"] = "linear"
-    """alpha(t), the probability that a token is not masked at time t: 1 - t, or 1 - cos((1 - t) pi/2)"""
-    time_epsilon: float = 1e-3  # lowest time that is drawn
-    time_max: float = 1.0  # highest time, 1 for all masked
-    at_least_one: bool = False  # mask one token where a block's draw is empty; lowers variance, biases the 1/t weight
-    complementary_masks: bool = False  # train on every row twice, the second time with the other tokens masked
-
-
-@dataclass(kw_only=True)
 class Optimization(Options):
     "optimization"
 
-    loss_norm_type: Literal["token", "sequence", "batch"] = "token"
+    loss_norm_type: Literal[*NORMS] = "token"
     """what the loss is divided by. token: the supervised tokens of the global batch. sequence: each row's by its own,
     and by the rows. batch: the rows alone"""
     optim: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the layers' matrices, AdamW on the rest; much faster from random weights"""
-    learning_rate: Positive = 1e-4  # peak; Muon's is scaled to the size of AdamW's updates
+    learning_rate: Annotated[Positive, "RATE"] = 1e-4  # peak; Muon's is scaled to the size of AdamW's updates
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """how the learning rate falls to 0 after the warm-up; constant: it stays at its peak"""
     warmup_ratio: Share = 0.1  # part of the run, 0 to 1, in which the learning rate rises from 0
-    weight_decay: NonNegative = 0.0  # of the matrices, a step, times learning rate
-    adam_beta1: Decay = 0.9  # how much AdamW's mean gradient keeps in a step
-    adam_beta2: Decay = 0.999  # and its mean squared gradient
-    adam_epsilon: NonNegative = 1e-8  # added to the root of AdamW's mean square
-    max_grad_norm: NonNegative = 1.0  # clip the gradient's norm; 0: do not
-    num_train_epochs: Positive = 20.0  # passes over the data
+    weight_decay: Annotated[NonNegative, "RATE"] = 0.0  # of the matrices, a step, times learning rate
+    adam_beta1: Decay = 0.9  # AdamW's beta1
+    adam_beta2: Decay = 0.999  # AdamW's beta2
+    adam_epsilon: Annotated[NonNegative, "E"] = 1e-8  # added to the root of AdamW's mean square
+    max_grad_norm: Annotated[NonNegative, "NORM"] = 1.0  # clip the gradient's norm; 0: do not
+    num_train_epochs: Annotated[Positive, "N"] = 20.0  # passes over the data
     max_steps: Count | None = None  # optimizer steps (default: what --num_train_epochs come to)
 
 
 @dataclass(kw_only=True)
-class Machine(Options):
+class Machine(data.Workers, Parallel):
     "processes, memory, speed: what changes no result but by rounding (many processes: start them by torchrun)"
 
-    per_device_train_batch_size: Count = 16  # rows of a micro-batch
+    per_device_train_batch_size: Rows = 16  # rows of a micro-batch
     gradient_accumulation_steps: Count = 1  # micro-batches of an optimizer step
-    per_device_eval_batch_size: Count = 16  # rows of an evaluation batch
-    num_proc: Count = 8  # processes that tokenise what is not builtin
+    per_device_eval_batch_size: Rows = 16  # rows of an evaluation batch
     dataloader_num_workers: Natural = 0  # with --streaming: processes of each rank that tokenise; 0: a thread
-    compute_dtype: Literal["bfloat16", "float32"] | None = None
-    """of the matrix products; weights and optimizer are float32 (default: bfloat16 on CUDA, else float32)"""
-    parallel: Literal["ddp", "zero2", "zero3", "hybrid"] = "ddp"
-    """ddp: every process has the whole model. zero2: weights, gradients and optimizer are sharded, weights gathered
-    once a step. zero3: and gathered again for the backward pass. hybrid: sharded within a node, replicated across
-    nodes"""
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # in which gradients are summed over processes
-    checkpoint_activations: Literal["none", "selective", "full"] = "none"
-    """what the backward pass computes again instead of keeping it: selective, all but matrix products; full, everything
-    inside a layer"""
-    torch_compile: bool = False  # compile the layers (minutes at the start)
 
 
 @dataclass(kw_only=True)
 class Output(Options):
     "output: evaluation, saving, logging, and when to stop"
 
-    output_dir: Place  # directory of this run; one that holds a run is refused
+    output_dir: Directory  # directory of this run; one that holds a run is refused
     overwrite: bool = False  # replace the run in --output_dir
-    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """of the saved weights (default: that of the source)"""
+    save_dtype: Literal[*list(DTYPES)[:3]] | None = None  # of the saved weights (default: that of the source)
     eval_strategy: Literal["steps", "epoch", "no"] = "steps"
     """evaluate on the set's validation split, else its test split, else 5 % held out: the likelihood bound in nats per
     token and its perplexity, unbiased, with fixed noise"""
-    eval_steps: Positive = 0.1  # evaluate every so many optimizer steps; below 1, a part of the run
-    stop_at_eval_loss: float | None = None  # end the run at this bound, in nats per token (default: never)
-    save_steps: NonNegative = 0.1
+    eval_steps: Annotated[Positive, "N"] = 0.1  # evaluate every so many optimizer steps; below 1, a part of the run
+    stop_at_eval_loss: Annotated[float, "NATS"] | None = None  # end the run at this bound (default: never)
+    save_steps: Annotated[NonNegative, "N"] = 0.1
     """save every so many optimizer steps; below 1, a part of the run; 0: at the end only"""
     save_total_limit: Count | None = None  # keep the last N checkpoint-N (default: all)
-    resume_from_checkpoint: str | None = None
-    """auto or a directory: go on from a checkpoint-N, on any number of processes; auto: the newest in --output_dir, or
-    from the start where there is none. A checkpoint-N is a model; the two newest also hold what resuming takes
-    (default: begin anew)"""
-    max_minutes: Positive | None = None
+    resume_from_checkpoint: Annotated[str, "auto|DIR"] | None = None
+    """go on from a checkpoint-N, on any number of processes; auto: the newest in --output_dir, or from the start where
+    there is none. A checkpoint-N is a model; the two newest also hold what resuming takes (default: begin anew)"""
+    max_minutes: Annotated[Positive, "MINUTES"] | None = None
     """end the run after that time; the learning rate's schedule ends with it (default: no limit)"""
     skip_nonfinite: Natural = 0
     """leave out up to N steps whose loss or gradient is not finite; one more ends the run"""
@@ -216,11 +188,23 @@ class Output(Options):
 
 
 @dataclass(kw_only=True)
-class Settings(Model, Data, PlainText, Chat, Noising, Optimization, Machine, Output):
+class Settings(
+    Source, Target, data.DataSet, Batching, data.Reading, ChatBatching, Noising, Optimization, Machine, Output
+):
+    """Train a causal, masked-diffusion (MDLM) or block-diffusion (BD3LM) language model.
+
+      python convert.py --model_name_or_path Qwen/Qwen3-0.6B --output_dir .models/a2d/Qwen3-0.6B
+      python train.py --objective mdlm --stage pt --model_name_or_path .models/a2d/Qwen3-0.6B \\
+          --dataset_args Trelis/tiny-shakespeare --text_field Text --insert_eos False --output_dir runs/shakespeare
+
+    Writes OUTPUT_DIR/checkpoint-N and checkpoint-final (Hugging Face directories: model and tokenizer), metrics.jsonl
+    (one line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's names and defaults where it has
+    them."""
+
+    prog: ClassVar[str] = "train.py"
+
     def __post_init__(self):
         super().__post_init__()
-        if self.max_length is None:
-            self.max_length = {"pt": 128, "sft": 512}[self.stage]
         if self.optim == "muon" and self.parallel != "ddp":
             raise ValueError(
                 f"--optim muon needs whole matrices, which --parallel {self.parallel} shards; use ddp, or adamw"
@@ -237,48 +221,28 @@ class Settings(Model, Data, PlainText, Chat, Noising, Optimization, Machine, Out
             raise ValueError("--stop_at_eval_loss needs evaluations; leave out --eval_strategy no")
 
     @classmethod
-    def parse(cls, parser, argv=None) -> "Settings":
-        args = super().parse(parser, argv)
-        other, group = {"pt": ("sft", Chat), "sft": ("pt", PlainText)}[args.stage]
-        for name in args.given & flags(group).keys():
+    def parse(cls, argv: list[str] | None = None) -> "Settings":
+        """The settings of a command line, which may name no flag of the other stage."""
+        args = super().parse(argv)
+        other, groups = {"pt": ("sft", (data.Chat, ChatBatching)), "sft": ("pt", (data.PlainText,))}[args.stage]
+        for name in args.given & {name for group in groups for name in flags(group)}:
             raise ValueError(f"--{name} is for --stage {other}; leave it out of --stage {args.stage}")
         return args
 
     def check_noise(self, objective: str) -> None:
-        """Refuses noise for ar and noise that contradicts itself, once the checkpoint has told the objective."""
+        """Refuses noise for ar, which has none, once the checkpoint has declared the objective."""
         for name in self.given & flags(Noising).keys() if objective == "ar" else ():
             raise ValueError(f"--{name} {getattr(self, name)}: ar has no noise; leave it out, or pass --objective")
-        if self.loss_weight_type is None:
-            self.loss_weight_type = "count" if self.noise_type == "count" else "scheduler"
-        if (self.noise_type, self.loss_weight_type) in (("count", "scheduler"), ("level", "count")):
-            raise ValueError(
-                f"--loss_weight_type {self.loss_weight_type} does not go with --noise_type {self.noise_type}: level "
-                "goes with scheduler or uniform, count with count or uniform"
-            )
-        if not 0 < self.time_epsilon < self.time_max <= 1:
-            raise ValueError(f"--time_epsilon {self.time_epsilon}, --time_max {self.time_max}: expected 0 < both <= 1")
-        if self.complementary_masks and (self.scheduler, self.noise_type) != ("linear", "level"):
-            raise ValueError(
-                "--complementary_masks needs --noise_type level and --scheduler linear, where 1 - t is a time"
-            )
 
     @property
-    def learnt(self) -> dict:
+    def learned(self) -> dict:
         """What decides the weights, and so must not differ in a run that goes on with another."""
-        free = flags(Machine).keys() | flags(Output).keys() | {"model_name_or_path"}
+        free = {name for group in (Source, Machine, Output) for name in flags(group)}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
-def held_run(output: Path, overwrite: bool) -> list[Path]:
-    """What a run left in `output`. Raises ValueError where that must not be replaced."""
-    held = [path for name in ("checkpoint-*", METRICS, ARGS, CURVES) for path in sorted(output.glob(name))]
-    if held and not overwrite:
-        raise ValueError(f"--output_dir {output} holds a run ({held[0].name}); choose another, or pass --overwrite")
-    return held
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Model, examples, optimizers
+# Model and data
 
 
 def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
@@ -323,55 +287,74 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
 def collate_for(args: Settings, config: Config, tokenizer: Tokenizer):
     """data.collate as the stage and the objective want it: see its docstring for the two ways to fill a chat row."""
     chat = args.stage == "sft"
-    return functools.partial(
-        data.collate,
-        pad_id=tokenizer.pad_id,
-        train_on_padding=chat and config.objective == "mdlm",
-        block_length=config.block_length if chat and config.objective == "bd3lm" else None,
-        eos_id=tokenizer.eos_id,
-        length=args.pad_to,
-    )
+    options = {
+        "pad_id": tokenizer.pad_id,
+        "train_on_padding": chat and config.objective == "mdlm",
+        "block_length": config.block_length if chat and config.objective == "bd3lm" else None,
+        "eos_id": tokenizer.eos_id,
+        "length": args.pad_to,
+    }
+    return lambda rows, longest=0: data.collate(rows, longest=longest, **options)
 
 
-def make_example(
-    batch: dict, *, config: Config, draw, weight_type: str, norm_type: str, scheduler: str, complementary: bool
-) -> Example:
-    """The objective's Example of a micro-batch, as data.Loader gives it. draw: draw_noise with its options given."""
-    batch = Batch(**batch)
-    if config.objective == "ar":
-        return ar_example(batch, norm_type=norm_type)
-    block_length = config.block_length if config.objective == "bd3lm" else None
-    noise = draw(batch, block_length=block_length)
-    if complementary:
-        batch, noise = with_complement(batch, noise)
-    options = {"weight_type": weight_type, "norm_type": norm_type, "scheduler": scheduler}
-    options |= {"mask_id": config.mask_token_id, "right_shift": config.right_shift}
-    if config.objective == "mdlm":
-        return mdlm_example(batch, noise, **options)
-    return bd3lm_example(batch, noise, block_length=block_length, **options)
+class Loaders(NamedTuple):
+    """What a run reads: batches to train on, rows to evaluate on (None: no evaluation), how rows become a batch, counts
+    of the rows read, and a line about all that."""
+
+    train: data.Loader | stream.StreamLoader
+    eval_rows: data.Rows | None
+    collate: object
+    counts: Counter
+    about: str
 
 
-def training_example(args: Settings, config: Config):
-    """make_example as the flags say: a function of a micro-batch alone."""
-    draw = functools.partial(
-        draw_noise,
-        seed=args.seed,
-        noise_type=args.noise_type,
-        level_per=args.level_per,
-        scheduler=args.scheduler,
-        time_epsilon=args.time_epsilon,
-        time_max=args.time_max,
-        at_least_one=args.at_least_one,
-    )
-    return functools.partial(
-        make_example,
-        config=config,
-        draw=draw,
-        weight_type=args.loss_weight_type,
-        norm_type=args.loss_norm_type,
-        scheduler=args.scheduler,
-        complementary=args.complementary_masks,
-    )
+def build_loaders(args: Settings, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Loaders:
+    reading = data.Reading(**args.only(data.Reading))
+    collate = collate_for(args, config, tokenizer)
+    batches = {
+        "micro_batch_size": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "seed": args.seed,
+        "collate": collate,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "prefetch": 2,
+    }
+
+    def load(split: str) -> data.Rows:
+        if args.load_preprocessed_data:
+            return data.load_preprocessed(args.dataset_args, split, tokenizer, reading)
+        rows_of = stream.load_split if args.streaming else data.load_split
+        return data.load(args.dataset_args, split, tokenizer, reading, num_proc=args.num_proc, rows_of=rows_of)
+
+    eval_rows = None if args.eval_strategy == "no" else load("validation")
+    about_eval = "no evaluation" if eval_rows is None else f"{len(eval_rows):,} rows to evaluate on"
+
+    # bd3lm fills every packed document up to whole blocks, with EOS.
+    blocks = {"block_length": config.block_length, "eos_id": tokenizer.eos_id} if config.objective == "bd3lm" else {}
+    pack_length = (args.pad_to or args.max_length) if args.packing else None
+    if args.streaming:
+        packing = {"pack_length": pack_length, **blocks} if args.packing else {}
+        source = stream.Stream(args.dataset_args, tokenizer, reading, **packing)
+        workers = {"shuffle_buffer": args.shuffle_buffer, "workers": args.dataloader_num_workers}
+        loader = stream.StreamLoader(source, **workers, **batches)
+        return Loaders(loader, eval_rows, collate, Counter(), f"{args.dataset_args}: streamed; {about_eval}")
+
+    batches["group_by_length"] = args.stage == "sft" and args.group_by_length
+    loader = data.Loader(load("train"), **batches)
+    canvas = {"block_length": blocks.get("block_length"), "length": args.pad_to}
+    padding = [f"{1 - loader.useful_share(**canvas):.0%} of each batch is padding"]
+    if args.packing:
+        loader = data.Loader(data.Packed(loader.rows, pack_length, **blocks), **batches)
+        padding.append(f"packed {1 - loader.useful_share(**canvas):.0%}")
+    rows = loader.rows
+    counts = ", ".join(f"{name} {count:,}" for name, count in rows.counts.items())
+    about = f"{args.dataset_args}: {len(rows):,} rows of {rows.lengths.mean():.0f} tokens on average ({counts}); "
+    return Loaders(loader, eval_rows, collate, rows.counts, f"{about}{', '.join(padding)}; {about_eval}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
 
 
 def build_optimizers(model: LanguageModel, args: Settings) -> list[torch.optim.Optimizer]:
@@ -409,144 +392,28 @@ def learning_rate(progress: float, args: Settings) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-
-class Ranks(NamedTuple):
-    """This process among those that torchrun started; alone without it."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def sum(self, *values: float) -> list[float]:
-        """Over all ranks, each value; on the CPU, so that no GPU is waited for."""
-        if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, thing) -> list:
-        """Every rank's `thing`."""
-        if self.world_size == 1:
-            return [thing]
-        things = [None] * self.world_size
-        dist.all_gather_object(things, thing)
-        return things
-
-    @contextmanager
-    def first_on_node(self):
-        """Lets a node's first process do what is inside before its others: download, tokenise into a shared cache."""
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        if not first:
-            barrier()
-        yield
-        if first:
-            barrier()
-
-
-def setup() -> Ranks:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
-        return Ranks(0, 1, device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
-
-
-def parallelize(model: LanguageModel, args: Settings, ranks: Ranks, compute_dtype: torch.dtype):
-    """Activation checkpointing, compilation, precision, sharding, in this order: (engine, sync), what to call in the
-    model's place, and a function of whether the next backward pass sums gradients over ranks, as a step's last must.
-
-    DDP sums gradients while the backward pass runs; FSDP2 (`fully_shard`) also shards weights, gradients and optimizer.
-    The embedding is in the root's unit with the last norm and the head, which may be tied to it.
-    """
-    for layer in model.model.layers:
-        if args.checkpoint_activations != "none":
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **_kept(args))
-        if args.torch_compile:
-            torch._dynamo.config.recompile_limit = 64  # a shape of its own, and the last layer's, each count
-            layer.compile()
-    model.to(ranks.device)
-    model.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype  # None: as the weights are
-    if ranks.world_size == 1:
-        return model, lambda on: None
-    reduce_dtype = getattr(torch, args.reduce_dtype)
-    if args.parallel == "ddp":
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        devices = [ranks.device] if ranks.device.type == "cuda" else None
-        ddp = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)  # else gradients are held twice
-        if reduce_dtype == torch.bfloat16:
-            # In a lambda, as DDP refuses that hook, known by its name, without NCCL; gloo sums bfloat16 as well.
-            ddp.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
-        return ddp, functools.partial(setattr, ddp, "require_backward_grad_sync")
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    shape, names = (ranks.world_size,), ("shard",)
-    if args.parallel == "hybrid":
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        shape, names = (ranks.world_size // local, local), ("replicate", "shard")
-    options = {
-        "mesh": init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=model.compute_dtype,
-            reduce_dtype=None if reduce_dtype == compute_dtype else reduce_dtype,
-        ),
-        "reshard_after_forward": args.parallel != "zero2",
-    }
-    for layer in model.model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
-
-    def sync(on: bool) -> None:
-        model.set_requires_gradient_sync(on)
-        if args.parallel == "zero2":
-            model.set_reshard_after_backward(on)  # the next micro-batch finds the weights gathered
-
-    return model, sync
-
-
-def _kept(args: Settings) -> dict:
-    """For `selective`: the outputs of matrix products and attention are kept, all else is computed again."""
-    if args.checkpoint_activations == "full":
-        return {}
-    aten = torch.ops.aten
-    kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention.default]
-    kept += [aten._scaled_dot_product_efficient_attention.default, torch.ops.higher_order.flex_attention]
-    return {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-@torch.no_grad()
 def evaluate(engine, model: LanguageModel, rows: data.Rows, collate, *, batch_size: int, ranks: Ranks) -> float:
     """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased.
 
     Mask counts with weight m/n (diffusion.draw_noise) under noise that is fixed, whatever the run trains with. Padding
     that mdlm or bd3lm must predict costs nats but is no token, so that the three objectives compare. Rows are taken in
-    order of length: a batch's padding is little, and always the same. Batches are dealt to the ranks.
+    order of length, so that a batch has little padding, and always the same. The ranks take batches in turn.
     """
-    config = model.config
-    draw = functools.partial(draw_noise, seed=EVALUATION_SEED, noise_type="count")
-    options = {"weight_type": "count", "norm_type": "token", "scheduler": "linear", "complementary": False}
-    first = int(config.right_shift)  # then a row's first token has no predictor
+    noising = Noising(noise_type="count")
+    first = int(model.config.right_shift)  # then a row's first token has no predictor
     order = sorted(range(len(rows)), key=lambda i: (rows.lengths[i], i))
     begins = range(0, len(order), batch_size)
     model.eval()
     total, tokens = 0.0, 0
     for turn in range(math.ceil(len(begins) / ranks.world_size)):
         n = turn * ranks.world_size + ranks.rank
-        begin = begins[min(n, len(begins) - 1)]  # FSDP's ranks must go forward together, be it in vain
+        begin = begins[min(n, len(begins) - 1)]  # FSDP's ranks must run together: one without a batch repeats the last
         picked = [rows[i] for i in order[begin : begin + batch_size]]
         batch = {**collate(picked), "sample": torch.arange(begin, begin + len(picked)), "epoch": 0}
-        example = make_example(batch, config=config, draw=draw, **options)
+        example = training_example(Batch(**batch), model.config, noising, seed=EVALUATION_SEED)
         value = loss(engine, example.to(ranks.device))[0].item()
         if n < len(begins):
             total += value
@@ -557,123 +424,192 @@ def evaluate(engine, model: LanguageModel, rows: data.Rows, collate, *, batch_si
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run
-class Log:
-    """metrics.jsonl and the progress bar, of rank 0; where a line cannot be redrawn, plain lines in the bar's place."""
+# A run
 
-    def __init__(self, output: Path, step: int, steps: int, silent: bool, wandb):
-        """wandb: that module, or None."""
-        self.output, self.silent, self.total = output, silent, steps
-        self.file = self.bar = self.wandb = None
-        self.past = []  # the lines of the run that this one goes on with
-        if not silent:
-            if wandb is not None:
-                name = str(output.resolve())
-                id = hashlib.sha256(name.encode()).hexdigest()[:12]  # so that a resumed run goes on with its curves
-                config = json.loads((output / ARGS).read_text())
-                project = os.environ.get("WANDB_PROJECT", "nanoA2D")
-                self.wandb = wandb.init(
-                    project=project, name=output.name, id=id, resume="allow", dir=str(output), config=config
-                )
-            path = output / METRICS
-            lines = path.read_text().split("\n")[:-1] if path.is_file() and step else []  # a last part is half a line
-            self.past = [row for row in map(json.loads, lines) if row["step"] <= step]
-            with replacing_file(path) as new:
-                new.write_text("".join(json.dumps(row) + "\n" for row in self.past))
-            self.file = path.open("a", buffering=1)
-            self.bar = tqdm(initial=step, total=steps, unit="step", disable=None, dynamic_ncols=True)
 
-    def write(self, step: int, **metrics: float | str) -> None:
-        """A line in metrics.jsonl."""
-        if not self.silent:
-            with naming_file(self.output / METRICS):
-                self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-            if self.wandb is not None:
-                self.wandb.log(metrics, step=step)
+class StepData(NamedTuple):
+    """What one optimizer step takes of this rank: its micro-batches, the Examples made of them, the FLOPs that these
+    take (0 where the device's peak is not known), and the loader's state after them."""
 
-    def draw(self) -> None:
-        """curves.png of what metrics.jsonl holds."""
-        if not self.silent:
-            with naming_file(self.output / CURVES):
-                curves(read_runs([self.output]), self.output / CURVES)
+    micro_batches: list[dict]
+    examples: list[Example]
+    flops: int
+    loader_state: dict
 
-    def show(self, step: int, left: float, **metrics: float) -> None:
-        """On the bar, which tells the time left by itself; left: minutes."""
-        if self.silent:
-            return
-        text = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        if self.bar.disable:
-            print(f"step {step}/{self.total} {text} minutes_left {left:.3g}", flush=True)
+    @property
+    def epoch(self) -> int:
+        return self.micro_batches[0]["epoch"]
+
+    @property
+    def denominator(self) -> float:
+        """Of this rank's part of the loss."""
+        return sum(example.denominator for example in self.examples)
+
+
+class Run:
+    """A run in progress: model, optimizers, data and log, and how far it is. Every rank has one."""
+
+    def __init__(self, args: Settings, ranks: Ranks, begin_at: Path | None):
+        """begin_at: the checkpoint to resume from. Nothing is written before all that can be refused has been."""
+        self.args, self.ranks, self.output = args, ranks, Path(args.output_dir)
+        wandb = import_wandb() if args.report_to == "wandb" else None
+        with ranks.first_on_node():
+            self.model, self.tokenizer = build_model(args)
+            args.check_noise(self.model.config.objective)
+            if begin_at is not None:
+                check_resumed(begin_at, args, self.model.config, ranks.world_size)
+            self.loaders = build_loaders(args, self.model.config, self.tokenizer, ranks)
+        self._plan()
+        self.save_dtype = getattr(torch, args.save_dtype or self.model.config.dtype)
+        self.engine, self.sync = parallelize(self.model, args, ranks)
+        self.optimizers = build_optimizers(self.model, args)
+        self.peak = peak_flops(ranks.device)
+
+        # How far it is, and the sums since the last line of the log.
+        self.step, self.skipped, self.minutes_before, self.sums = 0, 0, 0.0, Counter()
+        if begin_at is not None:
+            self._restore(begin_at)
+        self.first_step = self.step
+
+        # The first step's data is read here, so that what cannot be read is refused before anything is written.
+        self.prefetched = data.prefetch(self._prepare_steps, PREFETCH[ranks.device.type])
+        self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
+        self._write_first(begin_at)
+        self.log = Log(self.output, self.step, self.steps, silent=ranks.rank > 0, wandb=wandb)
+        dtype = args.computes_in(ranks.device)
+        self.log.print(describe(args, self.model, self.loaders.about, self.steps, ranks, dtype))
+        if begin_at is not None:
+            self.log.print(f"resume {begin_at}")
         else:
-            self.bar.set_postfix_str(text)
+            self.log.write(0, **{f"rows {name}": count for name, count in self.loaders.counts.items()})
+        self.began = time.perf_counter() - 60 * self.minutes_before
 
-    def update(self) -> None:
-        if not self.silent:
-            self.bar.update()
+    def _plan(self) -> None:
+        """How many steps, and every how many of them it evaluates and saves."""
+        args, epoch = self.args, self.loaders.train.steps_per_epoch
+        if args.max_steps is None and epoch is None:
+            raise ValueError("--streaming has no epochs; pass --max_steps")
+        if args.eval_strategy == "epoch" and epoch is None:
+            raise ValueError("--eval_strategy epoch: --streaming has no epochs; pass --eval_strategy steps or no")
+        self.steps = args.max_steps or math.ceil(args.num_train_epochs * epoch)
+        self.eval_every = epoch if args.eval_strategy == "epoch" else every(args.eval_steps, self.steps)
+        self.save_every = every(args.save_steps, self.steps) if args.save_steps else self.steps
 
-    def tell(self, text: str) -> None:
-        """A line that stays."""
-        if not self.silent:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+    def _restore(self, begin_at: Path) -> None:
+        progress = load_training(begin_at, self.model, self.optimizers)
+        self.loaders.train.load_state(progress["loader"])
+        self.step, self.skipped, self.minutes_before = progress["step"], progress["skipped"], progress["minutes"]
+        self.sums.update(progress["sums"] if self.ranks.rank == 0 else {})  # they are those of all ranks
+
+    def _prepare_steps(self):
+        """Iterator over the StepData of each step; on CUDA a thread runs it while the GPU computes."""
+        args, config = self.args, self.model.config
+        for micro_batches in self.loaders.train.batches():
+            options = {"seed": args.seed, "norm_type": args.loss_norm_type}
+            examples = [training_example(Batch(**batch), config, args, **options) for batch in micro_batches]
+            counted = examples if self.peak else []
+            flops = sum(train_flops(config, e.layout, int((e.weights > 0).sum())) for e in counted)
+            if self.ranks.device.type == "cuda":
+                examples = [example.map(Tensor.pin_memory) for example in examples]
+            yield StepData(micro_batches, examples, flops, self.loaders.train.state)
+
+    def _write_first(self, begin_at: Path | None) -> None:
+        """The directory, without what an overwritten run left in it, and args.json."""
+        if self.ranks.rank == 0:
+            for path in existing_files(self.output, overwrite=True) if begin_at is None else []:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        barrier()
+        if self.ranks.rank == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with naming_file(self.output / ARGS):
+                (self.output / ARGS).write_text(json.dumps(asdict(self.args), indent=2) + "\n")
+
+    @property
+    def minutes(self) -> float:
+        """Since the run began, without the time between a stop and a resumption."""
+        return (time.perf_counter() - self.began) / 60
+
+    def count(self, done: StepData, total: float, denominator: float, seconds: float) -> None:
+        """Adds a step to the sums of the log's next line."""
+        self.sums["loss"] += total
+        self.sums["denominator"] += denominator
+        self.sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in done.micro_batches)
+        self.sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in done.micro_batches)
+        self.sums["flops"] += done.flops
+        self.sums["seconds"] += seconds
+        self.log.advance()
+
+    def skip(self, done: StepData) -> None:
+        """Leaves out a step that is not finite; ValueError where --skip_nonfinite allows no more of them."""
+        self.skipped += 1
+        samples = self.ranks.gather([n for batch in done.micro_batches for n in batch["sample"].tolist()])
+        text = f"step {self.step}: the loss or the gradient is not finite, on samples {samples} of epoch {done.epoch}"
+        if self.skipped > self.args.skip_nonfinite:
+            good = max(checkpoints(self.output), key=number_of, default="none was written")
+            raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
+        self.log.print(f"{text}; left out")
+        self.model.zero_grad(set_to_none=True)
+
+    def write_metrics(self, epoch: int, rate: float, norm: float) -> None:
+        """A line in the log about the steps since the last one."""
+        metrics = summarize(self.sums, self.ranks, self.peak)
+        shown = {"loss": metrics.pop("loss"), "learning_rate": rate, "grad_norm": norm}
+        shown["tokens_per_second"] = metrics.pop("tokens_per_second")
+        left = (self.minutes - self.minutes_before) / (self.step - self.first_step) * (self.steps - self.step)
+        if self.args.max_minutes is not None:
+            left = min(left, max(0.0, self.args.max_minutes - self.minutes))
+        self.log.write(self.step, epoch=epoch + 1, **shown, **metrics, minutes=self.minutes, minutes_left=left)
+        self.log.show(self.step, left, **shown)
+        self.sums.clear()
+
+    def evaluate(self) -> bool:
+        """Logs the bound on the rows to evaluate on; True where it reaches --stop_at_eval_loss."""
+        size, goal = self.args.per_device_eval_batch_size, self.args.stop_at_eval_loss
+        rows, collate = self.loaders.eval_rows, self.loaders.collate
+        nats = evaluate(self.engine, self.model, rows, collate, batch_size=size, ranks=self.ranks)
+        perplexity = math.exp(min(nats, 700))
+        self.log.write(self.step, eval_loss=nats, eval_perplexity=perplexity, minutes=self.minutes)
+        self.log.print(f"step {self.step}: evaluation {nats:.4f} nats per token, perplexity {perplexity:,.4g}")
+        return self.step > 0 and goal is not None and nats <= goal
+
+    def evaluation_is_due(self) -> bool:
+        """Before the first step here: at the start of a run, or where a save was not followed by its evaluation."""
+        evaluated = any(row["step"] == self.step and "eval_loss" in row for row in self.log.past)
+        due = self.step % self.eval_every == 0 and not evaluated
+        return self.loaders.eval_rows is not None and self.ranks.gather(due)[0]  # rank 0 alone has the log
+
+    def save(self, loader_state: dict) -> Path:
+        """Writes checkpoint-N, from which the run can be resumed; older ones lose that, or go, as the flags say."""
+        path = self.output / f"checkpoint-{self.step}"
+        progress = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "minutes": self.minutes,
+            "settings": self.args.learned,
+            "config": config_dict(self.model.config),
+            "loader": self.ranks.gather(loader_state),
+            "sums": dict(zip(SUMS, self.ranks.sum(*(self.sums[name] for name in SUMS)))),
+        }
+        save_training(path, self.model, self.optimizers, progress, dtype=self.save_dtype, tokenizer=self.tokenizer)
+        if self.ranks.rank == 0:
+            written = [path for path in checkpoints(self.output) if number_of(path) <= self.step]
+            for old in written[:-2]:
+                drop_training(old)
+            for old in written[: -self.args.save_total_limit] if self.args.save_total_limit else []:
+                remove(old)
+        return path
+
+    def save_final(self) -> None:
+        save_whole(self.model, self.output / FINAL, self.save_dtype, self.tokenizer, self.ranks)
+
+    def end_early(self) -> None:
+        goal = self.args.stop_at_eval_loss
+        self.log.print(f"step {self.step}: the evaluated bound is at most {goal}; the run ends")
+        self.save_final()
 
     def close(self) -> None:
-        if not self.silent:
-            self.bar.close()
-            self.file.close()
-            if self.wandb is not None:
-                self.wandb.finish()
-
-
-class Signals:
-    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) as a wish that the run ends after its step; twice SIGINT: at once.
-
-    `number` is that of the signal, 0 while there is none. Before `steps` is set there is nothing to finish or to save:
-    SIGINT does what it did, the others exit with REQUEUE.
-    """
-
-    def __init__(self):
-        self.number, self.steps, self.before, self.process = 0, False, {}, os.getpid()
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number, frame) -> None:
-        if os.getpid() != self.process:  # a fork of it, to tokenise say, which ends as any other
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        elif self.steps:
-            self.number = number
-            signal.signal(signal.SIGINT, self.before[signal.SIGINT])
-        elif number == signal.SIGINT:
-            signal.signal(number, self.before[number])
-            signal.raise_signal(number)
-        else:
-            tell_stopped()
-            sys.exit(REQUEUE)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def tell_stopped() -> None:
-    """Creates $STOPPED_FILE, if there is such a variable: for the script that started torchrun, whose own status is 1
-    whatever that of its ranks."""
-    if "STOPPED_FILE" in os.environ:
-        Path(os.environ["STOPPED_FILE"]).touch()
-
-
-def import_wandb():
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "--report_to wandb: the package is not installed; pip install wandb, or leave it out"
-        ) from error
-    return wandb
+        self.prefetched.close()
+        self.log.close()
 
 
 def every(interval: float, steps: int) -> int:
@@ -681,299 +617,81 @@ def every(interval: float, steps: int) -> int:
     return max(1, math.ceil(steps * interval)) if interval < 1 else int(interval)
 
 
-def build_loaders(args: Settings, config: Config, tokenizer: Tokenizer, ranks: Ranks):
-    """(loader of training batches, rows to evaluate on or None, collate, counts of rows, a line about the data)."""
-    reading = {
-        "stage": args.stage,
-        "tokenizer": tokenizer,
-        "max_length": args.max_length,
-        "insert_eos": args.insert_eos,
-        "truncation": args.truncation,
-        "mask_prompt_loss": args.mask_prompt_loss,
-        "train_on": args.train_on,
-    }
-    blocks = {"block_length": config.block_length, "eos_id": tokenizer.eos_id} if config.objective == "bd3lm" else {}
-    collate = collate_for(args, config, tokenizer)
-    pack_length = (args.pad_to or args.max_length) if args.packing else None
-    batches = {
-        "micro_batch_size": args.per_device_train_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-        "seed": args.seed,
-        "collate": collate,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        "prefetch": 2,
-    }
-    if args.load_preprocessed_data:
-        load = functools.partial(data.load_preprocessed, args.dataset_args, drop_tail=args.drop_tail, **reading)
-    else:
-        load = functools.partial(
-            data.load,
-            args.dataset_args,
-            text_field=args.text_field,
-            drop_tail=args.drop_tail,
-            num_proc=args.num_proc,
-            rows_of=stream.load_split if args.streaming else data.load_split,
-            **reading,
-        )
-    held = None if args.eval_strategy == "no" else load(split="validation")
-    held_lines = "no evaluation" if held is None else f"{len(held):,} rows to evaluate on"
-    if args.streaming:
-        packing = {"pack_length": pack_length, **(blocks if args.packing else {})}
-        source = stream.Stream(args.dataset_args, text_field=args.text_field, **packing, **reading)
-        loader = stream.StreamLoader(
-            source, shuffle_buffer=args.shuffle_buffer, workers=args.dataloader_num_workers, **batches
-        )
-        return loader, held, collate, {}, f"{args.dataset_args}: streamed; {held_lines}"
-    loader_of = functools.partial(data.Loader, group_by_length=args.stage == "sft" and args.group_by_length, **batches)
-    loader = loader_of(load(split="train"))
-    canvas = {"block_length": blocks.get("block_length"), "length": args.pad_to}
-    shares = [f"{loader.useful_share(**canvas):.0%} of what is computed are their tokens"]
-    if args.packing:
-        loader = loader_of(data.Packed(loader.rows, pack_length, **blocks))
-        shares.append(f"packed {loader.useful_share(**canvas):.0%}")
-    rows = loader.rows
-    counts = ", ".join(f"{name} {count:,}" for name, count in rows.counts.items())
-    return (
-        loader,
-        held,
-        collate,
-        rows.counts,
-        f"{args.dataset_args}: {len(rows):,} rows of {rows.lengths.mean():.0f} tokens on average ({counts}); "
-        f"{', '.join(shares)}; {held_lines}",
-    )
-
-
-def resume_point(args: Settings, output: Path) -> Path | None:
-    """The checkpoint to go on from; None: from the start. ValueError or FileNotFoundError where that cannot be."""
-    check_place("--output_dir", output)
-    if args.resume_from_checkpoint is None:
-        held_run(output, args.overwrite)
-        return None
-    if args.overwrite:
-        raise ValueError("--overwrite and --resume_from_checkpoint contradict each other; leave one out")
-    if args.resume_from_checkpoint != "auto":
-        path = Path(args.resume_from_checkpoint)
-        read_progress(path)
-        if path.resolve().parent != output.resolve():
-            held_run(output, False)
-        return path
-    held = checkpoints(output)
-    for path in reversed(held):
-        try:
-            read_progress(path)
-        except FileNotFoundError:
-            continue
-        return path
-    if held:
-        raise ValueError(f"{held[-1]} holds no training state to resume from; choose another directory, or --overwrite")
-    return None
-
-
-def check_resumed(path: Path, settings: dict, config: Config, rows: int, processes: int) -> None:
-    """ValueError where the run that wrote checkpoint `path` was another: by its flags, model, or rows of a step."""
-    progress = read_progress(path)
-    for name, value in settings.items():
-        before = progress["settings"].get(name)
-        if before != value:
-            raise ValueError(
-                f"--{name} {value} contradicts {path}, of a run with {before}; resume with that, or start another run "
-                "in a directory of its own"
-            )
-    if progress["config"] != config_dict(config):
-        raise ValueError(f"{path} is a checkpoint of another model; resume with the one it was trained from")
-    before = progress["loader"][0]["global_batch_size"]
-    if before != rows:
-        raise ValueError(
-            f"--per_device_train_batch_size x --gradient_accumulation_steps x {processes} processes are {rows} rows a "
-            f"step, but {before} in the run of {path}; choose the first two so that the product is that"
-        )
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
 
 
 def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
     """The exit status: 0, or where a signal ended the run after a step and a save, REQUEUE (130 for SIGINT)."""
-    wandb = import_wandb() if args.report_to == "wandb" else None
-    for other in ranks.gather(asdict(args)):
-        for name, value in asdict(args).items():
-            if other[name] != value:
-                raise ValueError(f"--{name} is {value} here, {other[name]} on another process; start all with the same")
     output = Path(args.output_dir)
-    if args.resume_from_checkpoint is not None and ranks.rank == 0:
-        recover(output)
-    barrier()
-    if args.resume_from_checkpoint == "auto" and ranks.gather((output / FINAL).is_dir())[0]:
+    check_ranks_agree(args, ranks)
+    if is_complete(args, output, ranks):
         if ranks.rank == 0:
             print(f"{output / FINAL} is there: the run is complete")
         return 0
-    begin_at = resume_point(args, output)
-    if len(set(ranks.gather(begin_at))) > 1:
-        raise ValueError(f"processes see different checkpoints in {output}; choose a directory that all nodes share")
+    run = Run(args, ranks, resume_point(args, output, ranks))
 
-    with ranks.first_on_node():
-        model, tokenizer = build_model(args)
-        config = model.config
-        args.check_noise(config.objective)
-        settings = args.learnt
-        if begin_at is not None:
-            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
-            check_resumed(begin_at, settings, config, rows, ranks.world_size)
-        loader, held, collate, counts, about_data = build_loaders(args, config, tokenizer, ranks)
-    if args.max_steps is None and loader.steps_per_epoch is None:
-        raise ValueError("--streaming has no epochs; pass --max_steps")
-    if loader.steps_per_epoch is None and args.eval_strategy == "epoch":
-        raise ValueError("--eval_strategy epoch: --streaming has no epochs; pass --eval_strategy steps or no")
-    steps = args.max_steps or math.ceil(args.num_train_epochs * loader.steps_per_epoch)
-    eval_every = loader.steps_per_epoch if args.eval_strategy == "epoch" else every(args.eval_steps, steps)
-    save_every = every(args.save_steps, steps) if args.save_steps else steps
+    # From here on a signal ends the run after its step, with a save. First evaluate the model as it came.
+    signals.steps, ended, stopped = True, False, False
+    if run.evaluation_is_due() and run.evaluate():
+        run.end_early()
+        ended = True
 
-    compute_dtype = getattr(torch, args.compute_dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
-    engine, sync = parallelize(model, args, ranks, compute_dtype)
-    optimizers = build_optimizers(model, args)
-    example_of = training_example(args, config)
-    peak = _peak(ranks.device)
-    step, skipped, minutes_before, sums = 0, 0, 0.0, Counter()
-    if begin_at is not None:
-        progress = load_training(begin_at, model, optimizers)
-        loader.load_state(progress["loader"])
-        step, skipped, minutes_before = progress["step"], progress["skipped"], progress["minutes"]
-        sums.update(progress["sums"] if ranks.rank == 0 else {})
+    while not ended and run.step < run.steps:
+        began = time.perf_counter()
+        batch = next(run.steps_data)
 
-    def prepared():
-        """(micro-batches, their examples, the FLOPs these take, the loader's state after them) of each step."""
-        for micro_batches in loader.batches():
-            examples = [example_of(batch) for batch in micro_batches]
-            counted = examples if peak else []
-            flops = sum(train_flops(config, e.layout, int((e.weights > 0).sum())) for e in counted)
-            if ranks.device.type == "cuda":
-                examples = [example.map(Tensor.pin_memory) for example in examples]
-            yield micro_batches, examples, flops, loader.state
+        # The loss is divided by the supervised tokens of the GLOBAL batch, so the ranks add theirs up before the first
+        # backward pass. With them travel signals, as all ranks must stop at the same step, and the clock of rank 0.
+        clock = run.minutes if ranks.rank == 0 else 0
+        denominator, signalled, minutes = ranks.sum(batch.denominator, signals.number > 0, clock)
 
-    batches = data.ahead(prepared, AHEAD[ranks.device.type])
-    upcoming = itertools.chain([next(batches)], batches)  # what is read gives a batch, or says so before all is written
-    if begin_at is None and ranks.rank == 0:
-        for path in held_run(output, True):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    barrier()
-    if ranks.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        with naming_file(output / ARGS):
-            (output / ARGS).write_text(json.dumps(asdict(args), indent=2) + "\n")
-
-    log = Log(output, step, steps, silent=ranks.rank > 0, wandb=wandb)
-    log.tell(describe(args, model, about_data, steps, ranks, compute_dtype))
-    if begin_at is not None:
-        log.tell(f"resume {begin_at}")
-    else:
-        log.write(0, **{f"rows {name}": count for name, count in counts.items()})
-    began, first_step = time.perf_counter() - 60 * minutes_before, step
-    save_dtype = getattr(torch, args.save_dtype or config.dtype)
-
-    def minutes() -> float:
-        return (time.perf_counter() - began) / 60
-
-    def run_evaluation() -> bool:
-        """Whether --stop_at_eval_loss is reached."""
-        nats = evaluate(engine, model, held, collate, batch_size=args.per_device_eval_batch_size, ranks=ranks)
-        perplexity = math.exp(min(nats, 700))
-        log.write(step, eval_loss=nats, eval_perplexity=perplexity, minutes=minutes())
-        log.tell(f"step {step}: evaluation {nats:.4f} nats per token, perplexity {perplexity:.4g}")
-        return step > 0 and args.stop_at_eval_loss is not None and nats <= args.stop_at_eval_loss
-
-    def write_metrics() -> None:
-        metrics = summarize(sums, ranks, peak)
-        shown = {"loss": metrics.pop("loss"), "learning_rate": rate, "grad_norm": norm}
-        shown["tokens_per_second"] = metrics.pop("tokens_per_second")
-        left = (minutes() - minutes_before) / (step - first_step) * (steps - step)
-        left = left if args.max_minutes is None else min(left, max(0.0, args.max_minutes - minutes()))
-        log.write(step, epoch=epoch + 1, **shown, **metrics, minutes=minutes(), minutes_left=left)
-        log.show(step, left, **shown)
-        sums.clear()
-
-    def save() -> Path:
-        path = output / f"checkpoint-{step}"
-        totals = dict(zip(SUMS, ranks.sum(*(sums[name] for name in SUMS))))
-        progress = {"step": step, "skipped": skipped, "minutes": minutes(), "settings": settings}
-        progress |= {"config": config_dict(config), "loader": ranks.gather(reached), "sums": totals}
-        save_training(path, model, optimizers, progress, dtype=save_dtype, tokenizer=tokenizer)
-        if ranks.rank == 0:
-            kept = [path for path in checkpoints(output) if _number(path) <= step]
-            for old in kept[:-2]:
-                drop_training(old)
-            for old in kept[: -args.save_total_limit] if args.save_total_limit else []:
-                remove(old)
-        return path
-
-    def save_final() -> None:
-        save_whole(model, output / FINAL, save_dtype, tokenizer, ranks)
-
-    def end_early() -> None:
-        log.tell(f"step {step}: the evaluated bound is at most {args.stop_at_eval_loss}; the run ends")
-        save_final()
-
-    stopped, signals.steps = False, True
-    # at the start; resumed, where the evaluation that follows a save did not come about
-    evaluated = any(row["step"] == step and "eval_loss" in row for row in log.past)
-    if held is not None and ranks.gather(step % eval_every == 0 and not evaluated)[0] and run_evaluation():
-        end_early()
-        steps = step
-    while step < steps:
-        step_began = time.perf_counter()
-        micro_batches, examples, flops, reached = next(upcoming)
-        epoch = micro_batches[0]["epoch"]
-        mine = sum(example.denominator for example in examples)
-        denominator, signalled, spent = ranks.sum(mine, signals.number > 0, minutes() if ranks.rank == 0 else 0)
-        progress = (step + 1) / (steps + 1)  # neither the first step nor the last is in vain
+        # The learning rate follows the steps or, where --max_minutes ends the run earlier, the time. Counted so that
+        # neither the first step nor the last has rate 0.
+        progress = (run.step + 1) / (run.steps + 1)
         if args.max_minutes is not None:
-            progress = min(1.0, max(progress, spent / args.max_minutes))
+            progress = min(1.0, max(progress, minutes / args.max_minutes))
         rate = learning_rate(progress, args)
-        total, norm = gradients(engine, sync, model, examples, denominator, args.max_grad_norm, ranks)
-        step += 1
-        if math.isfinite(norm):
-            update(optimizers, rate)
-        else:
-            skipped += 1
-            samples = ranks.gather([n for batch in micro_batches for n in batch["sample"].tolist()])
-            good = max(checkpoints(output), key=_number, default="none was written")
-            text = f"step {step}: the loss or the gradient is not finite, on samples {samples} of epoch {epoch}"
-            if skipped > args.skip_nonfinite:
-                raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
-            log.tell(f"{text}; left out")
-            model.zero_grad(set_to_none=True)
-            total, mine = 0.0, 0
-        log.update()
-        sums["loss"] += float(total)
-        sums["denominator"] += mine
-        sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in micro_batches)
-        sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in micro_batches)
-        sums["flops"] += flops
-        sums["seconds"] += time.perf_counter() - step_began
 
-        last = step == steps or (args.max_minutes is not None and spent >= args.max_minutes)
-        stopped = signalled > 0 and not last
-        if step % args.logging_steps == 0 or last:
-            write_metrics()
-        if (step % save_every == 0 and not last) or stopped:
-            saved = save()
-        if last:
-            save_final()
-        if held is not None and (step % eval_every == 0 or last) and not stopped and run_evaluation() and not last:
-            end_early()
-            last = True
-            if step % args.logging_steps:
-                write_metrics()
-        if last or stopped:
+        # Forward, backward, update. A loss that is not finite on one rank makes the gradient not finite on all of them,
+        # so that all leave the step out.
+        total, norm = gradients(run.engine, run.sync, run.model, batch.examples, denominator, args.max_grad_norm, ranks)
+        run.step += 1
+        if math.isfinite(norm):
+            update(run.optimizers, rate)
+            run.count(batch, total, batch.denominator, time.perf_counter() - began)
+        else:
+            run.skip(batch)
+            run.count(batch, 0.0, 0, time.perf_counter() - began)
+
+        # Once in a while: log, save, evaluate. The last step does all three, and a signal saves.
+        ended = run.step == run.steps or (args.max_minutes is not None and minutes >= args.max_minutes)
+        stopped = signalled > 0 and not ended
+        if run.step % args.logging_steps == 0 or ended:
+            run.write_metrics(batch.epoch, rate, norm)
+        if (run.step % run.save_every == 0 and not ended) or stopped:
+            saved = run.save(batch.loader_state)
+        if ended:
+            run.save_final()
+        if stopped:
             break
-    batches.close()
-    log.draw()
-    log.close()
+        if run.loaders.eval_rows is not None and (run.step % run.eval_every == 0 or ended):
+            reached = run.evaluate()
+            if reached and not ended:
+                run.end_early()
+                ended = True
+                if run.step % args.logging_steps:
+                    run.write_metrics(batch.epoch, rate, norm)
+
+    run.close()
     if stopped:
         if ranks.rank == 0:
             print(f"stopped by a signal; wrote {saved}; the same command with --resume_from_checkpoint auto goes on")
         if signals.number in (signal.SIGTERM, signal.SIGUSR1):
-            tell_stopped()
+            mark_stopped()
         return 130 if signals.number == signal.SIGINT else REQUEUE
     if ranks.rank == 0:
-        print(f"wrote  {output / FINAL} after {minutes():.1f} minutes")
+        print(f"wrote  {output / FINAL} after {run.minutes:.1f} minutes")
     return 0
 
 
@@ -996,6 +714,7 @@ def gradients(engine, sync, model, examples: list[Example], denominator: float, 
 
 
 def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """A step of the optimizers at that learning rate; the gradients are freed."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -1003,104 +722,11 @@ def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
-    """Metrics of the steps since the last line of the log, over all ranks."""
-    total = dict(zip(SUMS, ranks.sum(*(sums[name] for name in SUMS))))
-    seconds = total["seconds"] / ranks.world_size
-    metrics = {
-        "loss": total["loss"] / max(1, total["denominator"]),
-        "tokens_per_second": total["tokens"] / seconds,
-        "tokens_per_second_per_process": total["tokens"] / seconds / ranks.world_size,
-        "supervised_tokens_per_second": total["supervised"] / seconds,
-        "tokens": total["tokens"],
-        "supervised_tokens": total["supervised"],
-    }
-    if peak:  # model FLOPs utilization: those a step needs (model.train_flops), of those the devices could have done
-        metrics["mfu"] = total["flops"] / seconds / (peak * ranks.world_size)
-    if ranks.device.type == "cuda":
-        metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    else:  # of the whole process; in bytes on macOS, in kilobytes elsewhere
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        metrics["peak_memory_gb"] = resident * (1 if sys.platform == "darwin" else 1024) / 1e9
-    return metrics
-
-
-def save_whole(model: LanguageModel, path: Path, dtype: torch.dtype, tokenizer: Tokenizer, ranks: Ranks) -> None:
-    """The model alone, gathered from all ranks, as a Hugging Face directory."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if ranks.rank == 0:
-        save_model(model, path, dtype=dtype, tokenizer=tokenizer, state_dict=whole)
-    barrier()
-
-
-def _peak(device: torch.device) -> float | None:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
-
-
-def describe(args: Settings, model: LanguageModel, about_data: str, steps: int, ranks: Ranks, dtype) -> str:
-    """What the run begins with telling; dtype: of the computation."""
-    config = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
-    block = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
-    kept = 12 if args.optim == "muon" else 16  # bytes a parameter: weight, gradient, one or two moments, float32
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    kept /= {"ddp": 1, "hybrid": local}.get(args.parallel, ranks.world_size)
-    if ranks.world_size > 1 and args.parallel == "zero2":
-        kept += dtype.itemsize  # the weights as gathered
-    if ranks.world_size > 1 and args.parallel != "ddp" and args.gradient_accumulation_steps > 1:
-        kept += getattr(torch, args.reduce_dtype).itemsize  # the sum of the gradients so far, which is sharded at last
-    length = args.pad_to or args.max_length
-    streams = 2 if config.objective == "bd3lm" else 1
-    fed = args.per_device_train_batch_size * length * streams * (1 + args.complementary_masks)
-    activations = kept_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
-    where = f"{ranks.world_size} x {ranks.device.type} ({args.parallel})" if ranks.world_size > 1 else ranks.device.type
-    return (
-        f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
-        f"{block}{shift}, on {where}\n"
-        f"data   {about_data}\n"
-        f"run    {steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} tokens; "
-        f"{args.optim}, learning rate {args.learning_rate:g}\n"
-        f"memory {kept * parameters / 1e9:.2f} GB a process for weights, gradients and optimizer; about "
-        f"{activations / 1e9:.2f} GB for activations, by count, with rows of {length} tokens"
-    )
-
-
-def _number(path: Path) -> int:
-    return int(path.name.partition("-")[2])
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The numbered checkpoints of a run, oldest first."""
-    return sorted((path for path in output.glob("checkpoint-*") if path.name[11:].isdigit()), key=_number)
-
-
-MANUAL = """\
-Train a causal, masked-diffusion (MDLM) or block-diffusion (BD3LM) language model.
-
-  python convert.py --model_name_or_path Qwen/Qwen3-0.6B --output_dir .models/a2d/Qwen3-0.6B
-  python train.py --objective mdlm --stage pt --model_name_or_path .models/a2d/Qwen3-0.6B \\
-      --dataset_args Trelis/tiny-shakespeare --text_field Text --insert_eos False --output_dir runs/shakespeare
-
-Writes OUTPUT_DIR/checkpoint-N and checkpoint-final (Hugging Face directories: model and tokenizer), metrics.jsonl (one
-line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's names and defaults where it has them."""
-
-
-def arguments() -> Parser:
-    parser = Parser("train.py", MANUAL)
-    add_flags(parser, Settings)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> None:
     try:
         with one_line_errors("train.py"):
-            args = Settings.parse(arguments(), argv)
-            ranks = setup()  # where a rank may wait for others, deaf to signals: until then they do what they always do
+            args = Settings.parse(argv)
+            ranks = setup()  # here a rank may wait for others, deaf to signals: until then they do what they always do
             with Signals() as signals:
                 status = train(args, ranks, signals)
     except SystemExit as end:

@@ -6,7 +6,7 @@ from conftest import FAMILIES, MASK, golden_arrays, golden_model, positions, ran
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from log import kept_bytes
+from log import activation_bytes
 from model import Config, KVCache, LanguageModel, Layout, attention_mask, rotary, rotate, visible
 
 LOGITS = {"rtol": 0, "atol": 1e-4}  # float32 against the goldens
@@ -496,7 +496,7 @@ def test_the_activations_told_are_those_that_a_layer_keeps(family):
             model(random_tokens(2, 100), Layout.of(positions(2, 100)), head=lambda hidden, weight: hidden.sum())
         return sum(x.untyped_storage().nbytes() for x in storages.values())
 
-    told = kept_bytes(tiny(family, num_hidden_layers=1).config, tokens=200, itemsize=4)
+    told = activation_bytes(tiny(family, num_hidden_layers=1).config, tokens=200, itemsize=4)
     assert 1 <= (kept(3) - kept(2)) / told < 1.45
 
 

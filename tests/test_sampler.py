@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import diffusion
+import graphs
 from diffusion import (
     Batch,
     Noise,
@@ -758,7 +759,7 @@ class Tape(TorchDispatchMode):
 
 
 def taped(advance, generator, device):
-    """diffusion._recorded with tapes for graphs: the second call of a width is recorded, later ones replay it."""
+    """graphs.recorded with tapes for graphs: the second call of a width is recorded, later ones replay it."""
     tapes = {}
 
     def run(W):
@@ -781,8 +782,8 @@ def taped(advance, generator, device):
 def test_a_recorded_forward_replays_as_it_would_run(mode, options, monkeypatch):
     model, runs = a_model(mode), []
     options = options | {"static": True, "max_new_tokens": 14}
-    for recorded in (diffusion._recorded, taped):
-        monkeypatch.setattr(diffusion, "_recorded", recorded)
+    for recorded in (graphs.recorded, taped):
+        monkeypatch.setattr(graphs, "recorded", recorded)
         runs.append(decode(mode, model, PROMPTS, generator=torch.Generator().manual_seed(0), **options))
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:], rtol=0, atol=0)
