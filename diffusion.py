@@ -127,27 +127,21 @@ class Noise(NamedTuple):
     masked: Tensor
 
 
-class Draws(NamedTuple):
-    """What a noise type makes levels and masks of, each (B, T): a block's level in (0, 1), a token's uniform number,
-    its rank by that among its block's supervised tokens, and how many these are."""
-
-    level: Tensor
-    uniform: Tensor
-    rank: Tensor
-    size: Tensor
+# A noise type: (level, uniform, rank, size, noising) -> (level, masked), all (B, T): a token's block has a level in
+# (0, 1) and `size` supervised tokens; the token has a uniform number, and a rank by that among them.
 
 
-def _by_level(draws: Draws, noising: "Noising") -> tuple[Tensor, Tensor]:
+def _by_level(level, uniform, rank, size, noising):
     """Masks each token with probability 1 - alpha(t), t between time_epsilon and time_max."""
-    level = noising.time_epsilon + (noising.time_max - noising.time_epsilon) * draws.level
-    masked = draws.uniform < 1 - alpha(level, noising.scheduler)
-    return level, masked | (draws.rank == 0) if noising.at_least_one else masked
+    level = noising.time_epsilon + (noising.time_max - noising.time_epsilon) * level
+    masked = uniform < 1 - alpha(level, noising.scheduler)
+    return level, masked | (rank == 0) if noising.at_least_one else masked
 
 
-def _by_count(draws: Draws, noising: "Noising") -> tuple[Tensor, Tensor]:
+def _by_count(level, uniform, rank, size, noising):
     """Masks n of a block's m supervised tokens, n uniform in 1..m; the level is n / m."""
-    count = 1 + (draws.level * draws.size).floor()
-    return count / draws.size.clamp(min=1), draws.rank < count
+    count = 1 + (level * size).floor()
+    return count / size.clamp(min=1), rank < count
 
 
 NOISE_TYPES = {"level": _by_level, "count": _by_count}
@@ -227,8 +221,8 @@ def draw_noise(
     key = torch.where(supervised, run + uniform, math.inf)
     rank = torch.empty_like(run).scatter_(1, key.argsort(dim=1), torch.arange(T).expand(B, T))
     rank = rank - (size.cumsum(dim=1) - size).gather(1, run)
-    draws = Draws(level.gather(1, run), uniform, rank, size.gather(1, run))
-    level, masked = NOISE_TYPES[noising.noise_type](draws, noising)
+    level, size = level.gather(1, run), size.gather(1, run)
+    level, masked = NOISE_TYPES[noising.noise_type](level, uniform, rank, size, noising)
     return Noise(level.float(), masked & supervised)
 
 
@@ -285,16 +279,9 @@ def training_example(batch: Batch, config: Config, noising: Noising, *, seed: in
     noise = draw_noise(batch, noising, seed=seed, **blocks)
     if noising.complementary_masks:
         batch, noise = with_complement(batch, noise)
-    return (bd3lm_example if blocks else mdlm_example)(
-        batch,
-        noise,
-        mask_id=config.mask_token_id,
-        right_shift=config.right_shift,
-        weight_type=noising.loss_weight_type,
-        norm_type=norm_type,
-        scheduler=noising.scheduler,
-        **blocks,
-    )
+    how = {"weight_type": noising.loss_weight_type, "scheduler": noising.scheduler, "norm_type": norm_type}
+    how |= {"mask_id": config.mask_token_id, "right_shift": config.right_shift}
+    return bd3lm_example(batch, noise, **how, **blocks) if blocks else mdlm_example(batch, noise, **how)
 
 
 def ar_example(batch: Batch, *, norm_type: str = "token") -> Example:

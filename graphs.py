@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def static_steps(batch) -> Iterator[None]:
-    """Advances `batch`, a diffusion.Decoding, as its `steps` does, but reads whether all rows are done only once the next
-    step is under way."""
+    """Advances `batch`, a diffusion.Decoding, as its `steps` does, but reads whether all rows are done only when the
+    next step is under way."""
     if not batch.masked.any():
         return
     advance = recorded(batch.advance, batch.generator, batch.column.device)

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import barrier, config_dict, read_progress, recover, save_model
+from checkpoint import (
+    drop_training,
+    load_training,
+    remove,
+    save_training,
+    barrier,
+    config_dict,
+    read_progress,
+    recover,
+    save_model,
+)
 from cli import check_directory
 from log import ARGS, METRICS, PICTURE
 from model import Config, LanguageModel
@@ -32,6 +42,15 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted((path for path in output.glob("checkpoint-*") if path.name[11:].isdigit()), key=number_of)
 
 
+def prune(output: Path, step: int, limit: int | None) -> None:
+    """Of the checkpoints up to `step` the two newest can be resumed from, and the last `limit` stay (None: all)."""
+    written = [path for path in checkpoints(output) if number_of(path) <= step]
+    for old in written[:-2]:
+        drop_training(old)
+    for old in written[:-limit] if limit else []:
+        remove(old)
+
+
 def save_whole(model: LanguageModel, path: Path, dtype: torch.dtype, tokenizer: Tokenizer, ranks: Ranks) -> None:
     """The model alone, gathered from all ranks, as a Hugging Face directory."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -55,7 +74,10 @@ def is_complete(args, output: Path, ranks: Ranks) -> bool:
     if args.resume_from_checkpoint is not None and ranks.rank == 0:
         recover(output)
     barrier()
-    return args.resume_from_checkpoint == "auto" and ranks.gather((output / FINAL).is_dir())[0]
+    complete = args.resume_from_checkpoint == "auto" and ranks.gather((output / FINAL).is_dir())[0]
+    if complete and ranks.rank == 0:
+        print(f"{output / FINAL} is there: the run is complete")
+    return complete
 
 
 def resume_point(args, output: Path, ranks: Ranks) -> Path | None:

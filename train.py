@@ -1,14 +1,14 @@
 """Trains a language model as ar, mdlm or bd3lm, on plain text or chat. `python train.py --help` is the manual.
 
     Settings                        the flags, in groups; what must not differ in a resumed run
-    build_model, build_loaders      a checkpoint and a data set, checked against the settings
-    build_optimizers                AdamW or Muon, and the learning rate's schedule
+    build_model, build_optimizers   a checkpoint checked against the settings; AdamW or Muon, and the learning rate
     evaluate                        the bound in nats per token on the rows set aside
     Run                             a run in progress: what it holds, saves, logs, and where it resumes
     train                           the loop: read this first
     gradients, update               one optimizer step
 
-What an example and its loss are is in diffusion.py, what a batch is in data.py, many processes in parallel.py.
+Examples and their loss are in diffusion.py; what a run reads is in loaders.py; its directory in resume.py; its log in
+log.py; many processes in parallel.py.
 """
 
 import itertools
@@ -29,22 +29,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import data
-import stream
-from checkpoint import (
-    DTYPES,
-    barrier,
-    config_dict,
-    declare,
-    drop_training,
-    load_model,
-    load_training,
-    naming_file,
-    remove,
-    resolve,
-    save_training,
-)
+import resume
+from checkpoint import DTYPES, barrier, declare, load_model, naming_file, resolve
 from cli import one_line_errors
 from diffusion import NORMS, OBJECTIVES, Batch, Example, Noising, loss, training_example
+from loaders import Batching, ChatBatching, Workers, build_loaders
 from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, summarize, train_flops
 from model import Config, LanguageModel
 from options import (
@@ -56,23 +45,10 @@ from options import (
     NonNegative,
     Options,
     Positive,
-    Rows,
-    Seed,
     Share,
     flags,
 )
 from parallel import REQUEUE, Parallel, Ranks, Signals, mark_stopped, parallelize, setup
-from resume import (
-    FINAL,
-    check_ranks_agree,
-    check_resumed,
-    checkpoints,
-    existing_files,
-    is_complete,
-    number_of,
-    resume_point,
-    save_whole,
-)
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
@@ -105,30 +81,6 @@ class Target(Options):
 
 
 @dataclass(kw_only=True)
-class Batching(Options):
-    "data"
-
-    pad_to: Annotated[int, "TOKENS"] | None = None
-    """pad every batch to this length, at least max_length (default: to the global batch's longest row). For MDLM chat
-    training the model also learns the padding; that is how it learns to stop early"""
-    load_preprocessed_data: bool = False  # --dataset_args is a directory that python data.py wrote
-    streaming: bool = False
-    """read and tokenise while training runs, without end (give --max_steps); canvases are --max_length long"""
-    shuffle_buffer: Rows = 2000  # with --streaming: rows shuffled among them
-    seed: Seed = 42  # of the order of rows, the noise and random weights
-
-
-@dataclass(kw_only=True)
-class ChatBatching(Options):
-    "data: chat (--stage sft)"
-
-    group_by_length: bool = True  # rows of like length share a batch
-    packing: bool = False
-    """ar or bd3lm: several chats to a row of --max_length (or --pad_to), which do not see each other; the loss is that
-    of the same chats padded"""
-
-
-@dataclass(kw_only=True)
 class Optimization(Options):
     "optimization"
 
@@ -148,16 +100,6 @@ class Optimization(Options):
     max_grad_norm: Annotated[NonNegative, "NORM"] = 1.0  # clip the gradient's norm; 0: do not
     num_train_epochs: Annotated[Positive, "N"] = 20.0  # passes over the data
     max_steps: Count | None = None  # optimizer steps (default: what --num_train_epochs come to)
-
-
-@dataclass(kw_only=True)
-class Machine(data.Workers, Parallel):
-    "processes, memory, speed: what changes no result but by rounding (many processes: start them by torchrun)"
-
-    per_device_train_batch_size: Rows = 16  # rows of a micro-batch
-    gradient_accumulation_steps: Count = 1  # micro-batches of an optimizer step
-    per_device_eval_batch_size: Rows = 16  # rows of an evaluation batch
-    dataloader_num_workers: Natural = 0  # with --streaming: processes of each rank that tokenise; 0: a thread
 
 
 @dataclass(kw_only=True)
@@ -189,7 +131,7 @@ class Output(Options):
 
 @dataclass(kw_only=True)
 class Settings(
-    Source, Target, data.DataSet, Batching, data.Reading, ChatBatching, Noising, Optimization, Machine, Output
+    Source, Target, data.DataSet, Batching, data.Reading, ChatBatching, Noising, Optimization, Workers, Parallel, Output
 ):
     """Train a causal, masked-diffusion (MDLM) or block-diffusion (BD3LM) language model.
 
@@ -237,7 +179,7 @@ class Settings(
     @property
     def learned(self) -> dict:
         """What decides the weights, and so must not differ in a run that goes on with another."""
-        free = {name for group in (Source, Machine, Output) for name in flags(group)}
+        free = {name for group in (Source, Workers, Parallel, Output) for name in flags(group)}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -284,75 +226,6 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
     return model.train(), tokenizer
 
 
-def collate_for(args: Settings, config: Config, tokenizer: Tokenizer):
-    """data.collate as the stage and the objective want it: see its docstring for the two ways to fill a chat row."""
-    chat = args.stage == "sft"
-    options = {
-        "pad_id": tokenizer.pad_id,
-        "train_on_padding": chat and config.objective == "mdlm",
-        "block_length": config.block_length if chat and config.objective == "bd3lm" else None,
-        "eos_id": tokenizer.eos_id,
-        "length": args.pad_to,
-    }
-    return lambda rows, longest=0: data.collate(rows, longest=longest, **options)
-
-
-class Loaders(NamedTuple):
-    """What a run reads: batches to train on, rows to evaluate on (None: no evaluation), how rows become a batch, counts
-    of the rows read, and a line about all that."""
-
-    train: data.Loader | stream.StreamLoader
-    eval_rows: data.Rows | None
-    collate: object
-    counts: Counter
-    about: str
-
-
-def build_loaders(args: Settings, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Loaders:
-    reading = data.Reading(**args.only(data.Reading))
-    collate = collate_for(args, config, tokenizer)
-    batches = {
-        "micro_batch_size": args.per_device_train_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-        "seed": args.seed,
-        "collate": collate,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        "prefetch": 2,
-    }
-
-    def load(split: str) -> data.Rows:
-        if args.load_preprocessed_data:
-            return data.load_preprocessed(args.dataset_args, split, tokenizer, reading)
-        rows_of = stream.load_split if args.streaming else data.load_split
-        return data.load(args.dataset_args, split, tokenizer, reading, num_proc=args.num_proc, rows_of=rows_of)
-
-    eval_rows = None if args.eval_strategy == "no" else load("validation")
-    about_eval = "no evaluation" if eval_rows is None else f"{len(eval_rows):,} rows to evaluate on"
-
-    # bd3lm fills every packed document up to whole blocks, with EOS.
-    blocks = {"block_length": config.block_length, "eos_id": tokenizer.eos_id} if config.objective == "bd3lm" else {}
-    pack_length = (args.pad_to or args.max_length) if args.packing else None
-    if args.streaming:
-        packing = {"pack_length": pack_length, **blocks} if args.packing else {}
-        source = stream.Stream(args.dataset_args, tokenizer, reading, **packing)
-        workers = {"shuffle_buffer": args.shuffle_buffer, "workers": args.dataloader_num_workers}
-        loader = stream.StreamLoader(source, **workers, **batches)
-        return Loaders(loader, eval_rows, collate, Counter(), f"{args.dataset_args}: streamed; {about_eval}")
-
-    batches["group_by_length"] = args.stage == "sft" and args.group_by_length
-    loader = data.Loader(load("train"), **batches)
-    canvas = {"block_length": blocks.get("block_length"), "length": args.pad_to}
-    padding = [f"{1 - loader.useful_share(**canvas):.0%} of each batch is padding"]
-    if args.packing:
-        loader = data.Loader(data.Packed(loader.rows, pack_length, **blocks), **batches)
-        padding.append(f"packed {1 - loader.useful_share(**canvas):.0%}")
-    rows = loader.rows
-    counts = ", ".join(f"{name} {count:,}" for name, count in rows.counts.items())
-    about = f"{args.dataset_args}: {len(rows):,} rows of {rows.lengths.mean():.0f} tokens on average ({counts}); "
-    return Loaders(loader, eval_rows, collate, rows.counts, f"{about}{', '.join(padding)}; {about_eval}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizers
 
@@ -395,6 +268,7 @@ def learning_rate(progress: float, args: Settings) -> float:
 # Evaluation
 
 
+@torch.no_grad()
 def evaluate(engine, model: LanguageModel, rows: data.Rows, collate, *, batch_size: int, ranks: Ranks) -> float:
     """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased.
 
@@ -457,7 +331,7 @@ class Run:
             self.model, self.tokenizer = build_model(args)
             args.check_noise(self.model.config.objective)
             if begin_at is not None:
-                check_resumed(begin_at, args, self.model.config, ranks.world_size)
+                resume.check_resumed(begin_at, args, self.model.config, ranks.world_size)
             self.loaders = build_loaders(args, self.model.config, self.tokenizer, ranks)
         self._plan()
         self.save_dtype = getattr(torch, args.save_dtype or self.model.config.dtype)
@@ -496,7 +370,7 @@ class Run:
         self.save_every = every(args.save_steps, self.steps) if args.save_steps else self.steps
 
     def _restore(self, begin_at: Path) -> None:
-        progress = load_training(begin_at, self.model, self.optimizers)
+        progress = resume.load_training(begin_at, self.model, self.optimizers)
         self.loaders.train.load_state(progress["loader"])
         self.step, self.skipped, self.minutes_before = progress["step"], progress["skipped"], progress["minutes"]
         self.sums.update(progress["sums"] if self.ranks.rank == 0 else {})  # they are those of all ranks
@@ -516,7 +390,7 @@ class Run:
     def _write_first(self, begin_at: Path | None) -> None:
         """The directory, without what an overwritten run left in it, and args.json."""
         if self.ranks.rank == 0:
-            for path in existing_files(self.output, overwrite=True) if begin_at is None else []:
+            for path in resume.existing_files(self.output, overwrite=True) if begin_at is None else []:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         barrier()
         if self.ranks.rank == 0:
@@ -545,7 +419,7 @@ class Run:
         samples = self.ranks.gather([n for batch in done.micro_batches for n in batch["sample"].tolist()])
         text = f"step {self.step}: the loss or the gradient is not finite, on samples {samples} of epoch {done.epoch}"
         if self.skipped > self.args.skip_nonfinite:
-            good = max(checkpoints(self.output), key=number_of, default="none was written")
+            good = max(resume.checkpoints(self.output), key=resume.number_of, default="none was written")
             raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
         self.log.print(f"{text}; left out")
         self.model.zero_grad(set_to_none=True)
@@ -586,21 +460,18 @@ class Run:
             "skipped": self.skipped,
             "minutes": self.minutes,
             "settings": self.args.learned,
-            "config": config_dict(self.model.config),
+            "config": resume.config_dict(self.model.config),
             "loader": self.ranks.gather(loader_state),
             "sums": dict(zip(SUMS, self.ranks.sum(*(self.sums[name] for name in SUMS)))),
         }
-        save_training(path, self.model, self.optimizers, progress, dtype=self.save_dtype, tokenizer=self.tokenizer)
+        saved = {"dtype": self.save_dtype, "tokenizer": self.tokenizer}
+        resume.save_training(path, self.model, self.optimizers, progress, **saved)
         if self.ranks.rank == 0:
-            written = [path for path in checkpoints(self.output) if number_of(path) <= self.step]
-            for old in written[:-2]:
-                drop_training(old)
-            for old in written[: -self.args.save_total_limit] if self.args.save_total_limit else []:
-                remove(old)
+            resume.prune(self.output, self.step, self.args.save_total_limit)
         return path
 
     def save_final(self) -> None:
-        save_whole(self.model, self.output / FINAL, self.save_dtype, self.tokenizer, self.ranks)
+        resume.save_whole(self.model, self.output / resume.FINAL, self.save_dtype, self.tokenizer, self.ranks)
 
     def end_early(self) -> None:
         goal = self.args.stop_at_eval_loss
@@ -624,12 +495,10 @@ def every(interval: float, steps: int) -> int:
 def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
     """The exit status: 0, or where a signal ended the run after a step and a save, REQUEUE (130 for SIGINT)."""
     output = Path(args.output_dir)
-    check_ranks_agree(args, ranks)
-    if is_complete(args, output, ranks):
-        if ranks.rank == 0:
-            print(f"{output / FINAL} is there: the run is complete")
+    resume.check_ranks_agree(args, ranks)
+    if resume.is_complete(args, output, ranks):
         return 0
-    run = Run(args, ranks, resume_point(args, output, ranks))
+    run = Run(args, ranks, resume.resume_point(args, output, ranks))
 
     # From here on a signal ends the run after its step, with a save. First evaluate the model as it came.
     signals.steps, ended, stopped = True, False, False
@@ -691,7 +560,7 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
             mark_stopped()
         return 130 if signals.number == signal.SIGINT else REQUEUE
     if ranks.rank == 0:
-        print(f"wrote  {output / FINAL} after {run.minutes:.1f} minutes")
+        print(f"wrote  {output / resume.FINAL} after {run.minutes:.1f} minutes")
     return 0
 
 

@@ -37,11 +37,11 @@ def make_source(path: Path) -> str:
     """A tiny float64 model at `path` that declares no objective, with a tokenizer of the rows."""
     from conftest import tiny
 
-    import data
     from checkpoint import save_model
+    from tasks import builtin
     from tokenizer import Tokenizer
 
-    rows = data.sums_rows("validation")[: ROWS["validation"]]  # those that shrink() leaves
+    rows = builtin.sums_rows("validation")[: ROWS["validation"]]  # those that shrink() leaves
     texts = [message["content"] for row in rows for message in row["messages"]]
     tokenizer = Tokenizer.train(texts + [row["text"] for row in text_rows("test")], vocab_size=300)
     shape = {"vocab_size": 320, "mask_token_id": tokenizer.mask_id, "initializer_range": 0.05}
@@ -53,28 +53,31 @@ def make_source(path: Path) -> str:
 
 def shrink() -> None:
     """Few rows, in this process from now on: of processes of ours, not of the one that the tests run in."""
-    import data
+    from tasks import builtin
 
-    data.SUMS = ROWS
-    data.BUILTIN[TEXT] = text_rows
+    builtin.SUMS = ROWS
+    builtin.BUILTIN[TEXT] = text_rows
 
 
 def run(plan: dict) -> None:
     import torch
 
     import checkpoint
+    import log
+    import resume
     import train
 
     rank = os.environ.get("RANK", "0")
     shrink()
     torch.set_num_threads(1)
-    train.curves = lambda *_: None  # a second a run
+    log.curves = lambda *_: None  # a second a run
     if not plan.get("float32"):
         train.load_model = lambda path, dtype: checkpoint.load_model(path)
     if "local" in plan:
         os.environ["LOCAL_WORLD_SIZE"] = str(plan["local"])
         os.environ["LOCAL_RANK"] = str(int(rank) % plan["local"])
-    original = {name: getattr(train, name) for name in HOOKED}
+    modules = {"save_training": resume, "save_whole": resume}
+    original = {name: getattr(modules.get(name, train), name) for name in HOOKED}
     steps = 0
 
     def note(event: str) -> None:
@@ -105,28 +108,22 @@ def run(plan: dict) -> None:
             file.write(json.dumps(calls) + "\n")
         return result
 
-    def training_example(args, config):
-        make = original["training_example"](args, config)
-        if "record" not in plan:
-            return make
-
-        def recorded(batch):
-            rows = [row[known].tolist() for row, known in zip(batch["tokens"], batch["document"] >= 0)]
+    def training_example(batch, *rest, **options):
+        if "record" in plan and train.torch.is_grad_enabled():  # not of an evaluation
+            rows = [row[known].tolist() for row, known in zip(batch.tokens, batch.document >= 0)]
             with Path(plan["record"].format(rank=rank)).open("a") as file:
-                file.write(json.dumps({"samples": batch["sample"].tolist(), "tokens": rows}) + "\n")
-            return make(batch)
-
-        return recorded
+                file.write(json.dumps({"samples": batch.sample.tolist(), "tokens": rows}) + "\n")
+        return original["training_example"](batch, *rest, **options)
 
     train.gradients, train.training_example = gradients, training_example
     for event, name in (("save", "save_training"), ("final", "save_whole"), ("evaluation", "evaluate")):
-        setattr(train, name, noted(event, name))
+        setattr(modules.get(name, train), name, noted(event, name))
     note("start")
     try:
         train.main([*plan["flags"], *plan.get("rank flags", {}).get(rank, [])])
     finally:
         for name, function in original.items():
-            setattr(train, name, function)
+            setattr(modules.get(name, train), name, function)
 
 
 HOOKED = ("gradients", "training_example", "save_training", "save_whole", "evaluate", "load_model")

@@ -27,8 +27,10 @@ import chat
 import checkpoint as checkpoints
 import convert
 import data
+import log
 import sample
 import train
+from tasks import builtin
 
 try:
     import evaluate
@@ -81,8 +83,8 @@ def run(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path(FOLDER.name, "datasets"))
-    monkeypatch.setattr(data, "SUMS", {"train": 60, "validation": 20, "test": 20})
-    monkeypatch.setattr(train, "curves", lambda *_: None)
+    monkeypatch.setattr(builtin, "SUMS", {"train": 60, "validation": 20, "test": 20})
+    monkeypatch.setattr(log, "curves", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [])  # which evaluate.py sets
     if evaluate is not None:
         monkeypatch.setattr("lm_eval.utils.setup_logging", lambda *_: None)

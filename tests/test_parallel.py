@@ -26,8 +26,10 @@ from test_data import hub
 from torch.distributed.checkpoint import FileSystemReader
 
 import checkpoint
-import data
+import log
+import resume
 import train
+from tasks import builtin
 
 LAUNCH = str(launch.ROOT / "tests/launch.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -42,9 +44,9 @@ def source(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
-    monkeypatch.setattr(data, "SUMS", launch.ROWS)
-    monkeypatch.setitem(data.BUILTIN, launch.TEXT, launch.text_rows)
-    monkeypatch.setattr(train, "curves", lambda *_: None)  # a second a run
+    monkeypatch.setattr(builtin, "SUMS", launch.ROWS)
+    monkeypatch.setitem(builtin.BUILTIN, launch.TEXT, launch.text_rows)
+    monkeypatch.setattr(log, "curves", lambda *_: None)  # a second a run
 
 
 def flags_of(source, output, *more, objective="mdlm", stage="sft", rows=8, steps=10) -> list[str]:
@@ -237,7 +239,8 @@ class Ended(Exception):
 def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, source, monkeypatch, where):
     more = ["--save_steps", "3", "--eval_steps", "3", "--logging_steps", "2", "--resume_from_checkpoint", "auto"]
     train.main(flags_of(source, tmp_path / "whole", *more))
-    function, calls, output = getattr(train, where), 0, tmp_path / "torn"
+    module = train if hasattr(train, where) else resume
+    function, calls, output = getattr(module, where), 0, tmp_path / "torn"
     for deadly in range(2, 40, 4):  # this call of the function is the last
 
         def ending(*args, deadly=deadly, **options):
@@ -248,7 +251,7 @@ def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, source, mon
             return function(*args, **options)
 
         calls = 0
-        monkeypatch.setattr(train, where, ending)
+        monkeypatch.setattr(module, where, ending)
         try:
             train.main(flags_of(source, output, *more))
         except Ended:
@@ -278,7 +281,7 @@ def test_a_signal_ends_the_run_after_a_step_and_a_save(tmp_path, source, monkeyp
         train.main(flags_of(source, tmp_path / "torn", *more))
     assert stop.value.code == (130 if number == signal.SIGINT else 75)
     assert signal.getsignal(number) == before
-    assert [path.name for path in train.checkpoints(tmp_path / "torn")] == ["checkpoint-6"]
+    assert [path.name for path in resume.checkpoints(tmp_path / "torn")] == ["checkpoint-6"]
     train.main(flags_of(source, tmp_path / "torn", *more))
     assert_equal(tmp_path / "whole", tmp_path / "torn")
     minutes = [row["minutes"] for row in metrics(tmp_path / "torn") if "minutes" in row]
@@ -369,7 +372,7 @@ def test_what_a_killed_process_left_behind_is_put_back_or_removed(tmp_path):
 
 def test_the_two_newest_checkpoints_can_be_resumed_and_the_limit_is_kept(tmp_path, source):
     def held(output):
-        return {path.name: (path / "state").exists() for path in train.checkpoints(output)}
+        return {path.name: (path / "state").exists() for path in resume.checkpoints(output)}
 
     train.main(flags_of(source, tmp_path / "all", "--save_steps", "2"))
     assert held(tmp_path / "all") == {f"checkpoint-{n}": n > 4 for n in (2, 4, 6, 8)}
@@ -393,7 +396,7 @@ def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tm
     monkeypatch.chdir(tmp_path)  # the checkpoint is of this run, however its place is written
     train.main(flags_of(source, "whole", *resume, "--save_steps", "7", "--save_total_limit", "1"))
     assert curve(tmp_path / "whole") == before
-    held = [path.name for path in train.checkpoints(tmp_path / "whole")]
+    held = [path.name for path in resume.checkpoints(tmp_path / "whole")]
     assert held == ["checkpoint-7", "checkpoint-9"]  # a later one does not count
 
 
@@ -467,16 +470,12 @@ def test_a_resumed_stream_gives_no_row_twice_and_loses_none(tmp_path, source, mo
     def recorded(name):
         make = train.training_example
 
-        def training_example(args, config):
-            example = make(args, config)
-
-            def of(batch):
+        def training_example(batch, *rest, **options):
+            if torch.is_grad_enabled():  # not of an evaluation
                 with (tmp_path / f"{name}-rows-0").open("a") as file:
-                    rows = [row[known].tolist() for row, known in zip(batch["tokens"], batch["document"] >= 0)]
+                    rows = [row[known].tolist() for row, known in zip(batch.tokens, batch.document >= 0)]
                     file.write(json.dumps({"tokens": rows}) + "\n")
-                return example(batch)
-
-            return of
+            return make(batch, *rest, **options)
 
         return training_example
 
@@ -606,7 +605,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, source, capsys, written):
     output, more = tmp_path / "run", ["--save_steps", "4", "--eval_strategy", "no"]
     train.main(flags_of(source, tmp_path / "whole", *more))
-    save, saves = train.save_training, 0
+    save, saves = resume.save_training, 0
 
     def full(*args, **options):
         nonlocal saves
@@ -616,11 +615,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, source, capsys, w
         save(*args, **options)
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    train.save_training = full
+    resume.save_training = full
     try:
         said = refused(capsys, flags_of(source, output, *more))
     finally:
-        train.save_training = save
+        resume.save_training = save
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.strerror(errno.EFBIG) in said and "GB are free there" in said, said
     held = sorted(path.name for path in output.iterdir() if path.is_dir())
@@ -672,7 +671,7 @@ def test_a_resumption_with_other_flags_is_refused_and_changes_nothing(tmp_path, 
     shutil.rmtree(tmp_path / "blocks/checkpoint-final")
     said = refused(capsys, [*block, "--resume_from_checkpoint", "auto", "--block_size", "8"])
     assert "--block_size 8 contradicts" in said and "of a run with 4" in said
-    for path in train.checkpoints(output):
+    for path in resume.checkpoints(output):
         checkpoint.drop_training(path)
     before = files(output)
     said = refused(capsys, flags_of(source, output, "--resume_from_checkpoint", "auto"))
@@ -755,7 +754,7 @@ def test_a_signal_to_torchrun_ends_the_run_after_a_save_and_it_goes_on(tmp_path,
     shards = tmp_path / "shards"
     shards.mkdir()
     for n in range(4):
-        rows = [{"messages": row["messages"]} for row in data.sums_rows("train")[n::4]]
+        rows = [{"messages": row["messages"]} for row in builtin.sums_rows("train")[n::4]]
         (shards / f"{n}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = [*STREAM, "--dataset_args", str(shards), "--max_steps", "24", "--dataloader_num_workers", "1"]
 
@@ -772,7 +771,7 @@ def test_a_signal_to_torchrun_ends_the_run_after_a_save_and_it_goes_on(tmp_path,
     wait_for(tmp_path / "torn-events", "step", 10)
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]
-    stopped = [path.name for path in train.checkpoints(tmp_path / "torn")]
+    stopped = [path.name for path in resume.checkpoints(tmp_path / "torn")]
     assert process.returncode == 1 and len(stopped) == 1, said
     assert "stopped by a signal; wrote" in said and "RuntimeError" not in said, said
     ended(start([plan("torn", 8)]))
@@ -871,7 +870,7 @@ def test_runs_killed_at_random_moments_end_as_if_left_alone():
 def recipe_sets(root: Path) -> dict[str, int]:
     """The recipes' data sets, small and under their names; rows to train on that each recipe reads."""
     texts = [row["text"] for row in launch.text_rows("train")]
-    chats = [{"messages": row["messages"]} for row in data.sums_rows("train")]
+    chats = [{"messages": row["messages"]} for row in builtin.sums_rows("train")]
     asked = [
         {"instruction": text, "output": f"```{('python', 'rust')[n % 2]}\n{n}\n```"} for n, text in enumerate(texts)
     ]
@@ -990,7 +989,7 @@ def test_the_fused_optimizer_updates_on_a_gpu_as_on_the_cpu():
     for device in ("cpu", "cuda"):
         model, generator = tiny().train().to(device), torch.Generator().manual_seed(0)
         optimizers = train.build_optimizers(
-            model, train.Settings.parse(train.arguments(), flags_of("model", "run", "--weight_decay", "0.1"))
+            model, train.Settings.parse(flags_of("model", "run", "--weight_decay", "0.1"))
         )
         assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW"] and optimizers[0].defaults["fused"]
         for step in range(5):

@@ -1,7 +1,5 @@
 """sample.py: its answers are the sampler's, every flag, scoring, what it shows and writes, and mistakes in one line."""
 
-import cli
-
 import io
 import json
 import re
@@ -16,6 +14,7 @@ from checkpoints import checkpoint, tokenizer
 from conftest import GOLDEN, golden_json, golden_model, tiny
 
 import checkpoint as checkpoints
+import cli
 import data
 import display
 import sample

@@ -24,6 +24,7 @@ import test_parallel as runs
 import torch
 
 import checkpoint
+import resume
 import train
 
 # What begins lasts about so many seconds.
@@ -66,13 +67,11 @@ def check_whole(output: Path) -> int:
     for path in output.glob("checkpoint-*"):
         model = checkpoint.load_model(path)
         try:
-            progress = checkpoint.read_progress(path)
+            progress = resume.read_progress(path)
         except FileNotFoundError:
             continue
-        optimizers = train.build_optimizers(
-            model, train.Settings.parse(train.arguments(), runs.flags_of("model", "run"))
-        )
-        checkpoint.load_training(path, model, optimizers)
+        optimizers = train.build_optimizers(model, train.Settings.parse(runs.flags_of("model", "run")))
+        resume.load_training(path, model, optimizers)
         assert path.name == f"checkpoint-{progress['step']}", path
         whole += 1
     return whole
