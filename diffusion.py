@@ -76,21 +76,15 @@ def reverse_mask_prob(s: Tensor, t: Tensor, scheduler: str = "linear") -> Tensor
 
 
 def reveal_schedule(
-    masks: Tensor,
-    steps: int,
-    scheduler: str = "linear",
-    *,
-    stochastic: bool = False,
-    generator: torch.Generator | None = None,
+    masks: Tensor, steps: int, scheduler: str = "linear", *, stochastic=False, generator=None
 ) -> Tensor:
-    """(..., S) int64: how many of masks (...) to reveal at each of `steps` equal steps of time from 1 to 0.
-
-    The expected number, rounded half to even; `stochastic`: a binomial draw. Steps that reveal nothing move to the end,
-    so that a schedule is front-loaded and ends in zeros; it sums to `masks`.
-    """
+    """(..., S) int64: how many of masks (...) to reveal at each of `steps` equal steps of time from 1 to 0; together
+    they are all of them."""
     grid = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
     t, s = grid[:-1].float(), grid[1:].float()  # float32, as the reference computes its probabilities
     reveal = (1 - reverse_mask_prob(s, t, scheduler).double()).to(masks.device)  # (S,)
+
+    # Each step reveals the expected number of what is left, rounded half to even, or a binomial draw.
     remaining, schedule = masks.double(), []
     for p in reveal:
         if stochastic:
@@ -100,7 +94,9 @@ def reveal_schedule(
         schedule.append(torch.minimum(remaining, expected))
         remaining = remaining - schedule[-1]
     schedule = torch.stack(schedule, dim=-1).long()
-    order = (schedule == 0).to(torch.int8).argsort(dim=-1, stable=True)  # zeros last, the rest in their order
+
+    # Steps that reveal nothing move to the end, so that no forward is spent on them.
+    order = (schedule == 0).to(torch.int8).argsort(dim=-1, stable=True)
     return schedule.gather(-1, order)
 
 
@@ -188,10 +184,6 @@ def draw_noise(
 ) -> Noise:
     """The noise of a batch, which is a function of seed, epoch and each row's `sample` alone.
 
-    Levels have low discrepancy without coupling rows or processes: sample n has level frac(u + n * golden ratio), its
-    blocks frac(level + a random permutation / blocks), so that every row covers (0, 1] evenly and no stratum is tied to
-    a place. Blocks without a supervised token take no stratum.
-
     block_length: of the noise; None: one block a document (MDLM). BD3LM draws a level for each block (arXiv 2503.09573,
     equation 8); level_per "sequence" draws one for the row, as the reference does.
     """
@@ -204,7 +196,10 @@ def draw_noise(
     size = torch.zeros_like(run).scatter_add_(1, run, supervised.long())  # (B, T): supervised tokens of block r
     learned = size > 0
 
-    # A level for each block, and a uniform number for each token, from generators of the row's own.
+    # Levels cover (0, 1] evenly without coupling rows or processes: sample n has level frac(u + n * golden ratio), and
+    # its blocks frac(level + a random permutation / blocks), so that no stratum is tied to a place in the row. Blocks
+    # without a supervised token take no stratum. All of it, and a uniform number for each token, comes from the
+    # sample's own generator.
     shared = _generator(seed, batch.epoch, 2**64 - 1).random()
     base = (shared + batch.sample.numpy() * ((math.sqrt(5) - 1) / 2)) % 1.0  # (B,)
     level = torch.zeros(B, T, dtype=torch.float64)  # of block r
@@ -328,21 +323,22 @@ def bd3lm_example(
 ) -> Example:
     """Block diffusion (arXiv 2503.09573, equation 8): masked tokens from their noisy block and the clean past.
 
-    Two streams in one sequence: the noisy copy, then the clean one. Only blocks with a supervised token have a noisy
-    copy (of the others nobody sees it, nor is it predicted from); in plain text these are all, in chat the answer's.
-    right_shift: a block's first token is predicted by the clean stream's previous position, the others by the noisy
-    stream's; with block_length 1 and everything masked that is the causal model exactly.
+    Two streams in one sequence: the noisy copy, then the clean one. With right_shift, block_length 1 and everything
+    masked it is the causal model exactly.
     """
-    # The noisy stream: W columns, gathered from the blocks that are learned.
+    # The noisy stream: only blocks with a supervised token have a noisy copy, since of the others nobody sees it, nor
+    # is it predicted from. In plain text these are all blocks, in chat the answer's.
     clean = Layout.of(batch.position, batch.document, block_length)
     columns, place = _learned_blocks(clean, batch.supervised)
     W = columns.shape[1]
     noised = batch.tokens.masked_fill(noise.masked, mask_id).gather(1, columns)
     noisy = clean.map(lambda field: field.gather(1, columns))._replace(noisy=torch.ones_like(columns))
 
-    # Both streams, and where in them each token is predicted.
     streams = torch.cat([noised, batch.tokens], dim=1)
     layout = Layout(*(torch.cat(pair, dim=1) for pair in zip(noisy[:4], clean[:4])))  # (B, W + T)
+
+    # A token is predicted at its own place in the noisy stream. With right shift at the place before; for a block's
+    # first token that is the clean stream's previous position.
     predictor = place
     if right_shift:
         predictor = torch.where(batch.position % block_length == 0, W + _columns(batch) - 1, place - 1)
@@ -408,14 +404,12 @@ def loss(model: LanguageModel, example: Example) -> tuple[Tensor, float]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of weights * cross-entropy of hidden (N, D) @ weight.T (V, D) against targets (N,).
-
-    The gradients are formed in the forward pass, chunk by chunk: no logits are kept, none larger than a chunk exist.
-    The softmax and the sums over chunks are float32 (float64 for float64 weights).
-    """
+    """Sum of weights * cross-entropy of hidden (N, D) @ weight.T (V, D) against targets (N,)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights):
+        # The gradients are formed here, chunk by chunk: no logits are kept, none larger than a chunk exist. The softmax
+        # and the sums over chunks are float32 (float64 for float64 weights).
         matrix = weight.to(hidden.dtype)
         wide = torch.promote_types(matrix.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -1023,9 +1017,8 @@ def vocabulary_slices(hidden: list[Tensor], weight: Tensor, whole: bool = False)
 
 
 class Slice(NamedTuple):
-    """Of each row (N,), what is known after a slice of the vocabulary: the best score and its token, this token's
-    logit, and of the softmax over the slice its largest logit, the sum of exp(logit - top), and the mean of the
-    exponents under it (which the entropy needs)."""
+    """What a slice of the vocabulary says of each row (N,): the best score, its token and that token's logit; and of
+    the softmax the largest logit, the sum of exp(logit - top), and the same weighted by the exponent, for entropies."""
 
     best: Tensor
     token: Tensor

@@ -1,8 +1,12 @@
-"""Qwen3, Qwen2/2.5 and Llama as one decoder with three switches, and the one attention concept of this project.
+"""Qwen3, Qwen2/2.5 and Llama as one decoder, and the one attention concept of this project.
 
-Which token sees which is a predicate over three integers a token carries (`Layout`, `visible`): causal, bidirectional,
-block-causal, the two streams of BD3LM training, packed documents and padding are all values of these integers, never
-another code path. Module names equal Hugging Face names, so a state dict is the checkpoint.
+    Config, FAMILIES        config.json, and how the families differ
+    Layout, visible         who sees whom, as a predicate over three integers a token
+    attention, KVCache      the kernels that compute it, and keys and values kept between forwards
+    LanguageModel           the decoder; module names equal Hugging Face names, so a state dict is the checkpoint
+
+Causal, bidirectional and block-causal attention, the two streams of BD3LM training, packed documents and padding are
+all values of these three integers, never another code path.
 
 B batch, T tokens, K tokens of a block, N selected tokens, D hidden, H heads, G key/value heads, C head width,
 V vocabulary, L layers.
@@ -93,23 +97,17 @@ class Layout(NamedTuple):
     kind: str = "any"
 
     @classmethod
-    def of(
-        cls,
-        position: Tensor,
-        document: Tensor | None = None,
-        block_length: int | None = None,
-        offset: Tensor | None = None,
-    ) -> "Layout":
+    def of(cls, position: Tensor, document=None, block_length: int | None = None, offset=None) -> "Layout":
         """The clean layout of tokens at `position` (B, T), which rises along each document.
 
-        block_length None: one block, bidirectional; 1: causal; K: block-causal.
+        document (B, T), None: all one. block_length None: one block, bidirectional; 1: causal; K: block-causal.
         offset (B,): block = (position + offset) // K, so that blocks need not start at position 0.
         """
-        zeros = torch.zeros_like(position)
-        if block_length is None:
-            block = zeros
-        else:
+        block = zeros = torch.zeros_like(position)
+        if block_length is not None:
             block = (position if offset is None else position + offset[:, None]) // block_length
+
+        # What needs no mask is known here, where no value has to be looked at.
         kind = "any"
         if document is None and block_length is None:
             kind = "full"
@@ -129,12 +127,10 @@ class Layout(NamedTuple):
 
 
 def visible(q: Layout, k: Layout) -> Tensor:
-    """True where query q sees key k; the fields broadcast against each other.
-
-    A noisy key is seen by its own block of its own copy. A clean key is seen by clean queries of its block and later
-    ones, and by noisy queries of strictly later blocks.
-    """
+    """True where query q sees key k; the fields broadcast against each other."""
+    # A noisy key is seen by its own block of its own copy.
     noisy_key = (k.noisy == q.noisy) & (k.block == q.block)
+    # A clean key is seen by clean queries of its block and later ones, and by noisy queries of strictly later blocks.
     clean_key = k.block <= q.block - (q.noisy > 0).to(q.block.dtype)
     return (q.document == k.document) & torch.where(k.noisy > 0, noisy_key, clean_key)
 
@@ -143,14 +139,14 @@ TILE = 128  # queries, and keys, of a tile of FlexAttention's
 
 
 def attention_mask(q: Layout, k: Layout):
-    """What `LanguageModel` takes as `mask`, built once a forward (or once for many) and shared by all layers.
-
-    "full" or "causal" where no mask is needed; a FlexAttention BlockMask on CUDA for a sequence attending to itself;
-    else a (B, 1, Q, K) bool tensor for SDPA: no CPU backward in FlexAttention; a cache's queries are few; and of a
-    sequence within one tile nothing can be skipped (nor has torch 2.13 a kernel for all of those with grouped heads).
-    """
+    """What `LanguageModel` takes as `mask`, built once a forward (or once for many) and shared by all layers: "full",
+    "causal", a FlexAttention BlockMask, or a (B, 1, Q, K) bool tensor for SDPA."""
+    # Everything visible, or plainly causal: no mask at all, so that SDPA's flash kernel runs.
     if q is k and q.kind != "any":
         return q.kind
+
+    # On CUDA FlexAttention skips the tiles in which nothing is visible. Within one tile nothing can be skipped, nor has
+    # torch 2.13 a kernel for all of those with grouped heads; a cache's queries are few; and it has no CPU backward.
     if q.position.is_cuda and q is k and q.position.shape[1] > TILE:
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -168,11 +164,9 @@ def _compiled(function):
 
 
 def folded(mask: Tensor, share: int, dtype: torch.dtype) -> Tensor:
-    """A bool mask (B, 1, Q, K) as `attention` adds it to the scores of `share` heads' queries: (B, 1, share * Q, K).
-
-    On CUDA only the flash kernel, which takes no mask, and the slow one know groups of heads (torch's manual). So a
-    group's queries stand in one row, of a head that is its own; exact, and as fast on a CPU.
-    """
+    """A bool mask (B, 1, Q, K) as `attention` adds it to the scores of `share` heads' queries: (B, 1, share * Q, K)."""
+    # On CUDA only the flash kernel, which takes no mask, and the slow one know groups of heads (torch's manual). So a
+    # group's queries stand in one row, as if of one head; exact, and as fast on a CPU.
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf).repeat(1, 1, share, 1)
 
 
@@ -181,7 +175,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 
     mask: `attention_mask`'s, a tensor among them `folded`.
     """
-    if isinstance(mask, str):
+    if isinstance(mask, str):  # full or causal
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=True)
     if isinstance(mask, Tensor):
         rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, G, share * Q, C)
@@ -192,24 +186,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 
 
 class KVCache:
-    """Preallocated keys and values of `length` columns for B rows, with the layout of what was written in them.
-
-    Zeros, not empty: a masked weight of 0 times NaN is NaN. Unwritten columns belong to document -2, as no query does;
-    there are a few more than asked for, since kernels want a mask's rows to begin at multiples of 16 bytes.
-    """
+    """Preallocated keys and values of `length` columns for B rows, with the layout of what was written in them."""
 
     def __init__(self, config: Config, batch: int, length: int, *, dtype: torch.dtype, device="cpu"):
+        # A few columns more than asked for: kernels want a mask's rows to begin at multiples of 16 bytes.
         length = -(-length // 16) * 16
+        # Zeros, not empty: a masked weight of 0 times NaN is NaN.
         shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, length, G, C)
         self.values = torch.zeros_like(self.keys)
+        # Columns that nobody has written belong to document -2, as no query does.
         zeros = torch.zeros(batch, length, dtype=torch.int64, device=device)
         self.layout = Layout(zeros.clone(), zeros - 2, zeros.clone(), zeros.clone())
         self.rows = torch.arange(batch, device=device)[:, None]
 
     def write_layout(self, columns: Tensor, layout: Layout) -> None:
-        for kept, new in zip(self.layout[:4], layout[:4]):
-            kept[self.rows, columns] = new
+        for old, new in zip(self.layout[:4], layout[:4]):
+            old[self.rows, columns] = new
 
     def write(self, layer: int, columns: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v (B, G, T, C) at columns (B, T) of a layer; returns that layer's whole (B, G, length, C)."""
@@ -223,13 +216,13 @@ class KVCache:
 
 
 def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, C) of the rotary angles at `position` (B, T), computed in float32, as `rotate` takes them.
-
-    RoPE, arXiv 2104.09864, in the half-split form of the published checkpoints; rope_type llama3 stretches the long
-    wavelengths by `factor`, leaves the short ones, and interpolates between (Llama 3.1's published rule).
-    """
+    """cos and sin (B, 1, T, C) of the rotary angles at `position` (B, T), computed in float32, as `rotate` takes them:
+    RoPE, arXiv 2104.09864, in the half-split form of the published checkpoints."""
     C = config.head_dim
     frequency = config.rope_theta ** -(torch.arange(0, C, 2, dtype=torch.float32, device=position.device) / C)
+
+    # rope_type llama3 stretches the long wavelengths by `factor`, leaves the short ones, and interpolates between
+    # (Llama 3.1's published rule).
     if config.rope_scaling is not None:
         s = config.rope_scaling
         turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the original context
@@ -285,6 +278,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, heads, T, C)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
+        # With a cache the new keys and values go into it, and attention is over all that it holds.
         if write is not None:
             k, v = write(k, v)
         heads = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)
@@ -369,6 +364,8 @@ class LanguageModel(nn.Module):
         """
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         x = x.to(self.compute_dtype or x.dtype)
+
+        # What all layers share is made once: the rotary angles, and the mask, which only needs the layouts.
         cos, sin = rotary(self.config, layout.position, x.dtype)
         if cache is not None:
             cache.write_layout(columns, layout)
@@ -376,9 +373,11 @@ class LanguageModel(nn.Module):
             mask = attention_mask(layout, layout if cache is None else cache.layout)
         if isinstance(mask, Tensor):
             mask = folded(mask, self.config.num_attention_heads // self.config.num_key_value_heads, x.dtype)
+
+        # The last layer computes what is asked for alone: the rest of its outputs, BD3LM's clean stream above all,
+        # would have no use.
         for i, layer in enumerate(self.model.layers):
             write = None if cache is None else functools.partial(cache.write, i, columns)
-            # The last layer's other outputs have no use, of the clean stream of BD3LM above all.
             x = layer(x, cos, sin, mask, write, index if i == len(self.model.layers) - 1 else None)
         x = self.model.norm(x)  # (B, T, D), or (N, D)
         return F.linear(x, self.head_weight.to(x.dtype)) if head is None else head(x, self.head_weight)
