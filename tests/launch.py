@@ -37,11 +37,11 @@ def make_source(path: Path) -> str:
     """A tiny float64 model at `path` that declares no objective, with a tokenizer of the rows."""
     from conftest import tiny
 
-    import data
     from checkpoint import save_model
+    from tasks.builtin import sums_rows
     from tokenizer import Tokenizer
 
-    rows = data.sums_rows("validation")[: ROWS["validation"]]  # those that shrink() leaves
+    rows = sums_rows("validation")[: ROWS["validation"]]  # those that shrink() leaves
     texts = [message["content"] for row in rows for message in row["messages"]]
     tokenizer = Tokenizer.train(texts + [row["text"] for row in text_rows("test")], vocab_size=300)
     shape = {"vocab_size": 320, "mask_token_id": tokenizer.mask_id, "initializer_range": 0.05}
@@ -53,10 +53,10 @@ def make_source(path: Path) -> str:
 
 def shrink() -> None:
     """Few rows, in this process from now on: of processes of ours, not of the one that the tests run in."""
-    import data
+    from tasks import builtin
 
-    data.SUMS = ROWS
-    data.BUILTIN[TEXT] = text_rows
+    builtin.SUMS = ROWS
+    builtin.BUILTIN[TEXT] = text_rows
 
 
 def run(plan: dict) -> None:

@@ -81,7 +81,7 @@ def run(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path(FOLDER.name, "datasets"))
-    monkeypatch.setattr(data, "SUMS", {"train": 60, "validation": 20, "test": 20})
+    monkeypatch.setattr("tasks.builtin.SUMS", {"train": 60, "validation": 20, "test": 20})
     monkeypatch.setattr(train, "curves", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [])  # which evaluate.py sets
     if evaluate is not None:

@@ -755,7 +755,7 @@ def test_a_signal_to_torchrun_ends_the_run_after_a_save_and_it_goes_on(tmp_path,
     shards = tmp_path / "shards"
     shards.mkdir()
     for n in range(4):
-        rows = [{"messages": row["messages"]} for row in data.sums_rows("train")[n::4]]
+        rows = [{"messages": row["messages"]} for row in data.BUILTIN["builtin/sums"]("train")[n::4]]
         (shards / f"{n}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = [*STREAM, "--dataset_args", str(shards), "--max_steps", "24", "--dataloader_num_workers", "1"]
 
@@ -871,7 +871,7 @@ def test_runs_killed_at_random_moments_end_as_if_left_alone():
 def recipe_sets(root: Path) -> dict[str, int]:
     """The recipes' data sets, small and under their names; rows to train on that each recipe reads."""
     texts = [row["text"] for row in launch.text_rows("train")]
-    chats = [{"messages": row["messages"]} for row in data.sums_rows("train")]
+    chats = [{"messages": row["messages"]} for row in data.BUILTIN["builtin/sums"]("train")]
     asked = [
         {"instruction": text, "output": f"```{('python', 'rust')[n % 2]}\n{n}\n```"} for n, text in enumerate(texts)
     ]

@@ -31,7 +31,7 @@ def few_rows(monkeypatch):
 def source(tmp_path_factory) -> str:
     """A tiny diffusion checkpoint that declares no objective, with a tokenizer of the sums."""
     path = tmp_path_factory.mktemp("source") / "model"
-    texts = [message["content"] for row in data.sums_rows("validation") for message in row["messages"]]
+    texts = [message["content"] for row in data.BUILTIN["builtin/sums"]("validation") for message in row["messages"]]
     tokenizer = Tokenizer.train(texts, vocab_size=300)
     model = tiny(
         vocab_size=320,
