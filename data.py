@@ -176,6 +176,8 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+
+    # The rows, of the split that serves as `split`
     found = split
     if spec.name.startswith("builtin/"):
         rows = builtin_rows(spec, split)
@@ -276,6 +278,8 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
         if len(loaded) > 1:
             shared = set.intersection(*(set(columns_of(rows)) for part in loaded for rows in part.values()))
             loaded = [{name: rows.select_columns(sorted(shared)) for name, rows in part.items()} for part in loaded]
+
+    # One list for each split, whichever configurations have it
     splits = {}
     for part in loaded:
         for name, rows in part.items():
@@ -305,6 +309,8 @@ def naming_errors(name: str):
     except Exception as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # which `datasets` loses while it ends its processes
             raise KeyboardInterrupt from None
+
+        # The reason is the error beneath that of `datasets`; a mistake that users often make gets a way out
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
         reason = " ".join(str(cause).split())
         if isinstance(cause, UnicodeDecodeError):
@@ -321,6 +327,8 @@ def naming_errors(name: str):
             reason += f"; a config is named by {name}[name:CONFIG]"
         elif not isinstance(cause, (ValueError, OSError)):
             reason = f"{type(cause).__name__}: {reason}"
+
+        # What cannot be found stays so, all else is a ValueError
         kind = FileNotFoundError if isinstance(cause, FileNotFoundError) else ValueError
         raise kind(f"cannot load {name}: {reason}") from error
 
@@ -493,6 +501,7 @@ class ChatEncoder:
                 raise ValueError(f"--stage sft --train_on {self.train_on}: {error}") from error
 
     def __call__(self, messages) -> Encoded:
+        # Rows that are no chat, or none that the template takes
         if reason := why_invalid(messages, answered=True):
             return Encoded([], [], f"dropped:{reason}")
         try:
@@ -502,6 +511,8 @@ class ChatEncoder:
             return Encoded([], [], f"dropped:{reason:.100}")
         if not self.mask_prompt_loss:
             supervised = [True] * len(tokens)
+
+        # Whole if it is short enough, else cut or dropped
         if len(tokens) <= self.max_length:
             return Encoded(tokens, supervised, "kept")
         if self.truncation == "filter":
@@ -575,6 +586,8 @@ def load(dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc
     stores the result in its cache. rows_of: gives the rows of a set; stream.load_split is one, too.
     """
     encode = ENCODERS[reading.stage](tokenizer, reading)
+
+    # All sets end to end, as chunks of one stream; a set that gives nothing is a mistake even if others give rows
     outcomes, tokens, supervised, lengths = Counter(), [], [], []
     for spec in parse_specs(dataset_args):
         rows = rows_of(spec, split, num_proc=num_proc)
@@ -616,6 +629,7 @@ def encoded_chunks(rows, encode: RowEncoder, num_proc: int):
     from datasets import Features, Sequence, Value
 
     features = {"tokens": Sequence(Value("int32")), "supervised": Sequence(Value("uint8")), "outcome": Value("string")}
+    # `datasets` maps the rows, or finds them in its cache; its Arrow columns are read where they lie
     encoded = rows.map(
         encode,
         features=Features(features),
@@ -655,6 +669,7 @@ def save_preprocessed(directory: Path, splits: dict[str, Rows], dataset_args: st
         np.save(path / "bounds.npy", rows.bounds)
         total, dtypes = int(rows.bounds[-1]), {"tokens": np.int32, "supervised": np.uint8}
         with tqdm(total=total, unit="token", unit_scale=True, desc=f"write {split}") as bar:
+            # A .npy file is written chunk by chunk: the stream may not fit into memory
             for (name, dtype), chunks in zip(dtypes.items(), (rows.tokens, rows.supervised)):
                 header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (total,)}
                 with (path / f"{name}.npy").open("wb") as file:  # a full disk would kill who writes to a memory map
@@ -674,6 +689,8 @@ def load_preprocessed(directory: str | Path, split: str, tokenizer, reading: Rea
         raise FileNotFoundError(
             f"{directory} holds no preprocessed.json; python data.py --output_dir writes such a set"
         )
+
+    # It must have been made as this run would make it
     damaged = f"{path} is damaged; make the set anew by data.py"
     try:
         made = json.loads((path / "preprocessed.json").read_bytes())
@@ -686,6 +703,8 @@ def load_preprocessed(directory: str | Path, split: str, tokenizer, reading: Rea
                 f"{path} was made with {name} {made.get(name)}, this run has {value}; "
                 "make the set anew by data.py, or change the run"
             )
+
+    # Its stream is one chunk, which stays on disk
     found = find_split(Spec(str(path), None, None, {}), counts, split)
     try:
         tokens, supervised, bounds = (
@@ -781,10 +800,9 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """Rows side by side, padded on the right: tokens, document, position (B, T) int64, supervised (B, T) bool.
 
-    T is the length of the longest row, here or in the rest of the global batch (`longest` tokens); or `length`. A token
-    of a single row has document 0, one of a packed row the number of its row, padding -1. Padding is not supervised,
-    except with
-    train_on_padding: padding is supervised and visible (document 0), which teaches where in a canvas an answer ends;
+    T: `length`, else the longest row, here or in the rest of the global batch (`longest` tokens). document: 0, in a
+    packed row the number of its row, padding -1. Padding is not supervised. Two ways to learn where an answer ends:
+    train_on_padding: padding is supervised and visible (document 0), so that a row tells where in a canvas it ends;
     block_length: each row is first extended by supervised eos_id to a multiple of it.
     """
     assert not (train_on_padding and block_length), "padding is trained on, or rows fill their blocks: not both"
@@ -882,7 +900,7 @@ class Loader(Batches):
         """(n,) The rows' numbers as that epoch visits them."""
         n = len(self.rows)
         order = np.random.default_rng((self.seed, epoch)).permutation(n) if self.shuffle else np.arange(n)
-        if self.group_by_length:
+        if self.group_by_length:  # stretches, so that the rows of an epoch's begin are a sample of all
             stretch = 50 * self.global_batch_size
             stretches = [order[i : i + stretch] for i in range(0, n, stretch)]
             order = np.concatenate([s[np.argsort(-self.rows.lengths[s], kind="stable")] for s in stretches])
@@ -1034,11 +1052,14 @@ def prepare(args: Prepare) -> None:
     tokenizer = Tokenizer(resolve(args.model_name_or_path))
     splits = {}
     for split in ("train", "test"):
+        # Every row is made, shown or not: the counts say how many were dropped, and why
         splits[split] = rows = load(args.dataset_args, split, tokenizer, args, num_proc=args.num_proc)
         counts = ", ".join(f"{name} {n:,}" for name, n in rows.counts.items())
         learnt = sum(int(chunk.sum(dtype=np.int64)) for chunk in rows.supervised)
         print(f"{split}: {len(rows):,} rows of {rows.lengths.mean():.1f} tokens ({counts})")
         print(f"{split}: {rows.useful:,} tokens, {learnt / sum(map(len, rows.supervised)):.1%} of them supervised")
+
+        # What a model will see of the first rows
         for i in range(min(args.show, len(rows))):
             row = rows[i]
             print(f"--- {split} row {i}: {len(row['tokens'])} tokens, {row['supervised'].sum()} supervised")

@@ -1,6 +1,6 @@
 """Streaming: a set is read and tokenised while training runs, pass after pass, without end.
 
-    Stream (the sets of a spec) -> Reader (raw rows) -> Dealer (rows to train on) -> StreamLoader, which collates
+    Stream (the sets of a spec) -> Reader (raw rows) -> SlotRows (rows to train on) -> StreamLoader, which collates
 
 No random choice knows how many processes there are, so the batches are the same on any number of ranks and workers,
 and after a resumption on any other.
@@ -50,6 +50,7 @@ class Pass:
 
     def __next__(self) -> dict:
         while not self.done:
+            # The limit or the last shard ends the pass; else the next row is of the shard whose turn it is
             if self.given == self.source.limit or self.turn == len(self.order):
                 self.done = True
                 break
@@ -58,10 +59,11 @@ class Pass:
                 self.rows = self._open(self.source.shards[shard])
             with data.naming_errors(self.source.name):
                 row = next(self.rows, None)
-            if row is None:
+            if row is None:  # the shard is read
                 self.turn, self.row, self.rows, self.shard_state = self.turn + 1, 0, None, None
                 continue
             number, self.row = self.row, self.row + 1
+
             # A row's number decides whether it is to test on, not a draw: nobody knows how many rows there will be.
             to_test = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
             if self.source.test_side in (None, to_test) and (not self.source.keep_row or self.source.keep_row(row)):
@@ -142,7 +144,7 @@ class Stream:
         block_length: int | None = None,
         eos_id: int | None = None,
     ):
-        self.name, self.reading = dataset_args, reading
+        self.name, self.reading = dataset_args, Reading(**reading.only(Reading))  # the workers get no more
         self.pack_length, self.block_length, self.eos_id = pack_length, block_length, eos_id
         self.longest = pack_length or reading.max_length  # of its canvases
         self.sources, encode = [], data.ENCODERS[reading.stage](tokenizer, reading)
@@ -169,6 +171,8 @@ class Stream:
             for row in encoded
             if len(row["tokens"])
         ]
+
+        # Chats one by one, or several to a canvas
         if self.pack_length:
             lengths = [data.filled(len(piece["tokens"]), self.block_length) for piece in pieces]
             groups = data.pack(lengths, self.pack_length)
@@ -223,32 +227,42 @@ class Reader:
 # ---------------------------------------------------------------- rows to train on
 
 
-class Dealer:
+class SlotRows:
     """Endless iterable of (rows for some slots of a global batch of `total`, one each; state; outcomes so far).
 
     Row i of the stream goes to slot i mod total, whatever process serves that slot: each slot packs its own rows and
     has its own state, so any division of the slots among processes gives the same batches, and each process tokenises
-    its own rows only (it does read all of them). Raw rows are dealt by windows. A window's rows are shuffled before
-    they are dealt, and a slot's pieces of them after, so its state is its window, its position in that, and the tokens
-    left over before. state: "windows", where in the sources those in use begin, and "slots".
+    its own rows only (it does read all of them).
+
+    Raw rows are read by windows. A window's rows are shuffled before the slots share them, and a slot's pieces of them
+    after. So the state of a slot is its window, how many of that one's pieces it has given, and the tokens left over
+    before. state: "windows", where in the sources those in use begin, and "slots".
     """
 
-    def __init__(self, stream: Stream, slots: list[int], total: int, *, seed: int, shuffle: bool, window: int, state):
-        self.stream, self.total, self.seed, self.shuffle, self.window = stream, total, seed, shuffle, window
-        # Of each slot: the window it is in, how many pieces of that it has given, the tokens left over before
+    def __init__(
+        self, stream: Stream, slots: list[int], total: int, *, seed: int, shuffle: bool, window_size: int, state
+    ):
+        self.stream, self.total = stream, total
+        self.seed, self.shuffle, self.window_size = seed, shuffle, window_size
+        # By slot: its state; then (its pieces, the tokens left over) of its window
         self.slots = {slot: state["slots"].get(str(slot), [0, 0, []]) for slot in slots}
-        self.pieces = {}  # of a slot: (rows to train on, tokens left over) of its window
+        self.pieces = {}
+
+        # The reader stands before the next window. By window, of those in use: the reader's state before it, and the
+        # raw rows of each slot that has not cut them yet
         self.next_window = min(window for window, _, _ in self.slots.values())
         self.reader = Reader(stream.sources, seed, shuffle, state["windows"].get(str(self.next_window)))
-        self.starts, self.dealt = {}, {}  # of a window: the reader's state before it; its raw rows by slot
-        self.outcomes, self.dropped_since = Counter(), Counter()  # of a slot: rows dropped since one was not
+        self.starts, self.raw_rows = {}, {}
+        self.outcomes, self.dropped_since = Counter(), Counter()  # by slot: rows dropped since one was not
 
     def __iter__(self):
         while True:
             rows = {slot: self._next_row(slot) for slot in self.slots}
+
+            # Forget the windows that every slot has left, and say how to go on after these rows
             oldest = min(window for window, _, _ in self.slots.values())
             for window in [window for window in self.starts if window < oldest]:
-                del self.starts[window], self.dealt[window]
+                del self.starts[window], self.raw_rows[window]
             windows = {str(window): start for window, start in self.starts.items()}
             slots = {str(slot): state for slot, state in self.slots.items()}
             yield rows, {"windows": windows, "slots": slots}, Counter(self.outcomes)
@@ -267,14 +281,15 @@ class Dealer:
             self.slots[slot] = [window + 1, 0, left]
 
     def _make_pieces(self, slot: int) -> None:
-        """Cuts the rows that a slot has of its window. ValueError where rows seem to be dropped for ever: a whole pass
-        of them shows it, or a great many."""
+        """Makes pieces of the rows that a slot has of its window."""
         window, _, rest = self.slots[slot]
         while self.next_window <= window:
             self._read_window()
-        pieces, left, outcomes = self.stream.pieces(self.dealt[window].pop(slot), rest)
+        pieces, left, outcomes = self.stream.pieces(self.raw_rows[window].pop(slot), rest)
         self.pieces[slot] = self._shuffled(pieces, window, slot), left
         self.outcomes.update(outcomes)
+
+        # Are rows dropped for ever? A whole pass of them shows it, or a great many.
         learnt = outcomes["kept"] + outcomes["cut"]
         self.dropped_since[slot] = 0 if learnt else self.dropped_since[slot] + outcomes.total()
         enough = 100 if self.reader.epoch > 1 else 10_000
@@ -287,10 +302,10 @@ class Dealer:
     def _read_window(self) -> None:
         """Reads the next window, and gives each of our slots the rows that fall to it."""
         window, first = self.next_window, self.reader.count
-        self.starts[window], self.dealt[window] = self.reader.state, {slot: [] for slot in self.slots}
-        for i, row in enumerate(self._shuffled(self.reader.take(self.window), window, self.total), first):
-            if i % self.total in self.dealt[window]:
-                self.dealt[window][i % self.total].append(row)
+        self.starts[window], self.raw_rows[window] = self.reader.state, {slot: [] for slot in self.slots}
+        for i, row in enumerate(self._shuffled(self.reader.take(self.window_size), window, self.total), first):
+            if i % self.total in self.raw_rows[window]:
+                self.raw_rows[window][i % self.total].append(row)
         self.next_window += 1
 
     def _shuffled(self, items: list, *key: int) -> list:
@@ -299,11 +314,11 @@ class Dealer:
         return [items[i] for i in np.random.default_rng((self.seed, *key)).permutation(len(items))]
 
 
-def in_process(dealer: Dealer):
-    """Iterator over what a dealer gives, made in a process of its own. An error there is raised here."""
+def in_process(rows: SlotRows):
+    """Iterator over `rows`, which a process of its own makes. An error there is raised here."""
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs CUDA or threads is not safe
     receiving, sending = context.Pipe(duplex=False)
-    worker = context.Process(target=_send_all, args=(dealer, sending), daemon=True)
+    worker = context.Process(target=_send_all, args=(rows, sending), daemon=True)
     worker.start()
     sending.close()  # ours: only the worker has the pipe open now, and so it ends with the worker
     try:
@@ -316,10 +331,10 @@ def in_process(dealer: Dealer):
         worker.terminate()
 
 
-def _send_all(dealer: Dealer, pipe) -> None:
+def _send_all(rows: SlotRows, pipe) -> None:
     os.setsid()  # a signal to the parent's group, as torchrun and Ctrl-C send, is the parent's to answer
     try:
-        for item in dealer:
+        for item in rows:
             pipe.send(item)
     except BrokenPipeError:
         pass  # the parent has ended, perhaps killed
@@ -353,7 +368,7 @@ class StreamLoader(Batches):
         prefetch: int = 2,
         workers: int = 0,
     ):
-        """shuffle_buffer: raw rows of a window (see Dealer), over all ranks. prefetch: steps that are made ahead, by a
+        """shuffle_buffer: raw rows of a window (see SlotRows), of all ranks. prefetch: steps that are made ahead, by a
         thread, or by `workers` processes that share this rank's slots. Of the three, shuffle_buffer alone changes what
         a step holds."""
         super().__init__(micro_batch_size, accumulation, rank, world_size)
@@ -369,12 +384,17 @@ class StreamLoader(Batches):
         micro_batches = self.micro_batches(self.global_batch_size)
         slots = list(itertools.chain(*micro_batches))
 
-        # Each worker, or else one thread, deals to a share of this rank's slots
+        # Each worker, or else one thread, makes the rows of a share of this rank's slots
         parts, shares = [], min(self.workers, len(slots)) or 1
-        options = {"seed": self.seed, "shuffle": self.shuffle, "window": self.shuffle_buffer, "state": self.progress}
+        options = {
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "window_size": self.shuffle_buffer,
+            "state": self.progress,
+        }
         for n in range(shares):
-            dealer = Dealer(self.stream, slots[n::shares], self.global_batch_size, **options)
-            make = partial(in_process, dealer) if self.workers else dealer.__iter__
+            share = SlotRows(self.stream, slots[n::shares], self.global_batch_size, **options)
+            make = partial(in_process, share) if self.workers else share.__iter__
             parts.append(data.prefetch(make, self.prefetch))
 
         # A step takes what they give together
@@ -411,6 +431,7 @@ class StreamLoader(Batches):
 
     def load_state(self, states: dict | list[dict]) -> None:
         """Takes the `state` of every rank of the run to go on with, however many there are now."""
+        # Together they must be of one step of this run, and have every slot of this rank
         states = states if isinstance(states, list) else [states]
         progress = {"windows": {}, "slots": {}}
         for state in states:

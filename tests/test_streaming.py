@@ -57,7 +57,7 @@ def loader(
         micro_batch_size=micro,
         accumulation=accumulation,
         collate=partial(data.collate, pad_id=TOK.pad_id, **collating or {}),
-        **{"seed": 1, "shuffle_buffer": 16, "prefetch": 0} | more,
+        **{"seed": 1, "shuffle_buffer": 16, "prefetch": 0} | options,
     )
 
 
