@@ -6,14 +6,12 @@ from pathlib import Path
 import torch
 
 from checkpoint import (
-    drop_training,
-    load_training,
-    remove,
-    save_training,
     barrier,
     config_dict,
+    drop_training,
     read_progress,
     recover,
+    remove,
     save_model,
 )
 from cli import check_directory

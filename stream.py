@@ -1,12 +1,15 @@
 """Streaming: a set is read and tokenised while training runs, pass after pass, without end.
 
-    Stream (the sets of a spec) -> Reader (raw rows) -> deal (rows to train on) -> StreamLoader, which collates
+    Stream (the sets of a spec) -> Reader (raw rows) -> SlotRows (rows to train on) -> StreamLoader, which collates
 
 No random choice knows how many processes there are, so the batches are the same on any number of ranks and workers,
 and after a resumption on any other.
 """
 
 import itertools
+import multiprocessing
+import os
+import traceback
 import zlib
 from collections import Counter
 from functools import partial
@@ -16,9 +19,12 @@ import numpy as np
 import torch
 
 import data
-from data import Batches
+from data import AnswerContains, Batches, Reading, RowEncoder
 
 STREAMED_TEST = 1000  # rows of a set that are evaluated on, where its spec does not say
+
+
+# ---------------------------------------------------------------- raw rows
 
 
 class Source(NamedTuple):
@@ -27,9 +33,9 @@ class Source(NamedTuple):
     name: str
     shards: list  # each a list of rows, or (datasets.IterableDataset, the number of its shard)
     limit: int | None  # rows in one pass
-    held: bool | None  # None: all rows; else which side of the hold-out
-    says: partial | None  # predicate of rows: the spec's lang
-    content: partial | None  # from a row to what encoder takes
+    test_side: bool | None  # None: all rows; else whether to give the rows held out to test on, or the others
+    keep_row: AnswerContains | None = None
+    encode: RowEncoder | None = None
 
 
 class Pass:
@@ -37,28 +43,30 @@ class Pass:
 
     def __init__(self, source: Source, order: list[int], state: list | None = None):
         self.source, self.order, self.rows, self.done = source, order, None, False
-        self.place, self.row, self.given, self.inner = state or (0, 0, 0, None)
+        self.turn, self.row, self.given, self.shard_state = state or (0, 0, 0, None)
 
     def __iter__(self):
         return self
 
     def __next__(self) -> dict:
         while not self.done:
-            if self.given == self.source.limit or self.place == len(self.order):
+            # The limit or the last shard ends the pass; else the next row is of the shard whose turn it is
+            if self.given == self.source.limit or self.turn == len(self.order):
                 self.done = True
                 break
-            shard = self.order[self.place]
+            shard = self.order[self.turn]
             if self.rows is None:
                 self.rows = self._open(self.source.shards[shard])
-            with data.told(self.source.name):
+            with data.naming_errors(self.source.name):
                 row = next(self.rows, None)
-            if row is None:
-                self.place, self.row, self.rows, self.inner = self.place + 1, 0, None, None
+            if row is None:  # the shard is read
+                self.turn, self.row, self.rows, self.shard_state = self.turn + 1, 0, None, None
                 continue
             number, self.row = self.row, self.row + 1
-            # A row's number decides whether it is held out, not a draw: nobody knows how many there will be.
-            held = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
-            if self.source.held in (None, held) and (self.source.says is None or self.source.says(row)):
+
+            # A row's number decides whether it is to test on, not a draw: nobody knows how many rows there will be.
+            to_test = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
+            if self.source.test_side in (None, to_test) and (not self.source.keep_row or self.source.keep_row(row)):
                 self.given += 1
                 return row
         raise StopIteration
@@ -68,32 +76,32 @@ class Pass:
             return itertools.islice(shard, self.row, None)
         dataset, index = shard
         self.dataset = dataset.shard(num_shards=dataset.num_shards, index=index)
-        if self.inner is not None:
-            self.dataset.load_state_dict(self.inner)
+        if self.shard_state is not None:
+            self.dataset.load_state_dict(self.shard_state)
         return iter(self.dataset)
 
     @property
     def state(self) -> list:
-        shard_read = self.rows is not None and not isinstance(self.source.shards[self.order[self.place]], list)
-        return [self.place, self.row, self.given, self.dataset.state_dict() if shard_read else self.inner]
+        shard_read = self.rows is not None and not isinstance(self.source.shards[self.order[self.turn]], list)
+        return [self.turn, self.row, self.given, self.dataset.state_dict() if shard_read else self.shard_state]
 
 
 def _source(spec: data.Spec, split: str) -> Source:
-    """Where a set has no test split, every 20th row or so is held out of train, by a hash of its number."""
+    """Where a set has no test split, every 20th row or so of train is its test split, by a hash of its number."""
     if split not in data.SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(data.SPLITS)}")
-    found, held = split, None
+    found, test_side = split, None
     if spec.name.startswith("builtin/"):
         shards = [data.builtin_rows(spec, split)]
     else:
         splits = data.load_splits(spec, streaming=True)
         if data.lacks_test(splits):
-            found, held = "train", split != "train"
+            found, test_side = "train", split != "train"
         else:
             found = data.find_split(spec, splits, split)
-        with data.told(spec.name):
+        with data.naming_errors(spec.name):
             shards = [(rows, i) for rows in splits[found] for i in range(rows.num_shards)]
-    return Source(spec.name, shards, data.limit_of(spec, split, "test" if held else found), held, None, None)
+    return Source(spec.name, shards, data.limit_of(spec, split, "test" if test_side else found), test_side)
 
 
 def _first_columns(source: Source) -> list[str]:
@@ -111,7 +119,7 @@ def load_split(spec: data.Spec, split: str, *, num_proc: int = 1) -> list[dict]:
     assert split != "train", "a stream's training rows are no list"
     source = _source(spec, split)
     if spec.lang is not None:
-        source = source._replace(says=data.answer_filter(spec, _first_columns(source)))
+        source = source._replace(keep_row=data.row_filter(spec, _first_columns(source)))
     rows = list(Pass(source._replace(limit=source.limit or STREAMED_TEST), range(len(source.shards))))
     if not rows:
         raise ValueError(f"{spec.name} has no rows to {split}; name a set with more rows, or pass --eval_strategy no")
@@ -129,52 +137,42 @@ class Stream:
     def __init__(
         self,
         dataset_args: str,
-        *,
-        stage: str,
         tokenizer,
-        max_length: int,
-        text_field: str = "text",
-        insert_eos: bool = True,
-        truncation: str = "right",
-        mask_prompt_loss: bool = True,
-        train_on: str = "last",
+        reading: Reading,
+        *,
         pack_length: int | None = None,
         block_length: int | None = None,
         eos_id: int | None = None,
     ):
-        self.encode = data.encoder(
-            stage=stage,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            insert_eos=insert_eos,
-            truncation=truncation,
-            mask_prompt_loss=mask_prompt_loss,
-            train_on=train_on,
-        )
-        self.name, self.stage, self.max_length = dataset_args, stage, max_length
+        self.name, self.reading = dataset_args, Reading(**reading.only(Reading))  # the workers get no more
         self.pack_length, self.block_length, self.eos_id = pack_length, block_length, eos_id
-        self.longest = pack_length or max_length  # of its canvases
-        self.sources = []
+        self.longest = pack_length or reading.max_length  # of its canvases
+        self.sources, encode = [], data.ENCODERS[reading.stage](tokenizer, reading)
         for spec in data.parse_specs(dataset_args):
             source = _source(spec, "train")
             columns = _first_columns(source)
-            says = None if spec.lang is None else data.answer_filter(spec, columns)
-            self.sources.append(source._replace(says=says, content=data.content_of(spec, columns, stage, text_field)))
+            keep_row = data.row_filter(spec, columns)
+            content = data.content_of(spec, columns, reading.stage, reading.text_field)
+            self.sources.append(source._replace(keep_row=keep_row, encode=RowEncoder(content, encode)))
 
     def pieces(self, rows: list, rest: list[int]) -> tuple[list[dict], list[int], Counter]:
         """Rows to train on, of raw (source, row) and what was left of the tokens before; what is left; outcomes."""
-        encoded = [self.encode(self.sources[source].content(row)) for source, row in rows]
-        outcomes = Counter(row.outcome for row in encoded)
-        if self.stage == "pt":
-            tokens, T = np.array([*rest, *itertools.chain(*(row.tokens for row in encoded))], np.int64), self.max_length
+        encoded = [self.sources[source].encode(row) for source, row in rows]
+        outcomes = Counter(row["outcome"] for row in encoded)
+        if self.reading.stage == "pt":
+            # All texts and what was left before them, end to end, in full pieces
+            T = self.reading.max_length
+            tokens = np.concatenate([np.array(rest, np.int64), *(row["tokens"] for row in encoded)])
             full = len(tokens) // T * T
             pieces = [{"tokens": piece, "supervised": np.ones(T, bool)} for piece in tokens[:full].reshape(-1, T)]
             return pieces, tokens[full:].tolist(), outcomes
         pieces = [
-            {"tokens": np.array(row.tokens, np.int64), "supervised": np.array(row.supervised, bool)}
+            {"tokens": row["tokens"].astype(np.int64), "supervised": row["supervised"].astype(bool)}
             for row in encoded
-            if row.tokens
+            if len(row["tokens"])
         ]
+
+        # Chats one by one, or several to a canvas
         if self.pack_length:
             lengths = [data.filled(len(piece["tokens"]), self.block_length) for piece in pieces]
             groups = data.pack(lengths, self.pack_length)
@@ -195,6 +193,7 @@ class Reader:
         self._begin(state["passes"])
 
     def _begin(self, states: list) -> None:
+        """Opens every source anew, or where its state says. A limit takes the same rows in every pass."""
         self.passes = []
         for n, (source, state) in enumerate(zip(self.sources, states)):
             order = list(range(len(source.shards)))
@@ -206,10 +205,12 @@ class Reader:
         """The next rows, `most` of them, or fewer where the pass ends; then the next pass has begun."""
         rows = []
         while len(rows) < most:
+            # A pass ends when the longest source does
             if all(reading.done for reading in self.passes):
                 self.epoch, self.turn = self.epoch + 1, 0
                 self._begin([None] * len(self.sources))
                 break
+            # Until then the sources take turns, of which those that are read to their end have none
             n, self.turn = self.turn, (self.turn + 1) % len(self.passes)
             row = next(self.passes[n], None)
             if row is not None:
@@ -223,59 +224,123 @@ class Reader:
         return {"epoch": self.epoch, "count": self.count, "turn": self.turn, "passes": passes}
 
 
-def deal(stream: Stream, slots: list[int], total: int, *, seed: int, shuffle: bool, window: int, state: dict):
-    """Endless iterator over (rows for some slots of a global batch of `total`, one each; state; outcomes so far).
+# ---------------------------------------------------------------- rows to train on
+
+
+class SlotRows:
+    """Endless iterable of (rows for some slots of a global batch of `total`, one each; state; outcomes so far).
 
     Row i of the stream goes to slot i mod total, whatever process serves that slot: each slot packs its own rows and
     has its own state, so any division of the slots among processes gives the same batches, and each process tokenises
-    its own rows only (it does read all of them). Raw rows are dealt by windows. A window's rows are shuffled before
-    they are dealt, and a slot's pieces of them after, so its state is its window, its place in that, and the tokens
-    left over before. state: "windows", where in the sources those in use begin, and "slots".
+    its own rows only (it does read all of them).
+
+    Raw rows are read by windows. A window's rows are shuffled before the slots share them, and a slot's pieces of them
+    after. So the state of a slot is its window, how many of that one's pieces it has given, and the tokens left over
+    before. state: "windows", where in the sources those in use begin, and "slots".
     """
-    at = {slot: state["slots"].get(str(slot), [0, 0, []]) for slot in slots}
-    starts, dealt, pieces, outcomes, barren = {}, {}, {}, Counter(), Counter()
-    first = min(number for number, _, _ in at.values())
-    reader = Reader(stream.sources, seed, shuffle, state["windows"].get(str(first)))
-    read = first  # windows before this one are read
 
-    def mixed(items: list, *key: int) -> list:
-        if not shuffle:
-            return items
-        return [items[i] for i in np.random.default_rng((seed, *key)).permutation(len(items))]
+    def __init__(
+        self, stream: Stream, slots: list[int], total: int, *, seed: int, shuffle: bool, window_size: int, state
+    ):
+        self.stream, self.total = stream, total
+        self.seed, self.shuffle, self.window_size = seed, shuffle, window_size
+        # By slot: its state; then (its pieces, the tokens left over) of its window
+        self.slots = {slot: state["slots"].get(str(slot), [0, 0, []]) for slot in slots}
+        self.pieces = {}
 
-    def row_of(slot: int) -> dict:
-        nonlocal read
+        # The reader stands before the next window. By window, of those in use: the reader's state before it, and the
+        # raw rows of each slot that has not cut them yet
+        self.next_window = min(window for window, _, _ in self.slots.values())
+        self.reader = Reader(stream.sources, seed, shuffle, state["windows"].get(str(self.next_window)))
+        self.starts, self.raw_rows = {}, {}
+        self.outcomes, self.dropped_since = Counter(), Counter()  # by slot: rows dropped since one was not
+
+    def __iter__(self):
         while True:
-            number, place, rest = at[slot]
-            if slot not in pieces:
-                while read <= number:
-                    starts[read], dealt[read], begin = reader.state, {slot: [] for slot in slots}, reader.count
-                    for i, row in enumerate(mixed(reader.take(window), read, total), begin):
-                        if i % total in dealt[read]:
-                            dealt[read][i % total].append(row)
-                    read += 1
-                made, left, ends = stream.pieces(dealt[number].pop(slot), rest)
-                pieces[slot] = mixed(made, number, slot), left
-                outcomes.update(ends)
-                # Rows are dropped for ever? A whole pass of them shows it, or a great many.
-                barren[slot] = 0 if ends["kept"] + ends["cut"] else barren[slot] + ends.total()
-                enough = 100 if reader.epoch > 1 else 10_000
-                if barren[slot] > 10_000 or (outcomes.total() >= enough and not outcomes["kept"] + outcomes["cut"]):
-                    raise data.nothing_learnt(stream.name, "train", stream.max_length, data.tally(outcomes))
-            made, left = pieces[slot]
-            if place < len(made):
-                at[slot] = [number, place + 1, rest]
-                return made[place]
-            del pieces[slot]
-            at[slot] = [number + 1, 0, left]
+            rows = {slot: self._next_row(slot) for slot in self.slots}
 
-    while True:
-        rows = {slot: row_of(slot) for slot in slots}
-        oldest = min(number for number, _, _ in at.values())
-        for number in [number for number in starts if number < oldest]:
-            del starts[number], dealt[number]
-        windows = {str(number): start for number, start in starts.items()}
-        yield rows, {"windows": windows, "slots": {str(slot): held for slot, held in at.items()}}, Counter(outcomes)
+            # Forget the windows that every slot has left, and say how to go on after these rows
+            oldest = min(window for window, _, _ in self.slots.values())
+            for window in [window for window in self.starts if window < oldest]:
+                del self.starts[window], self.raw_rows[window]
+            windows = {str(window): start for window, start in self.starts.items()}
+            slots = {str(slot): state for slot, state in self.slots.items()}
+            yield rows, {"windows": windows, "slots": slots}, Counter(self.outcomes)
+
+    def _next_row(self, slot: int) -> dict:
+        while True:
+            window, given, rest = self.slots[slot]
+            if slot not in self.pieces:
+                self._make_pieces(slot)
+            pieces, left = self.pieces[slot]
+            if given < len(pieces):
+                self.slots[slot] = [window, given + 1, rest]
+                return pieces[given]
+            # This window gives no more: on to the next, with the tokens that filled no piece
+            del self.pieces[slot]
+            self.slots[slot] = [window + 1, 0, left]
+
+    def _make_pieces(self, slot: int) -> None:
+        """Makes pieces of the rows that a slot has of its window."""
+        window, _, rest = self.slots[slot]
+        while self.next_window <= window:
+            self._read_window()
+        pieces, left, outcomes = self.stream.pieces(self.raw_rows[window].pop(slot), rest)
+        self.pieces[slot] = self._shuffled(pieces, window, slot), left
+        self.outcomes.update(outcomes)
+
+        # Are rows dropped for ever? A whole pass of them shows it, or a great many.
+        learnt = outcomes["kept"] + outcomes["cut"]
+        self.dropped_since[slot] = 0 if learnt else self.dropped_since[slot] + outcomes.total()
+        enough = 100 if self.reader.epoch > 1 else 10_000
+        none_yet = not self.outcomes["kept"] + self.outcomes["cut"]
+        if self.dropped_since[slot] > 10_000 or (self.outcomes.total() >= enough and none_yet):
+            raise data.no_rows_left(
+                self.stream.name, "train", self.stream.reading.max_length, data.tally(self.outcomes)
+            )
+
+    def _read_window(self) -> None:
+        """Reads the next window, and gives each of our slots the rows that fall to it."""
+        window, first = self.next_window, self.reader.count
+        self.starts[window], self.raw_rows[window] = self.reader.state, {slot: [] for slot in self.slots}
+        for i, row in enumerate(self._shuffled(self.reader.take(self.window_size), window, self.total), first):
+            if i % self.total in self.raw_rows[window]:
+                self.raw_rows[window][i % self.total].append(row)
+        self.next_window += 1
+
+    def _shuffled(self, items: list, *key: int) -> list:
+        if not self.shuffle:
+            return items
+        return [items[i] for i in np.random.default_rng((self.seed, *key)).permutation(len(items))]
+
+
+def in_process(rows: SlotRows):
+    """Iterator over `rows`, which a process of its own makes. An error there is raised here."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process that runs CUDA or threads is not safe
+    receiving, sending = context.Pipe(duplex=False)
+    worker = context.Process(target=_send_all, args=(rows, sending), daemon=True)
+    worker.start()
+    sending.close()  # ours: only the worker has the pipe open now, and so it ends with the worker
+    try:
+        while not isinstance(item := receiving.recv(), Exception):
+            yield item
+        raise item
+    except EOFError:
+        raise RuntimeError("the process that reads the data has died; was it killed for memory?") from None
+    finally:
+        worker.terminate()
+
+
+def _send_all(rows: SlotRows, pipe) -> None:
+    os.setsid()  # a signal to the parent's group, as torchrun and Ctrl-C send, is the parent's to answer
+    try:
+        for item in rows:
+            pipe.send(item)
+    except BrokenPipeError:
+        pass  # the parent has ended, perhaps killed
+    except Exception as error:
+        known = type(error) in (ValueError, FileNotFoundError, ConnectionError)
+        pipe.send(error if known else RuntimeError(traceback.format_exc()))
 
 
 class StreamLoader(Batches):
@@ -303,52 +368,61 @@ class StreamLoader(Batches):
         prefetch: int = 2,
         workers: int = 0,
     ):
-        """shuffle_buffer: raw rows of a window (see deal), over all ranks. prefetch: steps that are made ahead, by a
-        thread, or by `workers` processes that share this rank's slots. None of the three changes what a step holds,
-        but for shuffle_buffer."""
+        """shuffle_buffer: raw rows of a window (see SlotRows), of all ranks. prefetch: steps that are made ahead, by a
+        thread, or by `workers` processes that share this rank's slots. Of the three, shuffle_buffer alone changes what
+        a step holds."""
         super().__init__(micro_batch_size, accumulation, rank, world_size)
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle buffer {shuffle_buffer}: expected at least 1 row")
         self.stream, self.seed, self.collate, self.prefetch, self.workers = stream, seed, collate, prefetch, workers
         self.shuffle, self.shuffle_buffer = shuffle, shuffle_buffer
-        self.step, self.at = 0, {"windows": {}, "slots": {}}
+        self.step, self.progress = 0, {"windows": {}, "slots": {}}
         self.counts = Counter()  # of the rows that this rank has read since it started
 
     def batches(self):
         """Endless iterator over optimizer steps, as Loader's, from `state` on, which it moves along."""
-        micro_batches = self.own(self.global_batch_size)
+        micro_batches = self.micro_batches(self.global_batch_size)
         slots = list(itertools.chain(*micro_batches))
-        shares = min(self.workers, len(slots)) or 1
-        parts = []
+
+        # Each worker, or else one thread, makes the rows of a share of this rank's slots
+        parts, shares = [], min(self.workers, len(slots)) or 1
+        options = {
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "window_size": self.shuffle_buffer,
+            "state": self.progress,
+        }
         for n in range(shares):
-            options = {"seed": self.seed, "shuffle": self.shuffle, "window": self.shuffle_buffer, "state": self.at}
-            make = partial(deal, self.stream, slots[n::shares], self.global_batch_size, **options)
-            parts.append(data.ahead(make, max(self.prefetch, int(self.workers > 0)), process=self.workers > 0))
+            share = SlotRows(self.stream, slots[n::shares], self.global_batch_size, **options)
+            make = partial(in_process, share) if self.workers else share.__iter__
+            parts.append(data.prefetch(make, self.prefetch))
+
+        # A step takes what they give together
         for part in zip(*parts):
-            rows, at, outcomes = {}, {"windows": {}, "slots": {}}, Counter()
-            for of_slots, state, ends in part:
-                rows |= of_slots
-                outcomes += ends
-                for name in at:
-                    at[name] |= state[name]
+            rows, progress, outcomes = {}, {"windows": {}, "slots": {}}, Counter()
+            for rows_of_part, state, outcomes_of_part in part:
+                rows |= rows_of_part
+                outcomes += outcomes_of_part
+                for name in progress:
+                    progress[name] |= state[name]
             step = []
-            for own in micro_batches:
-                sample = self.step * self.global_batch_size + torch.tensor(own)
-                batch = self.collate([rows[slot] for slot in own], longest=self.stream.longest)
+            for micro_batch in micro_batches:
+                sample = self.step * self.global_batch_size + torch.tensor(micro_batch)
+                batch = self.collate([rows[slot] for slot in micro_batch], longest=self.stream.longest)
                 step.append(batch | {"sample": sample, "epoch": 0})
-            self.step, self.at, self.counts = self.step + 1, at, data.tally(outcomes)
+            self.step, self.progress, self.counts = self.step + 1, progress, data.tally(outcomes)
             yield step
 
     @property
     def state(self) -> dict:
         """What this rank adds to what it takes to go on after the last step that `batches` gave; JSON."""
-        return {"step": self.step, **self.at, **self._settings()}
+        return {"step": self.step, **self.progress, **self._settings()}
 
     def _settings(self) -> dict:
         return {
             "set": self.stream.name,
-            "stage": self.stream.stage,
-            "max_length": self.stream.max_length,
+            "stage": self.stream.reading.stage,
+            "max_length": self.stream.reading.max_length,
             "packing": [self.stream.pack_length, self.stream.block_length],
             "global_batch_size": self.global_batch_size,
             "seed": self.seed,
@@ -357,13 +431,15 @@ class StreamLoader(Batches):
 
     def load_state(self, states: dict | list[dict]) -> None:
         """Takes the `state` of every rank of the run to go on with, however many there are now."""
+        # Together they must be of one step of this run, and have every slot of this rank
         states = states if isinstance(states, list) else [states]
-        at = {"windows": {}, "slots": {}}
+        progress = {"windows": {}, "slots": {}}
         for state in states:
-            self.check(state, self._settings() | {"step": states[0]["step"]})
-            for name in at:
-                at[name] |= state[name]
-        missing = [slot for own in self.own(self.global_batch_size) for slot in own if str(slot) not in at["slots"]]
+            self.check_state(state, self._settings() | {"step": states[0]["step"]})
+            for name in progress:
+                progress[name] |= state[name]
+        slots = itertools.chain(*self.micro_batches(self.global_batch_size))
+        missing = [slot for slot in slots if str(slot) not in progress["slots"]]
         if states[0]["step"] and missing:
             raise ValueError(f"the state of a stream lacks slots {missing[:4]}: load the states of all its ranks")
-        self.step, self.at = states[0]["step"], at
+        self.step, self.progress = states[0]["step"], progress

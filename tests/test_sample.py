@@ -19,6 +19,7 @@ import data
 import display
 import sample
 from diffusion import Step, denoise
+from tasks.builtin import TASKS
 from tokenizer import Tokenizer
 
 OBJECTIVES = ("ar", "mdlm", "bd3lm")
@@ -303,7 +304,7 @@ def cheat(right: set[str]):
 
 
 def test_scoring_counts_what_is_right_by_task_and_pooled(run, monkeypatch):
-    monkeypatch.setattr(data, "SUMS", {"train": 60, "validation": 20, "test": 40})
+    monkeypatch.setattr("tasks.builtin.SUMS", {"train": 60, "validation": 20, "test": 40})
     rows = list(data.raw("builtin/sums[test:40]", "test"))
     right = {row["messages"][0]["content"] for i, row in enumerate(rows) if i % 4 == 0 or row["task"] == "add"}
     monkeypatch.setattr(sample, "denoise", cheat(right))
@@ -311,7 +312,7 @@ def test_scoring_counts_what_is_right_by_task_and_pooled(run, monkeypatch):
     status, out, err = run(*flags, "--max_new_tokens", "16", "--output", "o.jsonl", "--min_exact_match", "30")
     assert status == 0, err
     table = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:7]}
-    for task in data.TASKS:
+    for task in TASKS:
         of = [row["messages"][0]["content"] in right for row in rows if row["task"] == task]
         assert float(table[task][0]) == 100 * sum(of) / len(of) and int(table[task][1]) == len(of) == 8
     assert float(table["all"][0]) == pytest.approx(100 * len(right) / 40, abs=0.05) and table["all"][1] == "40"

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 from conftest import GOLDEN, golden_json
-from test_data import cache, chat, write  # noqa: F401
+from test_data import cache, chat, load_rows, tokenize_chat, write  # noqa: F401
 
 import data
 import stream
@@ -39,9 +39,21 @@ def texts(tmp_path_factory) -> str:
     return str(root)
 
 
-def loader(spec: str, micro=2, accumulation=2, *, max_length=2, stage="pt", reading=None, collating=None, **options):
+def loader(
+    spec: str,
+    micro=2,
+    accumulation=2,
+    *,
+    max_length=2,
+    stage="pt",
+    reading=None,
+    packing=None,
+    collating=None,
+    **options,
+):
+    reading = data.Reading(stage=stage, max_length=max_length, **reading or {})
     return stream.StreamLoader(
-        stream.Stream(spec, stage=stage, tokenizer=TOK, max_length=max_length, **reading or {}),
+        stream.Stream(spec, TOK, reading, **packing or {}),
         micro_batch_size=micro,
         accumulation=accumulation,
         collate=partial(data.collate, pad_id=TOK.pad_id, **collating or {}),
@@ -175,10 +187,11 @@ def test_a_mistake_in_a_worker_process_is_told_in_the_same_words(tmp_path):
 def test_texts_are_packed_across_rows_windows_and_passes_without_losing_a_token(texts):
     """Slot s of 4 has rows s, s + 4, ... one after another, cut into pieces."""
     lines = [row["text"] for row in data.raw(texts, "train")]
+    encode = data.TextEncoder(TOK, data.Reading())
     steps = take(loader(texts, shuffle=False, max_length=8), 60)
     for slot in range(4):
         tokens = torch.cat([step["tokens"][slot] for step in steps]).tolist()
-        expected = [i for n in range(slot, 4 * len(lines), 4) for i in data.tokenize_text(lines[n % 60], TOK).tokens]
+        expected = [i for n in range(slot, 4 * len(lines), 4) for i in encode(lines[n % 60]).tokens]
         assert tokens == expected[: len(tokens)] and len(tokens) == 60 * 8
 
 
@@ -209,7 +222,7 @@ def test_limits_and_turns_of_several_sets(words, texts):
 def test_a_stream_without_test_rows_holds_some_out_of_training(tmp_path):
     write(tmp_path / "train-0.jsonl", [{"text": f"w{i}"} for i in range(200)])
     write(tmp_path / "train-1.jsonl", [{"text": f"w{i}"} for i in range(200, 400)])
-    load = partial(data.load, stage="pt", tokenizer=TOK, max_length=2, rows_of=stream.load_split)
+    load = partial(load_rows, tokenizer=TOK, max_length=2, rows_of=stream.load_split)
     test = {int(row["tokens"][0]) for row in load(str(tmp_path), split="test")}
     train = set(firsts(take(loader(str(tmp_path)), 250)))
     assert not train & test and train | test == set(range(400)) and 8 <= len(test) <= 35
@@ -229,7 +242,7 @@ def test_chat_rows_stream_with_their_language_filter_and_counts(tmp_path):
     write(tmp_path / "test.jsonl", [good])
     filtered = loader(f"{tmp_path}[lang:w7]", stage="sft", max_length=16)
     steps = take(filtered, 5)
-    golden = data.tokenize_chat(good["messages"], TOK, max_length=16)
+    golden = tokenize_chat(good["messages"], TOK, max_length=16)
     width = len(golden.tokens)
     assert {tuple(row) for step in steps for row in step["tokens"][:, :width].tolist()} == {tuple(golden.tokens)}
     assert all(row == golden.supervised for step in steps for row in step["supervised"][:, :width].tolist())
@@ -250,7 +263,7 @@ def test_packed_chat_rows_stream_once_each(tmp_path):
         stage="sft",
         max_length=16,
         shuffle_buffer=40,
-        reading={"pack_length": 48, "block_length": 4, "eos_id": EOS},
+        packing={"pack_length": 48, "block_length": 4, "eos_id": EOS},
         collating={"block_length": 4, "eos_id": EOS},
     )
     seen = Counter()
