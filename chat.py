@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from cli import (
-    Decoding,
+    Answers,
     Opening,
     canvas,
     check_messages,
@@ -43,19 +43,13 @@ class Conversing(Options):
 
 
 @dataclass(kw_only=True)
-class Display(Options):
+class Talking(Sampling):  # all that /set changes
     "display"
 
     visualize: bool = True
     """redraw the answer in place: masked, just settled (green), settled. False, and always where there is no terminal:
     write text as it settles from the left"""
-
-
-@dataclass(kw_only=True)
-class Talking(Display, Sampling):
-    """What /set changes."""
-
-    seed: Seed = 42  # of all random numbers
+    seed: Seed = Opening.seed  # of all random numbers
 
 
 @dataclass(kw_only=True)
@@ -69,8 +63,8 @@ class Chat(Talking, Conversing, Opening):
     earlier ones. On a pipe each line is a message, and only answers are written.
 
     ar and bd3lm keep the keys and values of complete blocks from turn to turn, and compute only what is new or differs;
-    the answers are the same as without. When a conversation no longer fits in the model's context, the model does not
-    see its oldest exchanges, and a line says so."""
+    the answers are the same as without. When a conversation grows longer than the model's context, the model no longer
+    sees its oldest exchanges, and a line says so."""
 
     prog: ClassVar[str] = "chat.py"
 
@@ -103,14 +97,18 @@ class Conversation:
             raise ValueError("--chat_template True: the tokenizer has no chat template; pass False to continue text")
         if args.system is not None and not self.templated:
             raise ValueError(f"--system {args.system} needs a chat template; leave it out where text is continued")
+
+        # What commands may change.
         self.options = Talking(**args.only(Talking))
         self.generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)
         self.system_message = args.system
+
+        # What has happened so far.
         self.messages = []  # turns of user and assistant, without the system message
         self.left_out = 0  # how many messages at the start the model no longer sees
         self.prefix = Prefix()  # the cache of earlier turns
         self.files = set()  # that this conversation was saved to or loaded from
-        self._check(self.options)
+        self._check(self.options)  # now, not at the first message
 
     def obey(self, line: str) -> None:
         """Does what a line says: a message, or a command; two slashes begin a message that begins with one."""
@@ -148,6 +146,7 @@ class Conversation:
         name, text = name.lstrip("-"), text.strip()
         if rest and name not in known:
             raise ValueError(f"unknown option {name}; {nearest(name, known, '/set lists them')}")
+        # The command line's parser reads the value; what contradicts the other options shows in _change.
         if text:
             try:
                 given = vars(Talking.parser().parse_args([] if text == "none" else [f"--{name}={text}"]))
@@ -167,6 +166,7 @@ class Conversation:
         """answer the last message once more; at temperature 0 only other options change the answer"""
         if not self.messages:
             raise ValueError("nothing to retry; the conversation is empty")
+        # If the new answer is stopped before it has a token, the old one comes back.
         before = list(self.messages)
         self._ask(self._take_back(), otherwise=before)
         if len(self.messages) < len(before):
@@ -264,6 +264,7 @@ class Conversation:
                 f"the message was not taken: its {len(ids)} tokens and max_new_tokens {new} exceed the context of "
                 f"{context}; shorten it or /set max_new_tokens lower"
             )
+        # Mention it only when more is left out than at the turn before.
         if first > self.left_out:
             note(
                 f"the context of {context} tokens is full: the model no longer sees the oldest {first // 2} of "
@@ -277,10 +278,11 @@ class Conversation:
         in; None: the answer follows them."""
         objective, infilling = self.model.config.objective, holes is not None
         options = sampler_options(self.options, objective, **({"max_new_tokens": 0} if infilling else {}))
-        # Guidance, and blocks that begin where the prompt ends, change what earlier columns see.
-        fixed = objective != "mdlm" and not options["cfg_scale"] and options["block_align"] != "prompt"
-        prefix = self.prefix if fixed and not infilling else None
-        decoding = Decoding(
+        # A cache of earlier turns is right only if their columns see the same as before. mdlm's see what comes after
+        # them; guidance, and blocks that begin where the prompt ends, change what they see.
+        reusable = objective != "mdlm" and not options["cfg_scale"] and options["block_align"] != "prompt"
+        prefix = self.prefix if reusable and not infilling else None
+        answers = Answers(
             self.model,
             self.tokenizer,
             [ids],
@@ -295,21 +297,23 @@ class Conversation:
             Stream(live=self.options.visualize, revocable=options["remasking"] == "p2") as stream,
         ):
             try:
-                for step in decoding:
+                for step in answers:
+                    # Before the first forward the prefix is as long as what it has in common with this prompt.
                     if prefix is not None and step.forwards == 0:
                         reused = len(prefix.tokens)
-                    stream.show(*decoding.shown())
+                    stream.show(*answers.shown())
                     if pressed:
                         break
             except KeyboardInterrupt:
                 pressed.append(True)
             finally:
-                decoding.steps.close()
+                answers.steps.close()
             # The whole answer, once more and for good; what was filled in stands out.
-            (answer,) = decoding.answers()
+            (answer,) = answers.final()
             stream.close(spans(self.tokenizer, answer.ids, [False] * len(answer.ids), answer.filled))
 
-        notes = [str(Rate(answer.tokens, decoding.seconds, answer.forwards))]
+        # What it took, in one line.
+        notes = [str(Rate(answer.tokens, answers.seconds, answer.forwards))]
         notes += [f"{reused} of {len(ids)} prompt tokens kept"] if reused else []
         notes += unused_steps(options, objective, sum(holes or []) + options["max_new_tokens"])
         notes += ["stopped"] if pressed else []
@@ -386,6 +390,7 @@ def talk(conversation: Conversation) -> None:
     """Until the end of input. At a terminal an error is printed and the talk goes on; on a pipe it ends the program."""
     interactive = sys.stdin.isatty()
     while True:
+        # `input` edits lines at a terminal. A pipe is read as bytes: UTF-8, whatever the locale.
         try:
             if interactive:
                 line = input(PROMPT)

@@ -23,6 +23,9 @@ from model import LanguageModel
 from options import Model, Options, Seed
 from tokenizer import ROLES, Tokenizer, why_invalid
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and files
+
 
 def hold_back() -> None:
     """Waits on every rank of torchrun's but the first, so that only that one prints an error: once it has ended,
@@ -89,13 +92,15 @@ def one_line_errors(prog: str):
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if "by peer" in str(error):  # gloo: connection closed, or reset
+        # gloo's words when another process is gone: connection closed, or reset, by peer.
+        if "by peer" in str(error):
             time.sleep(10)
         raise
 
 
 def check_directory(flag: str, directory: str | Path) -> None:
     """ValueError where nothing can be written into `directory`, which need not exist. Call it before the work."""
+    # The nearest directory above that exists decides.
     whole = Path(directory).absolute()
     there = next(path for path in (whole, *whole.parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
@@ -167,6 +172,7 @@ def compile_layers(model: LanguageModel) -> None:
 def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageModel, Tokenizer]:
     """A checkpoint's model and tokenizer. The model's config then declares its objective and all that goes with it, by
     the checkpoint or, where that says nothing, by the options. block_size: of the sampler."""
+    # torch refuses a device only when it is used, so use it once.
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -212,6 +218,7 @@ def canvas(tokenizer: Tokenizer, prompt: list[int], *, predicted_from_before: bo
     predicted_from_before: a token is predicted from the one before it (ar, right shift), so a prompt that is empty or
     begins with a mask gets a BOS token before it, or EOS where there is no BOS.
     """
+    # A mask's id may lie beyond the embedding (see convert.py), so another one takes its place.
     holes = [token == tokenizer.mask_id for token in prompt]
     begin = []
     if predicted_from_before and (not holes or holes[0]):
@@ -225,6 +232,7 @@ def canvas(tokenizer: Tokenizer, prompt: list[int], *, predicted_from_before: bo
 
 def check_messages(messages, where: str, *, answered: bool = False) -> list[dict]:
     """`messages`, or ValueError if they are no chat (tokenizer.why_invalid); `where` they come from is named in it."""
+    # Show what was found, shortened.
     if reason := why_invalid(messages, answered=answered):
         shown = json.dumps(messages, ensure_ascii=False, default=str)
         shown = shown if len(shown) <= 100 else shown[:100] + "…"
@@ -241,6 +249,7 @@ def sampler_options(options: Sampling, objective: str, **changes) -> dict:
 
     ValueError where mdlm's block is longer than the answer: the block size would then have no effect.
     """
+    # ar decodes token by token, and bd3lm's block length is the checkpoint's: Sampling.block checks those two.
     options = options.only(Sampling) | changes
     given, new = options["block_size"], options["max_new_tokens"]
     if objective != "mdlm":
@@ -270,10 +279,12 @@ class Answer(NamedTuple):
     forwards: int
 
 
-class Decoding:
-    """A batch of prompts on its way to answers: iterate over it, which is `denoise`, and ask for what is there so far.
+class Answers:
+    """The answers to a batch of prompts, while they are denoised.
 
-    canvas_masks (infilling): the answer is the whole canvas, and end tokens do not end it. None: it follows the prompt,
+    Iterate over it, which takes the steps of `denoise`; `shown` is what there is after each, `final` what comes out.
+
+    canvas_masks (infilling): an answer is the whole canvas, and end tokens do not end it. None: it follows the prompt,
     up to its first end token. options: of `sampler_options`.
     """
 
@@ -288,12 +299,13 @@ class Decoding:
         generator: torch.Generator | None,
         prefix: Prefix | None = None,
     ):
+        # Of each row, what is denoised: all of its canvas, or what follows its prompt.
         self.tokenizer, self.infilling = tokenizer, canvas_masks is not None
         self.end_ids = () if self.infilling else tuple(tokenizer.end_ids)
         new = options["max_new_tokens"]
-        self.columns = [slice(0 if self.infilling else len(ids), len(ids) + new) for ids in prompts]  # the answers
+        self.columns = [slice(0 if self.infilling else len(ids), len(ids) + new) for ids in prompts]
         self.seconds = 0.0
-        self.last = None  # the last step
+        self.last = None  # the newest step
         self.steps = denoise(
             model,
             prompts,
@@ -305,16 +317,17 @@ class Decoding:
         )
 
     def __iter__(self):
-        """Yields each step. Only the time spent on making them counts as `seconds`, not what the caller does."""
+        """Yields each step. `seconds` is the time spent on making them, without what the caller does with them."""
         while True:
             begun = time.perf_counter()
             step = next(self.steps, None)
             self.seconds += time.perf_counter() - begun
             if step is None:
                 return
+            # Of each token the forward that settled it, 0 if it was given; of each row the forwards until it was done.
             if self.last is None:
-                self.first = step.masked
-                self.settled = torch.zeros_like(step.tokens)  # (B, T) the forward that a token was settled by
+                self.masks = step.masked
+                self.settled = torch.zeros_like(step.tokens)  # (B, T)
                 self.forwards = torch.zeros_like(step.done, dtype=torch.int64)  # (B,)
             else:
                 self.settled = torch.where(self.last.masked & ~step.masked, step.forwards, self.settled)
@@ -323,22 +336,23 @@ class Decoding:
             yield step
 
     def shown(self) -> list[Spans]:
-        """Each row's answer as it is after the last step."""
+        """Each row's answer as it is after the newest step."""
         fresh = self.settled == max(self.last.forwards, 1)
         rows = zip(self.columns, self.last.tokens.tolist(), self.last.masked.tolist(), fresh.tolist())
         return [spans(self.tokenizer, *(row[columns] for row in values), self.end_ids) for columns, *values in rows]
 
-    def answers(self) -> list[Answer]:
-        """Each row's answer; of one that was stopped, what is before its first mask."""
+    def final(self) -> list[Answer]:
+        """Each row's answer; if it was stopped, what is before its first mask."""
         if self.last is None:
             return [Answer([], [], 0, 0) for _ in self.columns]
         begun = time.perf_counter()
-        values = [field.tolist() for field in (self.last.tokens, self.last.masked, self.first, self.forwards)]
+        values = [field.tolist() for field in (self.last.tokens, self.last.masked, self.masks, self.forwards)]
         self.seconds += time.perf_counter() - begun  # on a GPU this waits for the last forward
         found = []
-        for columns, ids, masked, first, forwards in zip(self.columns, *values):
-            ids, masked, first = ids[columns], masked[columns], first[columns]
+        for columns, ids, masked, holes, forwards in zip(self.columns, *values):
+            # The answer ends at an end token. One that was stopped may have a mask before it, and ends there.
+            ids, masked, holes = ids[columns], masked[columns], holes[columns]
             end = next((i for i, token in enumerate(ids) if masked[i] or token in self.end_ids), len(ids))
-            tokens = sum(first[:end]) + (end < len(ids) and not masked[end])  # the end token is generated, too
-            found.append(Answer(ids[:end], [self.infilling and hole for hole in first[:end]], tokens, forwards))
+            tokens = sum(holes[:end]) + (end < len(ids) and not masked[end])  # the end token is generated, too
+            found.append(Answer(ids[:end], [self.infilling and hole for hole in holes[:end]], tokens, forwards))
         return found

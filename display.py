@@ -180,6 +180,7 @@ class Region:
 
     def draw(self, lines: list[Spans], *, above: list[Spans] = ()) -> None:
         """Replaces the region by `lines` of `wrap`, as many as there is room for, and writes `above` over it."""
+        # Lines beyond the window's height would scroll away, out of reach: count them instead.
         room = max(os.get_terminal_size(self.stream.fileno()).lines - 1, 1)
         if len(lines) > room:
             note = f"… {len(lines) - room + 1} more lines"
@@ -229,7 +230,7 @@ class Stream(Region):
         while complete < len(lines) and characters + len(lines[complete]) <= len(settled):
             characters += len(lines[complete])
             complete += 1
-        # ... but the last of them is not certain: the first word after it may get shorter, and then fit in it.
+        # ... but the last of them is not certain: the word after it may get shorter, and move up.
         certain = lines[: max(complete - 1, 0)]
         self.written += sum(map(len, certain))
         self.draw(lines[len(certain) :], above=certain)
@@ -330,6 +331,7 @@ def page(trace: Trace) -> str:
     """A page that needs nothing else: the text coloured, below it position x forward; hovering tells the numbers."""
     T, S = len(trace.texts), trace.forwards
     width, height = 14, max(3, min(14, 600 // (S + 1)))
+    # Each token twice: as coloured text, and as a column that is grey above the forward which settled it.
     words, bars = [], []
     for t, (text, settled, confidence) in enumerate(zip(trace.texts, trace.settled, trace.confidence)):
         red, green, blue = colour(settled, confidence, S)

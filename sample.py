@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import data
 from cli import (
-    Decoding,
+    Answers,
     Opening,
     canvas,
     check_file,
@@ -30,6 +30,7 @@ from model import LanguageModel
 from options import Bound, Natural, Options, Rows, Words
 from tokenizer import Tokenizer
 
+Percent = Annotated[float, Bound(lambda score: 0 <= score <= 100, "a percentage, 0 to 100"), "PERCENT"]
 FRAME = 0.04  # seconds that a frame of --show lasts at least
 PLAIN_EVERY = 8  # forwards from one line of --show to the next where there is no terminal
 
@@ -74,9 +75,7 @@ class Scoring(Options):
     """take the prompts from a chat data set, such as builtin/sums[test:500]: all turns but the last, which the answer
     must equal but for white space at its ends. Prints a table by task and pooled (default: none)"""
     split: Annotated[str, "SPLIT"] = "test"  # of --dataset_args: train, validation or test
-    min_exact_match: (
-        Annotated[float, Bound(lambda score: 0 <= score <= 100, "a percentage, 0 to 100"), "PERCENT"] | None
-    ) = None
+    min_exact_match: Percent | None = None
     """exit with status 1 if the pooled score is lower (default: 0)"""
 
 
@@ -162,6 +161,8 @@ def from_lines(source: str | None) -> list[Request]:
         name, content = "standard input", sys.stdin.buffer.read()
     else:
         name, content = source, Path(source).read_bytes()
+
+    # Decode by hand, for an error that names the file and the byte.
     try:
         lines = content.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -203,6 +204,7 @@ def to_score(row: dict, source: str) -> Request:
 
 def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Sets `ids`, `holes` and `new` of the n-th request."""
+    # Which of the three ways is it: a turn of a chat, a text to continue, or a text with masks to fill in?
     prompt, is_text = request.prompt, isinstance(request.prompt, str)
     chat = tokenizer.template is not None if args.chat_template is None else args.chat_template
     texts = [prompt] if is_text else [message["content"] for message in prompt]
@@ -219,10 +221,11 @@ def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokeniz
         ids = render(prompt, n, args, tokenizer, infilling)
     request.ids, holes = canvas(tokenizer, ids, predicted_from_before=model.config.right_shift)
     request.holes = holes if infilling else None
+
+    # How much follows, and whether the model's context has room for it.
     request.new = args.max_new_tokens
     if request.new is None:
         request.new = 0 if infilling else Sampling.max_new_tokens
-
     context = model.config.max_position_embeddings
     if len(request.ids) + request.new > context:
         raise ValueError(
@@ -244,16 +247,6 @@ def render(prompt: str | list[dict], n: int, args: Sample, tokenizer: Tokenizer,
     return ids
 
 
-def described(request: Request, tokenizer: Tokenizer) -> str:
-    """The prompt as it is printed."""
-    if not isinstance(request.prompt, str):
-        return "\n".join(f"{message['role']}: {message['content']}" for message in request.prompt)
-    if request.prompt == "":
-        after = f", after {tokenizer.decode(request.ids, skip_special_tokens=False)}" if request.ids else ""
-        return f"(from scratch{after})"
-    return request.prompt
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
@@ -267,7 +260,7 @@ class Watch(Region):
             for n, row in enumerate(rows, 1):
                 lines += wrap([(f"{n} ", STRONG), *row], self.width)
             self.draw(lines)
-            time.sleep(FRAME)
+            time.sleep(FRAME)  # not counted in the time that decoding took
         elif forwards % PLAIN_EVERY == 0:
             for n, row in enumerate(rows, 1):
                 text = plain(row).replace("\n", "\\n")
@@ -276,10 +269,10 @@ class Watch(Region):
 
 def decode(
     model: LanguageModel, tokenizer: Tokenizer, batch: list[Request], *, options: dict, generator, watch: bool
-) -> Decoding:
+) -> Answers:
     """Answers the requests of a batch, which are of one kind. watch: show each step."""
     holes = [request.holes for request in batch]
-    decoding = Decoding(
+    answers = Answers(
         model,
         tokenizer,
         [request.ids for request in batch],
@@ -288,32 +281,34 @@ def decode(
         generator=generator,
     )
     with Watch(live=watch) as screen:
-        for step in decoding:
+        for step in answers:
             if watch:
-                screen.show(decoding.shown(), step.forwards)
-    for request, answer in zip(batch, decoding.answers()):
+                screen.show(answers.shown(), step.forwards)
+
+    # The answer as text, and as it is printed: what was filled in stands out.
+    for request, answer in zip(batch, answers.final()):
         request.answer = tokenizer.decode(answer.ids)
         request.tokens, request.forwards = answer.tokens, answer.forwards
         request.shown = spans(tokenizer, answer.ids, [False] * len(answer.ids), answer.filled)
-    return decoding
+    return answers
 
 
 def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
     """The requests in batches of one kind, those of a kind in their order."""
     for kind in sorted({request.kind for request in todo}):
-        alike = [request for request in todo if request.kind == kind]
-        for begin in range(0, len(alike), size):
-            yield alike[begin : begin + size]
+        same = [request for request in todo if request.kind == kind]
+        for begin in range(0, len(same), size):
+            yield same[begin : begin + size]
 
 
-def traced(decoding: Decoding, objective: str) -> Trace:
-    """How the first row of a batch was denoised."""
-    columns, last = decoding.columns[0], decoding.last
-    ids, masked, settled = (field[0, columns].tolist() for field in (last.tokens, last.masked, decoding.settled))
-    forwards = decoding.forwards[0].item()
+def traced(answers: Answers, objective: str) -> Trace:
+    """How the first row of a batch was denoised, for a picture."""
+    columns, last = answers.columns[0], answers.last
+    ids, masked, settled = (field[0, columns].tolist() for field in (last.tokens, last.masked, answers.settled))
+    forwards = answers.forwards[0].item()
     when = [-1 if hole else forward for hole, forward in zip(masked, settled)]
     return Trace(
-        pieces(decoding.tokenizer, ids, masked, skip_special_tokens=False),
+        pieces(answers.tokenizer, ids, masked, skip_special_tokens=False),
         when,
         last.confidence[0, columns].tolist(),
         forwards,
@@ -325,9 +320,16 @@ def traced(decoding: Decoding, objective: str) -> Trace:
 # What is printed and written
 
 
-def show_answer(request: Request, n: int, total: int, tokenizer: Tokenizer) -> None:
-    """Prompt and answer; of a prompt that was filled in, what was filled in stands out."""
-    show([(f"[{n}/{total}] {described(request, tokenizer)}\n", STRONG), *request.shown], end="\n\n")
+def show_answer(request: Request, number: str, tokenizer: Tokenizer) -> None:
+    """Prints prompt and answer; what was filled in stands out."""
+    if not isinstance(request.prompt, str):
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in request.prompt)
+    elif request.prompt == "":
+        after = f", after {tokenizer.decode(request.ids, skip_special_tokens=False)}" if request.ids else ""
+        prompt = f"(from scratch{after})"
+    else:
+        prompt = request.prompt
+    show([(f"[{number}] {prompt}\n", STRONG), *request.shown], end="\n\n")
 
 
 def rate(done: list[Request], seconds: float) -> Rate:
@@ -336,6 +338,7 @@ def rate(done: list[Request], seconds: float) -> Rate:
 
 def show_table(todo: list[Request], seconds: dict[str | None, float]) -> float:
     """Prints exact match by task and pooled, the answer against the expected one; returns the pooled percentage."""
+    # A row for each task if there are several, and one for all.
     tasks = [task for task in seconds if task is not None] if len(seconds) > 1 else []
     rows = [(task, [request for request in todo if request.task == task], seconds[task]) for task in tasks]
     rows.append(("all", todo, sum(seconds.values())))
@@ -363,6 +366,7 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
         **options,
         "block_size": model.config.block_length if options["block_size"] is None else options["block_size"],
     }
+    # The file takes its name when it is complete.
     with replacing_file(args.output) as file, file.open("w", encoding="utf-8") as lines:
         for request in todo:
             row = {name: getattr(request, name) for name in ("prompt", "answer", "tokens", "forwards")}
@@ -376,9 +380,9 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
 # The program
 
 
-def sample(args: Sample) -> int:
-    """Does what the options say; returns the exit status."""
-    # Whatever may be wrong is found before the first forward.
+def prepare(args: Sample) -> tuple[list[Request], LanguageModel, Tokenizer, dict]:
+    """The encoded prompts, the model, its tokenizer and the sampler's options. What is wrong is found here."""
+    # Names of files first, as they cost nothing; then the prompts; then the model.
     for flag, path, endings in (("--output", args.output, (".jsonl",)), ("--picture", args.picture, (".png", ".html"))):
         if path is not None:
             check_file(flag, path, endings, overwrite=args.overwrite)
@@ -388,36 +392,44 @@ def sample(args: Sample) -> int:
         raise ValueError("--chat_template True: the tokenizer has no chat template; pass False to continue plain text")
     if args.system is not None and (tokenizer.template is None or args.chat_template is False):
         raise ValueError(f"--system {args.system} needs a chat template; leave it out where text is continued")
+
+    # Encode all before the first is decoded: the last may be too long, and that should not show after an hour.
     options = sampler_options(args, model.config.objective)
     for n, request in enumerate(todo, 1):
         encode(request, n, args, model, tokenizer)
+    return todo, model, tokenizer, options
 
-    # Decode batch by batch, and print each answer as soon as it and those before it are there.
+
+def sample(args: Sample) -> int:
+    """Does what the options say; returns the exit status."""
+    todo, model, tokenizer, options = prepare(args)
+    objective = model.config.objective
     generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)
+
+    # Decode batch by batch, and print each answer as soon as those before it are printed.
     seconds, trace, printed = {}, None, 0
     progress = tqdm(total=len(todo), unit="row", disable=None if args.dataset_args else True)
     for batch in batches(todo, args.batch_size):
-        decoding = decode(model, tokenizer, batch, options=options, generator=generator, watch=args.show)
-        seconds[batch[0].task] = seconds.get(batch[0].task, 0.0) + decoding.seconds
+        answers = decode(model, tokenizer, batch, options=options, generator=generator, watch=args.show)
+        seconds[batch[0].task] = seconds.get(batch[0].task, 0.0) + answers.seconds
         if batch[0] is todo[0]:
-            trace = traced(decoding, model.config.objective)
+            trace = traced(answers, objective)
         progress.update(len(batch))
         while not args.dataset_args and printed < len(todo) and todo[printed].answer is not None:
-            show_answer(todo[printed], printed + 1, len(todo), tokenizer)
             printed += 1
+            show_answer(todo[printed - 1], f"{printed}/{len(todo)}", tokenizer)
     progress.close()
 
-    # What it came to, and the files.
+    # Then the score or the rate, a remark, and the files.
     if args.dataset_args:
         score = show_table(todo, seconds)
     else:
         print(rate(todo, sum(seconds.values())))
-    for remark in unused_steps(options, model.config.objective, max(sum(r.holes or []) + r.new for r in todo)):
+    for remark in unused_steps(options, objective, max(sum(request.holes or []) + request.new for request in todo)):
         print(remark)
     if args.picture is not None:
-        content = picture(trace, args.picture)
         with replacing_file(args.picture) as file:
-            file.write_bytes(content)
+            file.write_bytes(picture(trace, args.picture))
     if args.output is not None:
         write_rows(args, todo, model, options)
     if args.min_exact_match is not None and score < args.min_exact_match:
