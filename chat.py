@@ -20,9 +20,10 @@ from cli import (
     replacing_file,
     sampler_options,
     unused_steps,
+    uses_template,
 )
 from diffusion import Prefix, Sampling, denoise
-from display import MASKED, Rate, Stream, show, spans, terminal
+from display import MASKED, Rate, Stream, show, terminal
 from model import LanguageModel
 from options import Options, Seed, flags, nearest
 from tokenizer import Tokenizer
@@ -92,11 +93,7 @@ class Conversation:
 
     def __init__(self, args: Chat, model: LanguageModel, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.templated = tokenizer.template is not None if args.chat_template is None else args.chat_template
-        if self.templated and tokenizer.template is None:
-            raise ValueError("--chat_template True: the tokenizer has no chat template; pass False to continue text")
-        if args.system is not None and not self.templated:
-            raise ValueError(f"--system {args.system} needs a chat template; leave it out where text is continued")
+        self.templated = uses_template(args, tokenizer)
 
         # What commands may change.
         self.options = Talking(**args.only(Talking))
@@ -308,9 +305,9 @@ class Conversation:
                 pressed.append(True)
             finally:
                 answers.steps.close()
-            # The whole answer, once more and for good; what was filled in stands out.
+            # The whole answer, once more and for good.
             (answer,) = answers.final()
-            stream.close(spans(self.tokenizer, answer.ids, [False] * len(answer.ids), answer.filled))
+            stream.close(answer.shown)
 
         # What it took, in one line.
         notes = [str(Rate(answer.tokens, answers.seconds, answer.forwards))]
@@ -318,7 +315,7 @@ class Conversation:
         notes += unused_steps(options, objective, sum(holes or []) + options["max_new_tokens"])
         notes += ["stopped"] if pressed else []
         note("[" + "; ".join(notes) + "]")
-        return self.tokenizer.decode(answer.ids), bool(pressed)
+        return answer.text, bool(pressed)
 
     # Small parts
 

@@ -212,6 +212,16 @@ def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageMo
 # From prompts to answers
 
 
+def uses_template(args, tokenizer: Tokenizer) -> bool:
+    """Whether prompts are turns of a chat: by --chat_template, else where the tokenizer has a template."""
+    if args.chat_template and tokenizer.template is None:
+        raise ValueError("--chat_template True: the tokenizer has no chat template; pass False to continue plain text")
+    templated = tokenizer.template is not None and args.chat_template is not False
+    if args.system is not None and not templated:
+        raise ValueError(f"--system {args.system} needs a chat template; leave it out where text is continued")
+    return templated
+
+
 def canvas(tokenizer: Tokenizer, prompt: list[int], *, predicted_from_before: bool) -> tuple[list[int], list[bool]]:
     """An encoded prompt's ids, and which of them are masks to fill in; the id at a mask is 0.
 
@@ -270,11 +280,11 @@ def unused_steps(options: dict, objective: str, tokens: int) -> list[str]:
 
 
 class Answer(NamedTuple):
-    """ids: up to the answer's end. filled: which of them were masks in the prompt. tokens: that were generated, with
-    the end token. forwards: model calls until the row was done."""
+    """text: up to the end token. shown: the same, where what was filled in stands out. tokens: how many were generated,
+    with the end token. forwards: model calls until the row was done."""
 
-    ids: list[int]
-    filled: list[bool]
+    text: str
+    shown: Spans
     tokens: int
     forwards: int
 
@@ -344,7 +354,7 @@ class Answers:
     def final(self) -> list[Answer]:
         """Each row's answer; if it was stopped, what is before its first mask."""
         if self.last is None:
-            return [Answer([], [], 0, 0) for _ in self.columns]
+            return [Answer("", [], 0, 0) for _ in self.columns]
         begun = time.perf_counter()
         values = [field.tolist() for field in (self.last.tokens, self.last.masked, self.masks, self.forwards)]
         self.seconds += time.perf_counter() - begun  # on a GPU this waits for the last forward
@@ -354,5 +364,7 @@ class Answers:
             ids, masked, holes = ids[columns], masked[columns], holes[columns]
             end = next((i for i, token in enumerate(ids) if masked[i] or token in self.end_ids), len(ids))
             tokens = sum(holes[:end]) + (end < len(ids) and not masked[end])  # the end token is generated, too
-            found.append(Answer(ids[:end], [self.infilling and hole for hole in holes[:end]], tokens, forwards))
+            filled = [self.infilling and hole for hole in holes[:end]]
+            shown = spans(self.tokenizer, ids[:end], [False] * end, filled)
+            found.append(Answer(self.tokenizer.decode(ids[:end]), shown, tokens, forwards))
         return found

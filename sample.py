@@ -23,9 +23,10 @@ from cli import (
     replacing_file,
     sampler_options,
     unused_steps,
+    uses_template,
 )
 from diffusion import Sampling
-from display import STRONG, Rate, Region, Spans, Trace, picture, pieces, plain, show, spans, wrap
+from display import STRONG, Rate, Region, Spans, Trace, picture, pieces, plain, show, wrap
 from model import LanguageModel
 from options import Bound, Natural, Options, Rows, Words
 from tokenizer import Tokenizer
@@ -123,10 +124,10 @@ class Request:
     ids: list[int] = None
     holes: list[bool] | None = None  # which ids are masks to fill in; None: there is none, and the answer follows
     new: int = 0  # masks that follow the prompt
-    answer: str = None
+    answer: str = None  # of a prompt that was filled in, all of it
+    shown: Spans = None
     tokens: int = 0
     forwards: int = 0
-    shown: Spans = None  # the answer; of a prompt that was filled in, all of it
 
     @property
     def kind(self) -> tuple:
@@ -202,11 +203,10 @@ def to_score(row: dict, source: str) -> Request:
     return Request(messages[:-1], task=row.get("task"), expected=messages[-1]["content"])
 
 
-def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Sets `ids`, `holes` and `new` of the n-th request."""
+def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokenizer: Tokenizer, chat: bool) -> None:
+    """Sets `ids`, `holes` and `new` of the n-th request. chat: text is a turn of a chat, not continued."""
     # Which of the three ways is it: a turn of a chat, a text to continue, or a text with masks to fill in?
     prompt, is_text = request.prompt, isinstance(request.prompt, str)
-    chat = tokenizer.template is not None if args.chat_template is None else args.chat_template
     texts = [prompt] if is_text else [message["content"] for message in prompt]
     infilling = any(tokenizer.mask_token in text for text in texts)
     if not is_text and not chat:
@@ -284,12 +284,8 @@ def decode(
         for step in answers:
             if watch:
                 screen.show(answers.shown(), step.forwards)
-
-    # The answer as text, and as it is printed: what was filled in stands out.
     for request, answer in zip(batch, answers.final()):
-        request.answer = tokenizer.decode(answer.ids)
-        request.tokens, request.forwards = answer.tokens, answer.forwards
-        request.shown = spans(tokenizer, answer.ids, [False] * len(answer.ids), answer.filled)
+        request.answer, request.shown, request.tokens, request.forwards = answer
     return answers
 
 
@@ -388,15 +384,12 @@ def prepare(args: Sample) -> tuple[list[Request], LanguageModel, Tokenizer, dict
             check_file(flag, path, endings, overwrite=args.overwrite)
     todo = requests(args)
     model, tokenizer = open_model(args, args.block_size)
-    if args.chat_template and tokenizer.template is None:
-        raise ValueError("--chat_template True: the tokenizer has no chat template; pass False to continue plain text")
-    if args.system is not None and (tokenizer.template is None or args.chat_template is False):
-        raise ValueError(f"--system {args.system} needs a chat template; leave it out where text is continued")
+    chat = uses_template(args, tokenizer)
 
     # Encode all before the first is decoded: the last may be too long, and that should not show after an hour.
     options = sampler_options(args, model.config.objective)
     for n, request in enumerate(todo, 1):
-        encode(request, n, args, model, tokenizer)
+        encode(request, n, args, model, tokenizer, chat)
     return todo, model, tokenizer, options
 
 
