@@ -1,7 +1,7 @@
-"""What the programs share: errors in one line, files that appear whole, and opening a checkpoint to sample from it.
+"""What the programs share: errors in one line, files that appear whole, opening a checkpoint and decoding with it.
 
-A why_invalid of the user's ends a program with one line and exit status 2 (`one_line_errors`); under `python -X dev` it
-shows where it was raised instead.
+A program ends with one line and exit status 2 where its user has to change something (`one_line_errors`); under
+`python -X dev` it shows where the error was raised instead.
 """
 
 import json
@@ -12,27 +12,34 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 
 from checkpoint import DTYPES, declare, load_config, load_model, naming_file, resolve
-from diffusion import OBJECTIVES, RULES, Sampling
+from diffusion import OBJECTIVES, RULES, Prefix, Sampling, denoise
+from display import Spans, spans
+from model import LanguageModel
 from options import Model, Options, Seed
 from tokenizer import ROLES, Tokenizer, why_invalid
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and files
+
 
 def hold_back() -> None:
-    """Lets rank 0 speak for all that torchrun started: once it has ended, torchrun ends those that wait here."""
+    """Waits on every rank of torchrun's but the first, so that only that one prints an error: once it has ended,
+    torchrun ends the others."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
 
 
 @contextmanager
 def silent_forks():
-    """Inside, Ctrl-C is a KeyboardInterrupt as ever, but ends processes forked from this one, as those that tokenise,
-    without a traceback of each."""
+    """Inside, Ctrl-C raises KeyboardInterrupt here, and ends processes forked from this one (such as those that
+    tokenise) without a traceback of each."""
     before, process = signal.getsignal(signal.SIGINT), os.getpid()
+    # Where a shell ignores Ctrl-C for a background job, or a caller handles it, it stays so.
     if before not in (signal.default_int_handler, signal.SIG_DFL):
         yield
         return
@@ -52,27 +59,30 @@ def silent_forks():
 
 @contextmanager
 def one_line_errors(prog: str):
-    """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2; Ctrl-C
-    likewise, into status 130.
+    """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2, and Ctrl-C
+    into one line and status 130.
 
-    Where a process of torchrun's finds another gone, it waits to be ended: that one has said, or will, what is wrong.
+    A process of torchrun's that finds another one gone prints nothing and waits for its end: the other one reports.
     """
+    # Standard streams that were closed before the program started are None; with an encoding other than UTF-8, a
+    # character that is not in it would raise, perhaps after hours of work.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started the program
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if getattr(sys.stdout, "encoding", None) and "utf" not in sys.stdout.encoding.lower():
-        sys.stdout.reconfigure(errors="replace")  # a sign it lacks shall not end hours of work
+        sys.stdout.reconfigure(errors="replace")
     try:
         with silent_forks():
             yield
         sys.stdout.flush()  # else a full disk or a closed pipe shows only when Python ends
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            begin = "\n" if sys.stderr.isatty() else ""  # after ^C, and a bar it left behind
+            begin = "\n" if sys.stderr.isatty() else ""  # the line has a ^C on it, or half a progress bar
             print(f"{begin}{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what Python still writes when it ends)
+        # What Python still writes when it ends must go elsewhere.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         print(f"{prog}: what read the output has ended, and so does this", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as error:
@@ -82,13 +92,15 @@ def one_line_errors(prog: str):
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if "by peer" in str(error):  # gloo: connection closed, or reset
+        # gloo's words when another process is gone: connection closed, or reset, by peer.
+        if "by peer" in str(error):
             time.sleep(10)
         raise
 
 
 def check_directory(flag: str, directory: str | Path) -> None:
-    """ValueError where nothing can be written into `directory`, which need not exist: before the work, not after it."""
+    """ValueError where nothing can be written into `directory`, which need not exist. Call it before the work."""
+    # The nearest directory above that exists decides.
     whole = Path(directory).absolute()
     there = next(path for path in (whole, *whole.parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
@@ -96,7 +108,7 @@ def check_directory(flag: str, directory: str | Path) -> None:
 
 
 def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
-    """ValueError where `path` is no name for a file to be written, or must not be replaced."""
+    """ValueError where no file can be written at `path`, or one exists that must not be replaced."""
     path = Path(path)
     if path.suffix not in endings:
         raise ValueError(f"{flag} {path}: expected a name that ends in {' or '.join(endings)}")
@@ -109,7 +121,8 @@ def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwri
 
 @contextmanager
 def replacing_file(path: str | Path):
-    """A path beside `path` to write to; it takes the name `path` when the block is left, and is removed on an error."""
+    """Gives a temporary path beside `path` to write to. The file is renamed to `path` at the end of the block, so that
+    it is whole or not there; after an error it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.writing")
@@ -147,17 +160,19 @@ class Opening(Loading):
     objective: Literal[*OBJECTIVES] | None = None
     """what the checkpoint was trained as, where it does not say (default: what it declares, else mdlm)"""
     device: Annotated[str, "DEVICE"] = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda if there is one
-    seed: Seed = 42  # of everything random
+    seed: Seed = 42  # of all random numbers
 
 
-def compile_layers(model) -> None:
+def compile_layers(model: LanguageModel) -> None:
     torch._dynamo.config.recompile_limit = 64  # each shape of a batch counts, and the last layer's again
     for layer in model.model.layers:
         layer.compile()
 
 
-def open_model(args: Opening, block_size: int | None = None):
-    """(model, tokenizer) of a checkpoint; its config declares everything afterwards. block_size: of the sampler."""
+def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageModel, Tokenizer]:
+    """A checkpoint's model and tokenizer. The model's config then declares its objective and all that goes with it, by
+    the checkpoint or, where that says nothing, by the options. block_size: of the sampler."""
+    # torch refuses a device only when it is used, so use it once.
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,6 +182,8 @@ def open_model(args: Opening, block_size: int | None = None):
         raise ValueError(
             f"--device {device} is not available here; expected cpu, or cuda where there is a GPU"
         ) from error
+
+    # Everything that may be wrong with the options is found before the weights are read.
     path = resolve(args.model_name_or_path)
     config, tokenizer = load_config(path), Tokenizer(path)
     if config.mask_token_id is None and tokenizer.mask_added and (args.objective or config.objective) != "ar":
@@ -181,8 +198,9 @@ def open_model(args: Opening, block_size: int | None = None):
         "right_shift": args.right_shift_logits,
         "mask_token_id": None if tokenizer.mask_added else tokenizer.mask_id,
     }
-    declare(config, **declared)  # refuses before the weights are read
+    declare(config, **declared)
     tokenizer.fit(config.vocab_size, mask=objective != "ar")
+
     model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device)
     declare(model.config, **declared)
     if args.torch_compile:
@@ -190,12 +208,27 @@ def open_model(args: Opening, block_size: int | None = None):
     return model, tokenizer
 
 
-def canvas(tokenizer, prompt: list[int], *, predicted_from_before: bool) -> tuple[list[int], list[bool]]:
-    """(ids, which of them are masks to fill in) of an encoded prompt; 0 stands where a mask was.
+# ---------------------------------------------------------------------------------------------------------------------
+# From prompts to answers
 
-    predicted_from_before: a token is predicted from the one before it (ar, right shift), so what would begin with a
-    mask, or with nothing, begins with the BOS token, else the EOS token.
+
+def uses_template(args, tokenizer: Tokenizer) -> bool:
+    """Whether prompts are turns of a chat: by --chat_template, else where the tokenizer has a template."""
+    if args.chat_template and tokenizer.template is None:
+        raise ValueError("--chat_template True: the tokenizer has no chat template; pass False to continue plain text")
+    templated = tokenizer.template is not None and args.chat_template is not False
+    if args.system is not None and not templated:
+        raise ValueError(f"--system {args.system} needs a chat template; leave it out where text is continued")
+    return templated
+
+
+def canvas(tokenizer: Tokenizer, prompt: list[int], *, predicted_from_before: bool) -> tuple[list[int], list[bool]]:
+    """An encoded prompt's ids, and which of them are masks to fill in; the id at a mask is 0.
+
+    predicted_from_before: a token is predicted from the one before it (ar, right shift), so a prompt that is empty or
+    begins with a mask gets a BOS token before it, or EOS where there is no BOS.
     """
+    # A mask's id may lie beyond the embedding (see convert.py), so another one takes its place.
     holes = [token == tokenizer.mask_id for token in prompt]
     begin = []
     if predicted_from_before and (not holes or holes[0]):
@@ -208,7 +241,8 @@ def canvas(tokenizer, prompt: list[int], *, predicted_from_before: bool) -> tupl
 
 
 def check_messages(messages, where: str, *, answered: bool = False) -> list[dict]:
-    """`messages`, unless tokenizer.why_invalid finds one; then ValueError, which names `where` they come from."""
+    """`messages`, or ValueError if they are no chat (tokenizer.why_invalid); `where` they come from is named in it."""
+    # Show what was found, shortened.
     if reason := why_invalid(messages, answered=answered):
         shown = json.dumps(messages, ensure_ascii=False, default=str)
         shown = shown if len(shown) <= 100 else shown[:100] + "…"
@@ -221,10 +255,11 @@ def check_messages(messages, where: str, *, answered: bool = False) -> list[dict
 
 
 def sampler_options(options: Sampling, objective: str, **changes) -> dict:
-    """The keywords of `denoise`: `options`, but for `changes`, with mdlm's decoding block where none is given.
+    """The keywords of `denoise`: `options` with `changes`, and with mdlm's decoding block where none is given.
 
-    ValueError where the one given is longer than the answer, which then would be one block whatever it says.
+    ValueError where mdlm's block is longer than the answer: the block size would then have no effect.
     """
+    # ar decodes token by token, and bd3lm's block length is the checkpoint's: Sampling.block checks those two.
     options = options.only(Sampling) | changes
     given, new = options["block_size"], options["max_new_tokens"]
     if objective != "mdlm":
@@ -237,8 +272,99 @@ def sampler_options(options: Sampling, objective: str, **changes) -> dict:
 
 
 def unused_steps(options: dict, objective: str, tokens: int) -> list[str]:
-    """A remark, or none: more steps were asked for than there are tokens, which is allowed and costs nothing."""
+    """A remark, or none: there are more steps than tokens, which is allowed and costs nothing."""
     scheduled = all(options[name] is None for name in ("steps_per_block", *RULES))
     if objective == "ar" or not scheduled or not 0 < tokens < options["steps"] != Sampling.steps:
         return []
     return [f"steps {options['steps']} for at most {tokens} tokens: those that would reveal none are left out"]
+
+
+class Answer(NamedTuple):
+    """text: up to the end token. shown: the same, where what was filled in stands out. tokens: how many were generated,
+    with the end token. forwards: model calls until the row was done."""
+
+    text: str
+    shown: Spans
+    tokens: int
+    forwards: int
+
+
+class Answers:
+    """The answers to a batch of prompts, while they are denoised.
+
+    Iterate over it, which takes the steps of `denoise`; `shown` is what there is after each, `final` what comes out.
+
+    canvas_masks (infilling): an answer is the whole canvas, and end tokens do not end it. None: it follows the prompt,
+    up to its first end token. options: of `sampler_options`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        prompts: list[list[int]],
+        canvas_masks: list[list[bool]] | None = None,
+        *,
+        options: dict,
+        generator: torch.Generator | None,
+        prefix: Prefix | None = None,
+    ):
+        # Of each row, what is denoised: all of its canvas, or what follows its prompt.
+        self.tokenizer, self.infilling = tokenizer, canvas_masks is not None
+        self.end_ids = () if self.infilling else tuple(tokenizer.end_ids)
+        new = options["max_new_tokens"]
+        self.columns = [slice(0 if self.infilling else len(ids), len(ids) + new) for ids in prompts]
+        self.seconds = 0.0
+        self.last = None  # the newest step
+        self.steps = denoise(
+            model,
+            prompts,
+            canvas_masks=canvas_masks,
+            end_ids=self.end_ids,
+            prefix=prefix,
+            generator=generator,
+            **options,
+        )
+
+    def __iter__(self):
+        """Yields each step. `seconds` is the time spent on making them, without what the caller does with them."""
+        while True:
+            begun = time.perf_counter()
+            step = next(self.steps, None)
+            self.seconds += time.perf_counter() - begun
+            if step is None:
+                return
+            # Of each token the forward that settled it, 0 if it was given; of each row the forwards until it was done.
+            if self.last is None:
+                self.masks = step.masked
+                self.settled = torch.zeros_like(step.tokens)  # (B, T)
+                self.forwards = torch.zeros_like(step.done, dtype=torch.int64)  # (B,)
+            else:
+                self.settled = torch.where(self.last.masked & ~step.masked, step.forwards, self.settled)
+                self.forwards = torch.where(self.last.done, self.forwards, step.forwards)
+            self.last = step
+            yield step
+
+    def shown(self) -> list[Spans]:
+        """Each row's answer as it is after the newest step."""
+        fresh = self.settled == max(self.last.forwards, 1)
+        rows = zip(self.columns, self.last.tokens.tolist(), self.last.masked.tolist(), fresh.tolist())
+        return [spans(self.tokenizer, *(row[columns] for row in values), self.end_ids) for columns, *values in rows]
+
+    def final(self) -> list[Answer]:
+        """Each row's answer; if it was stopped, what is before its first mask."""
+        if self.last is None:
+            return [Answer("", [], 0, 0) for _ in self.columns]
+        begun = time.perf_counter()
+        values = [field.tolist() for field in (self.last.tokens, self.last.masked, self.masks, self.forwards)]
+        self.seconds += time.perf_counter() - begun  # on a GPU this waits for the last forward
+        found = []
+        for columns, ids, masked, holes, forwards in zip(self.columns, *values):
+            # The answer ends at an end token. One that was stopped may have a mask before it, and ends there.
+            ids, masked, holes = ids[columns], masked[columns], holes[columns]
+            end = next((i for i, token in enumerate(ids) if masked[i] or token in self.end_ids), len(ids))
+            tokens = sum(holes[:end]) + (end < len(ids) and not masked[end])  # the end token is generated, too
+            filled = [self.infilling and hole for hole in holes[:end]]
+            shown = spans(self.tokenizer, ids[:end], [False] * end, filled)
+            found.append(Answer(self.tokenizer.decode(ids[:end]), shown, tokens, forwards))
+        return found

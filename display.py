@@ -1,22 +1,27 @@
-"""What the programs show of denoising: tokens as text, a terminal region that is redrawn in place, and pictures.
+"""What the programs show of denoising: tokens as text, the end of a terminal that is redrawn, and pictures.
 
-Token ids and plain numbers come in; nothing here knows a model.
+Token ids and plain numbers come in; nothing here knows a model. A token is settled once it is no longer masked.
 """
 
 import html
+import io
 import os
 import sys
+import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from rich.cells import cell_len
 
 MASK, END = "░", "∎"  # a masked token; an end token with masks before it
 MASKED, FRESH, SETTLED, STRONG = "2", "1;32", "", "1"  # SGR attributes: dim; bold green; none; bold
+Spans = list[tuple[str, str]]  # texts, each with its attributes
 
 
 class Rate(NamedTuple):
-    """What decoding cost. tokens: of answers, end tokens included; forwards: those a row was decoded by, over rows."""
+    """What decoding cost. tokens: of the answers, with their end tokens; forwards: model calls per row, added up."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -34,13 +39,13 @@ class Rate(NamedTuple):
 
 
 def pieces(tokenizer, ids: list[int], masked: list[bool], *, skip_special_tokens: bool = True) -> list[str]:
-    """The text each token adds to those before it, "" for a masked one; joined, an unmasked run's text.
+    """The text that each token adds to those before it, "" for a masked one. Joined, they are the text of the whole.
 
-    A character of several tokens belongs to its last. A token's text may depend on the one before it (a space between
-    words), so each is decoded with that one.
+    A character of several tokens belongs to the last of them. Because a token's text may depend on the one before it (a
+    space between words), each is decoded together with that one.
     """
     assert len(ids) == len(masked)
-    texts, before, begin = [], 0, 0  # ids[before:begin] are context, ids[begin:] not yet text
+    texts, before, begin = [], 0, 0  # ids[before:begin] are context, ids[begin:] have no text yet
     for i, hole in enumerate(masked):
         texts.append("")
         if hole:
@@ -48,15 +53,19 @@ def pieces(tokenizer, ids: list[int], masked: list[bool], *, skip_special_tokens
             continue
         context = tokenizer.decode(ids[before:begin], skip_special_tokens=skip_special_tokens)
         text = tokenizer.decode(ids[before : i + 1], skip_special_tokens=skip_special_tokens)
+        # Half a character decodes to U+FFFD: wait for its other tokens, 4 at most, as UTF-8 takes 4 bytes at most.
         last = i + 1 == len(ids) or masked[i + 1]
-        if not text.endswith("\ufffd") or last or i - begin >= 3:  # UTF-8 takes at most 4 bytes
+        if not text.endswith("\ufffd") or last or i - begin >= 3:
             texts[i] = text[len(context) :]
             before, begin = begin, i + 1
     return texts
 
 
-def spans(tokenizer, ids: list[int], masked: list[bool], fresh: list[bool], end_ids=()) -> list[tuple[str, str]]:
-    """(text, style) of each token of an answer: masked, just settled (`fresh`) or settled; what ends it closes it."""
+def spans(tokenizer, ids: list[int], masked: list[bool], fresh: list[bool], end_ids=()) -> Spans:
+    """Each token of an answer as text: masked, just settled (`fresh`) or settled; up to its end token.
+
+    An end token with masks before it does not end the answer yet, and is shown as a sign.
+    """
     shown = []
     for token, text, hole, new in zip(ids, pieces(tokenizer, ids, masked), masked, fresh):
         if hole:
@@ -70,7 +79,7 @@ def spans(tokenizer, ids: list[int], masked: list[bool], fresh: list[bool], end_
     return shown
 
 
-def plain(shown: list[tuple[str, str]]) -> str:
+def plain(shown: Spans) -> str:
     return "".join(text for text, _ in shown)
 
 
@@ -78,171 +87,165 @@ def plain(shown: list[tuple[str, str]]) -> str:
 # The terminal
 
 
-def wrap(shown: list[tuple[str, str]], width: int) -> list[list[tuple[str, str]]]:
-    """Lines of at most `width` cells, each a list of (character, style), broken after spaces and masks if possible.
-
-    Together they hold every character: the space or line end at which a line was broken is its last.
-    """
-    lines, line, cells, breakable = [], [], 0, 0
-    for text, style in shown:
-        for character in text:
-            size = cell_len(character)
-            if character == "\n":
-                lines.append([*line, ("\n", "")])
-                line, cells, breakable = [], 0, 0
-                continue
-            if not character.isprintable():
-                character, size = printable(character), 1
-            if line and cells + size > width and (character != " " or cells > width):  # one space may hang over
-                cut = breakable or len(line)
-                lines.append(line[:cut])
-                line = line[cut:]
-                cells, breakable = sum(cell_len(each) for each, _ in line), 0
-            line.append((character, style))
-            cells += size
-            if character in (" ", MASK, END):
-                breakable = len(line)
-    return [*lines, line] if line else lines
-
-
-def printable(text: str) -> str:
-    """`text` without control characters, which a terminal would obey, but for line ends."""
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\ufffd" for c in text)
-
-
-def coloured(line: list[tuple[str, str]]) -> str:
-    """A line of `wrap` as text with SGR attributes; its line end is left out."""
-    out, current = [], ""
-    for character, style in line:
-        if character == "\n":
-            continue
-        if style != current:
-            out.append("\033[0m" + (f"\033[{style}m" if style else ""))
-            current = style
-        out.append(character)
-    return "".join(out) + ("\033[0m" if current else "")
-
-
 def terminal(stream) -> bool:
-    """Whether `stream` is a terminal that moves its cursor; escape codes go nowhere else."""
+    """Whether `stream` is a terminal that can move its cursor; only such a one is sent escape codes."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def encodable(text: str, stream) -> str:
-    """`text` as `stream` can write it: where its encoding has no block characters, a mask is an underscore."""
+def printable(text: str) -> str:
+    """`text` without control characters, which a terminal would obey, but with its line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\ufffd" for c in text)
+
+
+def write(text: str, stream) -> None:
+    """Writes `text` at once, in what the stream can encode: without block characters, a mask is an underscore."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
         text = text.replace(MASK, "_").replace(END, "|").encode(encoding, "replace").decode(encoding)
-    return text
+    stream.write(text)
+    stream.flush()
 
 
-def styled(shown: list[tuple[str, str]], stream) -> str:
-    """Spans as text to print to `stream`, with their attributes if it is a terminal."""
-    colours = terminal(stream)
-    parts = ((printable(text), style) for text, style in shown)
-    return encodable(
-        "".join(f"\033[{style}m{text}\033[0m" if style and colours else text for text, style in parts), stream
-    )
+def show(shown: Spans, stream=None, *, end: str = "\n") -> None:
+    """Prints spans, with their attributes if the stream is a terminal."""
+    stream = sys.stdout if stream is None else stream
+    safe = [(printable(text), style) for text, style in shown]
+    write((coloured(safe) if terminal(stream) else plain(safe)) + end, stream)
+
+
+def coloured(shown: Spans) -> str:
+    """Spans as text with SGR attributes, those of one style together."""
+    runs = ((style, plain(run)) for style, run in groupby(shown, key=lambda span: span[1]))
+    return "".join(f"\033[{style}m{text}\033[0m" if style else text for style, text in runs)
+
+
+def wrap(shown: Spans, width: int) -> list[Spans]:
+    """Lines of at most `width` cells, each a list of (character, style), broken after spaces and masks if possible.
+
+    Together they hold every character: the space or line end at which a line was broken is the line's last. (rich's
+    Text.wrap drops that space. `Stream` counts characters, so none may get lost.)
+    """
+    characters = [(character, style) for text, style in shown for character in printable(text)]
+    lines, begin = [], 0
+    while begin < len(characters):
+        end = _line_end(characters, begin, width)
+        lines.append(characters[begin:end])
+        begin = end
+    return lines
+
+
+def _line_end(characters: Spans, begin: int, width: int) -> int:
+    """Where the line that starts at `begin` ends: at a line end, or before what exceeds the width."""
+    cells, breakable = 0, begin  # cells so far, as some characters take two; the last place to break the line at
+    for i in range(begin, len(characters)):
+        character, _ = characters[i]
+        if character == "\n":
+            return i + 1
+        # One space may hang over the edge, so that the next line does not begin with it.
+        if cells + cell_len(character) > width and i > begin and (character != " " or cells > width):
+            return breakable if breakable > begin else i
+        cells += cell_len(character)
+        if character in (" ", MASK, END):
+            breakable = i + 1
+    return len(characters)
 
 
 class Region:
-    """The last lines of a terminal, redrawn in place; what is printed above them stays. A context manager."""
+    """The last lines of a terminal, redrawn in place; what is printed above them stays. A context manager.
 
-    def __init__(self, stream=None):
+    live: whether the stream is a terminal, to which alone anything may be drawn. (rich.live.Live counts the lines that
+    it drew, and so leaves some behind in a window that was made narrower.)
+    """
+
+    def __init__(self, stream=None, *, live: bool = True):
         self.stream = sys.stdout if stream is None else stream
+        self.live = live and terminal(self.stream)
         self.drawn = []  # cells of each line on the screen
 
-    def __enter__(self) -> "Region":
-        self._write("\033[?25l")  # no cursor
+    def __enter__(self):
+        if self.live:
+            write("\033[?25l", self.stream)  # no cursor
         return self
 
     def __exit__(self, *_) -> None:
-        self._write(self._erased() + "\033[?25h")
+        if self.live:
+            write(self._erased() + "\033[?25h", self.stream)
 
     @property
     def width(self) -> int:
         """Cells of a line; the last column stays free, as terminals differ in what they do once it is written."""
         return max(os.get_terminal_size(self.stream.fileno()).columns - 1, 1)
 
-    def draw(self, lines: list[list[tuple[str, str]]], *, above: list[list[tuple[str, str]]] = ()) -> None:
-        """Replaces the region by `lines` of `wrap`, as many as there is room for; `above` scrolls away."""
+    def draw(self, lines: list[Spans], *, above: list[Spans] = ()) -> None:
+        """Replaces the region by `lines` of `wrap`, as many as there is room for, and writes `above` over it."""
+        # Lines beyond the window's height would scroll away, out of reach: count them instead.
         room = max(os.get_terminal_size(self.stream.fileno()).lines - 1, 1)
-        text = self._erased() + "".join(coloured(line) + "\r\n" for line in above)
         if len(lines) > room:
             note = f"… {len(lines) - room + 1} more lines"
-            lines = [*lines[: room - 1], [(character, MASKED) for character in note[: self.width]]]
-        self._write(text + "\r\n".join(map(coloured, lines)) + "\r")  # where the ^C of an interruption does no harm
-        self.drawn = [sum(cell_len(character) for character, _ in line if character != "\n") for line in lines]
+            lines = [*lines[: room - 1], [(note[: self.width], MASKED)]]
+        # The cursor ends at the left edge, where the ^C of an interruption does no harm.
+        rows = [coloured(line).replace("\n", "") for line in [*above, *(lines or [[]])]]
+        write(self._erased() + "\r\n".join(rows) + "\r", self.stream)
+        self.drawn = [sum(cell_len(each) for each in plain(line) if each != "\n") for line in lines]
 
     def _erased(self) -> str:
-        # A window made narrower since has folded what was drawn into more rows.
+        """What moves the cursor to the region's first row and clears the screen from there on."""
+        # A window that was made narrower since has folded each line that was drawn into several rows.
         columns = self.width + 1
         rows = sum(max(1, -(-cells // columns)) for cells in self.drawn)
-        self.drawn = []
         return "\r" + (f"\033[{rows - 1}A" if rows > 1 else "") + "\033[J"
 
-    def _write(self, text: str) -> None:
-        self.stream.write(encodable(text, self.stream))
-        self.stream.flush()
 
+class Stream(Region):
+    """An answer while it is denoised: `show` it at each step, `close` it at the end.
 
-class Stream:
-    """An answer on its way, token by token settled: `show` it at each step, `close` it at the end.
-
-    On a terminal what is certain scrolls away and the rest is redrawn in place; elsewhere settled text is written once
-    nothing before it is masked, and nothing is ever taken back. revocable: settled tokens may be masked again, so
-    nothing is certain before the end.
+    On a terminal, lines that are certain scroll away and the rest is redrawn in place. Elsewhere text is written once
+    nothing before it is masked, and nothing is taken back. revocable: settled tokens may be masked again, so nothing is
+    certain before the end.
     """
 
     def __init__(self, stream=None, *, live: bool = True, revocable: bool = False):
-        self.stream = sys.stdout if stream is None else stream
+        super().__init__(stream, live=live)
         self.revocable = revocable
-        self.region = Region(self.stream) if live and terminal(self.stream) else None
-        self.written = 0  # characters
+        self.written = 0  # characters of the answer that were written for good
 
-    def __enter__(self) -> "Stream":
-        if self.region:
-            self.region.__enter__()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.region:
-            self.region.__exit__()
-
-    def show(self, shown: list[tuple[str, str]]) -> None:
+    def show(self, shown: Spans) -> None:
+        # Spans are tokens, but a line may end within a token: so count in characters. The text up to the first mask is
+        # settled; a mask may become a text of any length, so nothing is known of what comes after it.
         first = next((i for i, (_, style) in enumerate(shown) if style == MASKED), len(shown))
         settled = "" if self.revocable else plain(shown[:first])
-        if self.region is None:
-            settled = settled.rstrip("\ufffd") if first < len(shown) else settled  # a character to be completed
-            self._write(printable(settled[self.written :]))
+
+        if not self.live:
+            # A character whose last tokens are still masked ends in U+FFFD: it has to wait for them.
+            settled = settled.rstrip("\ufffd") if first < len(shown) else settled
+            write(printable(settled[self.written :]), self.stream)
             self.written = max(self.written, len(settled))
             return
-        lines = wrap(_skip(shown, self.written), self.region.width)
-        # Of the line with the first mask the first word is not certain, and so neither is the line before it.
-        certain, count = 0, self.written
-        while certain < len(lines) and count + len(lines[certain]) <= len(settled):
-            count += len(lines[certain])
-            certain += 1
-        above = lines[: max(certain - 1, 0)]
-        self.written += sum(map(len, above))
-        self.region.draw(lines[len(above) :], above=above)
 
-    def close(self, shown: list[tuple[str, str]]) -> None:
+        # Count the lines that hold settled text alone ...
+        lines = wrap(_skip(shown, self.written), self.width)
+        complete, characters = 0, self.written
+        while complete < len(lines) and characters + len(lines[complete]) <= len(settled):
+            characters += len(lines[complete])
+            complete += 1
+        # ... but the last of them is not certain: the word after it may get shorter, and move up.
+        certain = lines[: max(complete - 1, 0)]
+        self.written += sum(map(len, certain))
+        self.draw(lines[len(certain) :], above=certain)
+
+    def close(self, shown: Spans) -> None:
         """Writes what is missing of the whole answer."""
         rest = _skip(shown, self.written)
-        if self.region:
-            self.region.draw([], above=wrap(rest, self.region.width) or [[]])
+        if self.live:
+            self.draw([], above=wrap(rest, self.width) or [[]])
         else:
-            self._write(printable(plain(rest)) + "\n")
-
-    def _write(self, text: str) -> None:
-        self.stream.write(encodable(text, self.stream))
-        self.stream.flush()
+            write(printable(plain(rest)) + "\n", self.stream)
 
 
-def _skip(shown: list[tuple[str, str]], characters: int) -> list[tuple[str, str]]:
+def _skip(shown: Spans, characters: int) -> Spans:
+    """The spans without that many characters at their start."""
     rest = []
     for text, style in shown:
         rest.append((text[characters:], style))
@@ -270,13 +273,14 @@ HOLE, GIVEN = (236, 236, 236), (190, 190, 190)
 
 
 def colour(settled: int, confidence: float, forwards: int) -> tuple[int, int, int]:
-    """RGB of a token: the hue tells when it settled, from violet (first) to yellow (last); pale is unsure."""
+    """RGB of a token. Its hue is when it settled, from violet (first) to yellow (last); a pale colour is unsure."""
     if settled < 1:
         return HOLE if settled else GIVEN
-    place = (settled - 1) / max(forwards - 1, 1) * (len(ANCHORS) - 1)
-    i = min(int(place), len(ANCHORS) - 2)
+    # Between the two nearest anchors, then towards white.
+    position = (settled - 1) / max(forwards - 1, 1) * (len(ANCHORS) - 1)
+    i = min(int(position), len(ANCHORS) - 2)
+    hue = (a + (b - a) * (position - i) for a, b in zip(ANCHORS[i], ANCHORS[i + 1]))
     strength = 0.15 + 0.85 * min(max(confidence, 0.0), 1.0)
-    hue = (a + (b - a) * (place - i) for a, b in zip(ANCHORS[i], ANCHORS[i + 1]))
     return tuple(round(255 + (channel - 255) * strength) for channel in hue)
 
 
@@ -286,41 +290,34 @@ def picture(trace: Trace, path: str | Path) -> bytes:
 
 
 def _png(trace: Trace) -> bytes:
-    import io
-    import warnings
+    from matplotlib.figure import Figure  # half a second, which only a picture is worth
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
+    # On the left the canvas: its row s is what had settled after forward s.
     T, S = len(trace.texts), trace.forwards
-    image = np.full((S + 1, T, 3), HOLE, np.uint8)  # row s: after forward s
+    image = np.full((S + 1, T, 3), HOLE, np.uint8)
     for t, (settled, confidence) in enumerate(zip(trace.settled, trace.confidence)):
         image[settled:, t] = colour(settled, confidence, S)
-    figure = plt.figure(figsize=(min(max(0.2 * T, 4), 24) + 2.6, min(max(0.14 * S, 2), 16) + 1.7), layout="constrained")
+    figure = Figure((min(max(0.2 * T, 4), 24) + 2.6, min(max(0.14 * S, 2), 16) + 1.7), layout="constrained")
     axes, scale = figure.subplots(1, 2, width_ratios=(max(0.2 * T, 4), 1.1))
     axes.imshow(image, aspect="auto", interpolation="nearest", extent=(-0.5, T - 0.5, S + 0.5, -0.5))
-    axes.set_xlabel("position")
+    axes.set(xlabel="token" if T <= 80 else "position", ylabel="forward")
     if T <= 80:
-        labels = [_label(text) for text in trace.texts]
-        axes.set_xticks(range(T), labels, rotation=90, fontsize=7, family="monospace")
-        axes.set_xlabel("token")
-    axes.set_ylabel("forward")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_xticks(range(T), map(_label, trace.texts), rotation=90, fontsize=7, family="monospace")
     axes.set_title(trace.title, fontsize=9, loc="left")
+
+    # On the right what the colours mean.
     key = np.array([[colour(s, c, S) for c in np.linspace(0, 1, 24)] for s in range(1, max(S, 1) + 1)], np.uint8)
     scale.imshow(key, aspect="auto", extent=(0, 1, max(S, 1) + 0.5, 0.5))
     scale.set_xlabel("confidence", fontsize=8)
     scale.set_ylabel("settled at forward", fontsize=8)
     scale.tick_params(labelsize=7)
-    scale.yaxis.get_major_locator().set_params(integer=True)
+    for each in (axes, scale):
+        each.yaxis.get_major_locator().set_params(integer=True)
+
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the font has not every script's; a box stands in
+        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some scripts; a box stands for a character
         figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
     return buffer.getvalue()
 
 
@@ -334,6 +331,7 @@ def page(trace: Trace) -> str:
     """A page that needs nothing else: the text coloured, below it position x forward; hovering tells the numbers."""
     T, S = len(trace.texts), trace.forwards
     width, height = 14, max(3, min(14, 600 // (S + 1)))
+    # Each token twice: as coloured text, and as a column that is grey above the forward which settled it.
     words, bars = [], []
     for t, (text, settled, confidence) in enumerate(zip(trace.texts, trace.settled, trace.confidence)):
         red, green, blue = colour(settled, confidence, S)

@@ -1,138 +1,113 @@
 """Answers prompts, fills in masks, or scores a chat data set. `python sample.py --help` is the manual."""
 
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import torch
+from tqdm import tqdm
+
+import data
 from cli import (
-    Parser,
-    add_model,
-    add_sampling,
-    boolean,
+    Answers,
+    Opening,
     canvas,
     check_file,
     check_messages,
     one_line_errors,
     open_model,
     replacing_file,
-    sampling,
-    surplus,
-    switch,
-    with_block,
+    sampler_options,
+    unused_steps,
+    uses_template,
 )
-
-import argparse
-import json
-import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-from tqdm import tqdm
-
-import data
-from diffusion import Sampling, denoise
-from display import (
-    STRONG,
-    Rate,
-    Region,
-    Trace,
-    picture,
-    pieces,
-    plain,
-    spans,
-    styled,
-    terminal,
-    wrap,
-)
+from diffusion import Sampling
+from display import STRONG, Rate, Region, Spans, Trace, picture, pieces, plain, show, wrap
 from model import LanguageModel
-from options import Natural
+from options import Bound, Natural, Options, Rows, Words
 from tokenizer import Tokenizer
 
+Percent = Annotated[float, Bound(lambda score: 0 <= score <= 100, "a percentage, 0 to 100"), "PERCENT"]
 FRAME = 0.04  # seconds that a frame of --show lasts at least
 PLAIN_EVERY = 8  # forwards from one line of --show to the next where there is no terminal
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass(kw_only=True)
+class Prompts(Options):
+    "prompts"
+
+    prompts: Annotated[Words, "PROMPT"] = ()  # prompts; put those that begin with a dash after --
+    input: Annotated[str, "FILE"] | None = None
+    """.txt: a prompt per line, blank ones left out. .jsonl: rows with "prompt", or "messages" that end in the user's
+    turn. -: standard input, as .txt (default: standard input, where no prompt is given)"""
+    chat_template: bool | None = None
+    """make each prompt a user's turn; False continues it as text (default: True where there is a template)"""
+    system: Annotated[str, "TEXT"] | None = None  # system message before each prompt (default: none)
+    batch_size: Rows = 16  # prompts decoded at once; they may differ in length
+
+
+@dataclass(kw_only=True)
+class Output(Options):
+    "what to show and write"
+
+    show: bool = False
+    """animate the denoising: masked, just settled (green), settled. At most 25 forwards a second are shown; that time
+    does not count. Without a terminal: a line every 8 forwards"""
+    output: Annotated[str, "FILE.jsonl"] | None = None
+    """write a row per prompt: prompt, answer, tokens, forwards, settings (default: none)"""
+    overwrite: bool = False  # replace --output and --picture where they exist (default: False, an error)
+    picture: Annotated[str, "FILE"] | None = None
+    """.png or .html of the first prompt's denoising: position x forward, coloured by when a token settled and how
+    confident the model was (default: none)"""
+
+
+@dataclass(kw_only=True)
+class Scoring(Options):
+    "scoring"
+
+    dataset_args: Annotated[str, "SPEC"] | None = None
+    """take the prompts from a chat data set, such as builtin/sums[test:500]: all turns but the last, which the answer
+    must equal but for white space at its ends. Prints a table by task and pooled (default: none)"""
+    split: Annotated[str, "SPLIT"] = "test"  # of --dataset_args: train, validation or test
+    min_exact_match: Percent | None = None
+    """exit with status 1 if the pooled score is lower (default: 0)"""
 
 
 @dataclass(kw_only=True)
 class Answering(Sampling):
-    max_new_tokens: Natural | None = None
+    max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
     """masks that follow each prompt (default: 128, or 0 after a prompt that has masks)"""
 
 
-def arguments() -> Parser:
-    parser = Parser(
-        "sample.py",
-        """\
-Answer prompts with an ar, mdlm or bd3lm checkpoint, fill in masks, or score a chat data set.
+@dataclass(kw_only=True)
+class Sample(Answering, Scoring, Output, Prompts, Opening):
+    """Answer prompts with an ar, mdlm or bd3lm checkpoint, fill in masks, or score a chat data set.
 
-  python sample.py "What is 17 + 25?" "Reverse the word ABC." --model_name_or_path runs/mdlm/checkpoint-final --show
-  python sample.py "The <|mask|><|mask|> sat on the mat." --model_name_or_path runs/mdlm/checkpoint-final
-  python sample.py --dataset_args "builtin/sums[test:500]" --model_name_or_path runs/mdlm/checkpoint-final
+      python sample.py "What is 17 + 25?" "Reverse the word ABC." --model_name_or_path runs/mdlm/checkpoint-final --show
+      python sample.py "The <|mask|><|mask|> sat on the mat." --model_name_or_path runs/mdlm/checkpoint-final
+      python sample.py --dataset_args "builtin/sums[test:500]" --model_name_or_path runs/mdlm/checkpoint-final
 
-Prompts are arguments, the lines of a file, or those of standard input (where it is piped, or with a lone "-"). Each
-is a user's turn under the checkpoint's chat template, where it has one. An empty prompt generates from scratch, without
-the template: from nothing, or, where a token is predicted from the one before it (ar, right shift), from the BOS token,
-else the EOS token. An answer ends before its first end token.
+    Prompts are arguments, the lines of a file, or those of standard input (where it is piped, or with a lone "-"). Each
+    is a user's turn under the checkpoint's chat template, where it has one. An answer ends before its first end token.
+    An empty prompt generates from scratch, without the template: it is free text. AR and right-shift models start from
+    BOS (or EOS if there is none).
 
-Infilling: each <|mask|> in a prompt is one token to fill in. Such a prompt is no turn: it is taken as it stands, a chat
-(of --input) with its last turn as it stands; what ends an answer ends nothing there, and --max_new_tokens is 0 unless
-given. mdlm sees both sides of a mask; bd3lm nothing to the right of its block; ar nothing to its right.
+    Infilling: each <|mask|> in a prompt is one token to fill in. Such a prompt is filled in exactly as written: no chat
+    template is added, and end tokens do not stop it; a chat (of --input) is filled in with its last turn as written. By
+    default nothing is appended (--max_new_tokens 0). mdlm sees both sides of a mask; bd3lm nothing to the right of its
+    block; ar nothing to its right.
 
-Tokens are those of the answers, the end token included; forwards those a row needed, summed over rows (a batch runs as
-many at once as it has rows). ar decodes 1 token per forward.""",
-    )
-    add_model(parser)
-    add = parser.add_argument_group("prompts").add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="prompts; put those that begin with a dash after --")
-    add(
-        "--input",
-        metavar="FILE",
-        help='.txt: a prompt per line, blank ones left out. .jsonl: rows with "prompt", or "messages" that end in the '
-        "user's turn. -: standard input, as .txt (default: standard input, where no prompt is given)",
-    )
-    add(
-        "--chat_template",
-        type=boolean,
-        metavar="True|False",
-        help="make each prompt a user's turn; False continues it as text (default: True where there is a template)",
-    )
-    add("--system", metavar="TEXT", help="system message before each prompt (default: none)")
-    add("--batch_size", type=int, default=16, metavar="ROWS", help="prompts decoded at once; they may differ in length")
+    "tokens" counts answer tokens including the end token. "forwards" counts model calls per prompt, added up; prompts
+    of one batch share calls. ar decodes 1 token per forward."""
 
-    add = parser.add_argument_group("what to show and write").add_argument
-    switch(
-        add,
-        "--show",
-        False,
-        "animate the denoising: masked, just settled (green), settled. At most 25 forwards a "
-        f"second are shown; that time does not count. Without a terminal: a line every {PLAIN_EVERY} forwards",
-    )
-    add(
-        "--output",
-        metavar="FILE.jsonl",
-        help="write a row per prompt: prompt, answer, tokens, forwards, settings (default: none)",
-    )
-    switch(add, "--overwrite", False, "replace --output and --picture where they exist (default: False, an error)")
-    add(
-        "--picture",
-        metavar="FILE",
-        help=".png or .html of the first prompt's denoising: position x forward, coloured by when a token settled and "
-        "how confident the model was (default: none)",
-    )
-
-    add = parser.add_argument_group("scoring").add_argument
-    add(
-        "--dataset_args",
-        metavar="SPEC",
-        help="take the prompts from a chat data set, such as builtin/sums[test:500]: all turns but the last, which the "
-        "answer must equal but for white space at its ends. Prints a table by task and pooled (default: none)",
-    )
-    add("--split", default="test", help="of --dataset_args: train, validation or test")
-    add(
-        "--min_exact_match",
-        type=float,
-        metavar="PERCENT",
-        help="exit with status 1 if the pooled score is lower (default: 0)",
-    )
-    add_sampling(parser, Answering)
-    return parser
+    prog: ClassVar[str] = "sample.py"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,41 +116,54 @@ many at once as it has rows). ar decodes 1 token per forward.""",
 
 @dataclass
 class Request:
-    """One prompt, text or messages, and what became of it."""
+    """One prompt, text or messages, and what becomes of it."""
 
     prompt: str | list[dict]
     task: str | None = None
     expected: str | None = None
     ids: list[int] = None
-    holes: list[bool] | None = None  # of the prompt's tokens: to be filled in; None: none, the answer follows
-    answer: str = None
+    holes: list[bool] | None = None  # which ids are masks to fill in; None: there is none, and the answer follows
+    new: int = 0  # masks that follow the prompt
+    answer: str = None  # of a prompt that was filled in, all of it
+    shown: Spans = None
     tokens: int = 0
     forwards: int = 0
-    shown: list[tuple[str, str]] = None  # the answer as `display.spans`; of a canvas filled in, all of it
+
+    @property
+    def kind(self) -> tuple:
+        """Requests of one kind can share a batch: a task is timed by itself, and prompts are filled in or answered."""
+        return self.task or "", self.holes is not None
+
+    @property
+    def correct(self) -> bool:
+        return self.answer.strip() == self.expected.strip()
 
 
-def requests(args: argparse.Namespace) -> list[Request]:
-    """The prompts that the flags name, from one source."""
+def requests(args: Sample) -> list[Request]:
+    """The prompts that the options name, from one source."""
     named = {"PROMPT": args.prompts, "--input": args.input, "--dataset_args": args.dataset_args}
     given = [name for name, value in named.items() if value]
-    if args.prompts == ["-"]:
-        args.prompts, args.input = [], "-"
     if len(given) > 1:
         raise ValueError(f"prompts come from {' and '.join(given)}; expected one source")
-    if args.min_exact_match is not None and not 0 <= args.min_exact_match <= 100:
-        raise ValueError(f"--min_exact_match {args.min_exact_match}: expected a percentage, 0 to 100")
     if args.min_exact_match is not None and not args.dataset_args:
         raise ValueError("--min_exact_match needs answers to compare with; add --dataset_args")
     if args.dataset_args:
-        return [scored(row, args.dataset_args) for row in data.raw(args.dataset_args, args.split)]
-    if args.prompts:
+        return [to_score(row, args.dataset_args) for row in data.raw(args.dataset_args, args.split)]
+    if args.prompts and list(args.prompts) != ["-"]:
         return [Request(prompt) for prompt in args.prompts]
-    if args.input is None and sys.stdin.isatty():
+    return from_lines("-" if args.prompts else args.input)
+
+
+def from_lines(source: str | None) -> list[Request]:
+    """The prompts of a file, a line each; of standard input where `source` is - or None."""
+    if source is None and sys.stdin.isatty():
         raise ValueError("no prompt; give some as arguments (an empty one, '', generates from scratch) or by --input")
-    if args.input in (None, "-"):
+    if source in (None, "-"):
         name, content = "standard input", sys.stdin.buffer.read()
     else:
-        name, content = args.input, Path(args.input).read_bytes()
+        name, content = source, Path(source).read_bytes()
+
+    # Decode by hand, for an error that names the file and the byte.
     try:
         lines = content.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -205,7 +193,8 @@ def from_json(line: str, where: str) -> Request:
     return Request(row["prompt"])
 
 
-def scored(row: dict, source: str) -> Request:
+def to_score(row: dict, source: str) -> Request:
+    """A row of a chat data set: its last turn is what the answer to the others must be."""
     if "messages" not in row:
         raise ValueError(f"{source} is no chat (it has {', '.join(row)}); scoring compares with an assistant's turn")
     messages = check_messages(row["messages"], source, answered=True)
@@ -214,263 +203,156 @@ def scored(row: dict, source: str) -> Request:
     return Request(messages[:-1], task=row.get("task"), expected=messages[-1]["content"])
 
 
-def encode(request: Request, n: int, args: argparse.Namespace, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Sets `ids` and `holes` of the n-th request."""
-    prompt = request.prompt
-    chat = tokenizer.template is not None if args.chat_template is None else args.chat_template
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    filling = any(tokenizer.mask_token in text for text in texts)
-    if not isinstance(prompt, str) and not chat:
+def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokenizer: Tokenizer, chat: bool) -> None:
+    """Sets `ids`, `holes` and `new` of the n-th request. chat: text is a turn of a chat, not continued."""
+    # Which of the three ways is it: a turn of a chat, a text to continue, or a text with masks to fill in?
+    prompt, is_text = request.prompt, isinstance(request.prompt, str)
+    texts = [prompt] if is_text else [message["content"] for message in prompt]
+    infilling = any(tokenizer.mask_token in text for text in texts)
+    if not is_text and not chat:
         raise ValueError(f"prompt {n} is a chat, which needs a chat template; leave --chat_template False out")
-    if isinstance(prompt, str) and filling:
-        if args.chat_template or args.system is not None:
-            flag = "--system" if args.system is not None else "--chat_template True"
-            raise ValueError(f"prompt {n} has masks and is filled in as plain text; leave {flag} out, or give messages")
-        request.ids = tokenizer.encode(prompt)
-    elif prompt == "" or not chat:
-        request.ids = tokenizer.encode(prompt)
+    if is_text and infilling and (args.chat_template or args.system is not None):
+        flag = "--system" if args.system is not None else "--chat_template True"
+        raise ValueError(f"prompt {n} has masks and is filled in as plain text; leave {flag} out, or give messages")
+
+    if is_text and (infilling or prompt == "" or not chat):
+        ids = tokenizer.encode(prompt)
     else:
-        system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        last = messages[-1]["role"] == "assistant"
-        if last and not filling:
-            raise ValueError(
-                f"prompt {n} ends in the assistant's turn; leave that out, or put {tokenizer.mask_token} in it"
-            )
-        request.ids, _ = tokenizer.render(system + messages, reply=not last)
-    request.ids, holes = canvas(tokenizer, request.ids, predicted_from_before=model.config.right_shift)
-    request.holes = holes if filling else None
-    length, context = len(request.ids) + new_tokens(request, args), model.config.max_position_embeddings
-    if length > context:
+        ids = render(prompt, n, args, tokenizer, infilling)
+    request.ids, holes = canvas(tokenizer, ids, predicted_from_before=model.config.right_shift)
+    request.holes = holes if infilling else None
+
+    # How much follows, and whether the model's context has room for it.
+    request.new = args.max_new_tokens
+    if request.new is None:
+        request.new = 0 if infilling else Sampling.max_new_tokens
+    context = model.config.max_position_embeddings
+    if len(request.ids) + request.new > context:
         raise ValueError(
-            f"prompt {n}: its {len(request.ids)} tokens and {length - len(request.ids)} new ones exceed the model's "
+            f"prompt {n}: its {len(request.ids)} tokens and {request.new} new ones exceed the model's "
             f"context of {context}; shorten it or lower --max_new_tokens"
         )
 
 
-def new_tokens(request: Request, args: argparse.Namespace) -> int:
-    if args.max_new_tokens is not None:
-        return args.max_new_tokens
-    return 128 if request.holes is None else 0
-
-
-def described(request: Request, tokenizer: Tokenizer) -> str:
-    """The prompt as it is printed."""
-    if not isinstance(request.prompt, str):
-        return "\n".join(f"{message['role']}: {message['content']}" for message in request.prompt)
-    if request.prompt == "":
-        after = f", after {tokenizer.decode(request.ids, skip_special_tokens=False)}" if request.ids else ""
-        return f"(from scratch{after})"
-    return request.prompt
+def render(prompt: str | list[dict], n: int, args: Sample, tokenizer: Tokenizer, infilling: bool) -> list[int]:
+    """The ids of a chat, up to where its answer begins; of one to fill in, which may end in an answer, all of it."""
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answered = messages[-1]["role"] == "assistant"
+    if answered and not infilling:
+        raise ValueError(
+            f"prompt {n} ends in the assistant's turn; leave that out, or put {tokenizer.mask_token} in it"
+        )
+    ids, _ = tokenizer.render(system + messages, reply=not answered)
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
 
-def decode(
-    model: LanguageModel, tokenizer: Tokenizer, batch: list[Request], *, options: dict, generator, watch
-) -> tuple[float, Trace]:
-    """Answers the requests of a batch; the seconds it took, and how the first row was denoised.
-
-    All of the batch have masks to fill in, or none. watch: called with the rows' `display.spans` and the forwards so
-    far after each forward; what it takes is not counted.
-    """
-    filling = batch[0].holes is not None
-    end_ids = () if filling else tuple(tokenizer.end_ids)
-    steps = denoise(
-        model,
-        [request.ids for request in batch],
-        canvas_masks=[request.holes for request in batch] if filling else None,
-        end_ids=end_ids,
-        generator=generator,
-        **options,
-    )
-    # Of row i the answer is columns begins[i] to stops[i]; of a canvas that is filled in, all of it.
-    begins = [0 if filling else len(request.ids) for request in batch]
-    stops = [len(request.ids) + options["max_new_tokens"] for request in batch]
-    rows = list(enumerate(zip(begins, stops)))
-    seconds, settled, spent, before = 0.0, None, None, None
-    while True:
-        begun = time.perf_counter()
-        step = next(steps, None)
-        seconds += time.perf_counter() - begun
-        if step is None:
-            break
-        if before is None:
-            first = step.masked
-            settled, spent = torch.zeros_like(step.tokens), torch.zeros_like(step.done, dtype=torch.int64)
-        else:
-            settled = torch.where(before.masked & ~step.masked, step.forwards, settled)
-            spent = torch.where(before.done, spent, step.forwards)
-        before = step
-        if watch is not None:
-            lists = [field.tolist() for field in (step.tokens, step.masked, settled == max(step.forwards, 1))]
-            watch(
-                [spans(tokenizer, *(field[i][begin:stop] for field in lists), end_ids) for i, (begin, stop) in rows],
-                step.forwards,
-            )
-    begun = time.perf_counter()
-    tokens, masked, settled, spent, first = (
-        field.tolist() for field in (before.tokens, before.masked, settled, spent, first)
-    )
-    seconds += time.perf_counter() - begun  # on a GPU the last forward is waited for here
-    for i, (begin, stop) in rows:
-        request, ids = batch[i], tokens[i][begin:stop]
-        end = next((at for at, token in enumerate(ids) if token in end_ids), len(ids))
-        request.answer = tokenizer.decode(ids[:end])
-        request.tokens = sum(first[i]) if filling else min(end + 1, len(ids))
-        request.forwards = spent[i]
-        request.shown = spans(tokenizer, ids[:end], [False] * end, [filling and hole for hole in first[i][:end]])
-    begin, stop = begins[0], stops[0]
-    when = [-1 if hole else forward for hole, forward in zip(masked[0][begin:stop], settled[0][begin:stop])]
-    trace = Trace(
-        pieces(tokenizer, tokens[0][begin:stop], masked[0][begin:stop], skip_special_tokens=False),
-        when,
-        before.confidence[0, begin:stop].tolist(),
-        spent[0],
-        f"{model.config.objective}, {sum(forward > 0 for forward in when)} tokens in {spent[0]} forwards",
-    )
-    return seconds, trace
-
-
-class Watch:
+class Watch(Region):
     """Shows a batch at each step: in place on a terminal, else a line every few forwards."""
 
-    def __init__(self):
-        self.region = Region() if terminal(sys.stdout) else None
-        if self.region:
-            self.region.__enter__()
+    def show(self, rows: list[Spans], forwards: int) -> None:
+        if self.live:
+            lines = wrap([(f"forward {forwards}", STRONG)], self.width)
+            for n, row in enumerate(rows, 1):
+                lines += wrap([(f"{n} ", STRONG), *row], self.width)
+            self.draw(lines)
+            time.sleep(FRAME)  # not counted in the time that decoding took
+        elif forwards % PLAIN_EVERY == 0:
+            for n, row in enumerate(rows, 1):
+                text = plain(row).replace("\n", "\\n")
+                show([(f"forward {forwards}, row {n}: {text}", "")])
 
-    def __call__(self, rows: list[list[tuple[str, str]]], forwards: int) -> None:
-        if self.region is None:
-            if forwards % PLAIN_EVERY == 0:
-                for n, row in enumerate(rows, 1):
-                    text = plain(row).replace("\n", "\\n")
-                    print(styled([(f"forward {forwards}, row {n}: {text}", "")], sys.stdout), flush=True)
-            return
-        lines = wrap([(f"forward {forwards}", STRONG)], self.region.width)
-        for n, row in enumerate(rows, 1):
-            lines += wrap([(f"{n} ", STRONG), *row], self.region.width)
-        self.region.draw(lines)
-        time.sleep(FRAME)
 
-    def close(self) -> None:
-        if self.region:
-            self.region.__exit__()
+def decode(
+    model: LanguageModel, tokenizer: Tokenizer, batch: list[Request], *, options: dict, generator, watch: bool
+) -> Answers:
+    """Answers the requests of a batch, which are of one kind. watch: show each step."""
+    holes = [request.holes for request in batch]
+    answers = Answers(
+        model,
+        tokenizer,
+        [request.ids for request in batch],
+        None if None in holes else holes,
+        options=options | {"max_new_tokens": batch[0].new},
+        generator=generator,
+    )
+    with Watch(live=watch) as screen:
+        for step in answers:
+            if watch:
+                screen.show(answers.shown(), step.forwards)
+    for request, answer in zip(batch, answers.final()):
+        request.answer, request.shown, request.tokens, request.forwards = answer
+    return answers
+
+
+def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
+    """The requests in batches of one kind, those of a kind in their order."""
+    for kind in sorted({request.kind for request in todo}):
+        same = [request for request in todo if request.kind == kind]
+        for begin in range(0, len(same), size):
+            yield same[begin : begin + size]
+
+
+def traced(answers: Answers, objective: str) -> Trace:
+    """How the first row of a batch was denoised, for a picture."""
+    columns, last = answers.columns[0], answers.last
+    ids, masked, settled = (field[0, columns].tolist() for field in (last.tokens, last.masked, answers.settled))
+    forwards = answers.forwards[0].item()
+    when = [-1 if hole else forward for hole, forward in zip(masked, settled)]
+    return Trace(
+        pieces(answers.tokenizer, ids, masked, skip_special_tokens=False),
+        when,
+        last.confidence[0, columns].tolist(),
+        forwards,
+        f"{objective}, {sum(forward > 0 for forward in when)} tokens in {forwards} forwards",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The program
+# What is printed and written
 
 
-def sample(args: argparse.Namespace) -> int:
-    """Does it; returns the exit status."""
-    for flag, path, endings in (("--output", args.output, (".jsonl",)), ("--picture", args.picture, (".png", ".html"))):
-        if path is not None:
-            check_file(flag, path, endings, overwrite=args.overwrite)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size}: expected at least 1")
-    todo = requests(args)
-    model, tokenizer = open_model(args)
-    if args.chat_template and tokenizer.template is None:
-        raise ValueError("--chat_template True: the tokenizer has no chat template; pass False to continue plain text")
-    if args.system is not None and (tokenizer.template is None or args.chat_template is False):
-        raise ValueError(f"--system {args.system} needs a chat template; leave it out where text is continued")
-    options = with_block(sampling(args), model.config.objective)
-    for n, request in enumerate(todo, 1):
-        encode(request, n, args, model, tokenizer)
-
-    generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)
-    order = sorted(range(len(todo)), key=lambda i: (todo[i].task or "", todo[i].holes is not None))
-    rates, trace, printed = {}, None, 0
-    progress = tqdm(total=len(todo), unit="row", disable=None if args.dataset_args else True)
-    while order:
-        alike = [i for i in order if same_kind(todo[i], todo[order[0]])][: args.batch_size]
-        order = order[len(alike) :]
-        batch = [todo[i] for i in alike]
-        watch = Watch() if args.show else None
-        try:
-            seconds, first = decode(
-                model,
-                tokenizer,
-                batch,
-                options={**options, "max_new_tokens": new_tokens(batch[0], args)},
-                generator=generator,
-                watch=watch,
-            )
-        finally:
-            if watch:
-                watch.close()
-        trace = first if alike[0] == 0 else trace
-        rates.setdefault(batch[0].task, []).append((seconds, batch))
-        progress.update(len(batch))
-        while not args.dataset_args and printed < len(todo) and todo[printed].answer is not None:
-            show_answer(todo[printed], printed + 1, len(todo), tokenizer)
-            printed += 1
-    progress.close()
-    score = None
-    if args.dataset_args:
-        score = show_table(rates)
+def show_answer(request: Request, number: str, tokenizer: Tokenizer) -> None:
+    """Prints prompt and answer; what was filled in stands out."""
+    if not isinstance(request.prompt, str):
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in request.prompt)
+    elif request.prompt == "":
+        after = f", after {tokenizer.decode(request.ids, skip_special_tokens=False)}" if request.ids else ""
+        prompt = f"(from scratch{after})"
     else:
-        print(rate_of([part for parts in rates.values() for part in parts]))
-    most = max(sum(request.holes or []) + new_tokens(request, args) for request in todo)
-    for remark in surplus(options, model.config.objective, most):
-        print(remark)
-    write(args, todo, trace, model, options)
-    if args.min_exact_match is not None and score < args.min_exact_match:
-        print(
-            f"sample.py: exact match {score:.1f} % is below --min_exact_match {args.min_exact_match}", file=sys.stderr
-        )
-        return 1
-    return 0
+        prompt = request.prompt
+    show([(f"[{number}] {prompt}\n", STRONG), *request.shown], end="\n\n")
 
 
-def same_kind(a: Request, b: Request) -> bool:
-    """Whether they can share a batch: a task is timed by itself, and canvases are filled in or continued."""
-    return a.task == b.task and (a.holes is None) == (b.holes is None)
+def rate(done: list[Request], seconds: float) -> Rate:
+    return Rate(sum(request.tokens for request in done), seconds, sum(request.forwards for request in done))
 
 
-def rate_of(parts: list[tuple[float, list[Request]]]) -> Rate:
-    done = [request for _, batch in parts for request in batch]
-    return Rate(sum(r.tokens for r in done), sum(seconds for seconds, _ in parts), sum(r.forwards for r in done))
-
-
-def show_answer(request: Request, n: int, total: int, tokenizer: Tokenizer) -> None:
-    """Prompt and answer; of a canvas that was filled in, what was filled in stands out."""
-    head = [(f"[{n}/{total}] {described(request, tokenizer)}\n", STRONG)]
-    print(styled([*head, *request.shown], sys.stdout), end="\n\n", flush=True)
-
-
-def show_table(rates: dict[str | None, list[tuple[float, list[Request]]]]) -> float:
+def show_table(todo: list[Request], seconds: dict[str | None, float]) -> float:
     """Prints exact match by task and pooled, the answer against the expected one; returns the pooled percentage."""
-    names = [name for name in rates if name is not None] if len(rates) > 1 else []
-    rows = [(name, rates[name]) for name in names] + [("all", [part for parts in rates.values() for part in parts])]
-    width = max(len("task"), *(len(name) for name, _ in rows))
+    # A row for each task if there are several, and one for all.
+    tasks = [task for task in seconds if task is not None] if len(seconds) > 1 else []
+    rows = [(task, [request for request in todo if request.task == task], seconds[task]) for task in tasks]
+    rows.append(("all", todo, sum(seconds.values())))
+    width = max(len("task"), *(len(name) for name, *_ in rows))
     print(f"{'task':<{width}}  exact match %      n  tokens/s  tokens per forward")
-    for name, parts in rows:
-        done, rate = [request for _, batch in parts for request in batch], rate_of(parts)
-        score = 100 * sum(map(right, done)) / len(done)
+    for name, done, spent in rows:
+        score = 100 * sum(request.correct for request in done) / len(done)
+        cost = rate(done, spent)
         print(
-            f"{name:<{width}}  {score:13.1f}  {len(done):5}  {rate.tokens / max(rate.seconds, 1e-9):8.1f}  "
-            f"{rate.tokens / max(rate.forwards, 1):18.2f}"
+            f"{name:<{width}}  {score:13.1f}  {len(done):5}  {cost.tokens / max(cost.seconds, 1e-9):8.1f}  "
+            f"{cost.tokens / max(cost.forwards, 1):18.2f}"
         )
-    print(rate)
+    print(cost)
     return score
 
 
-def right(request: Request) -> bool:
-    return request.answer.strip() == request.expected.strip()
-
-
-def write(args, todo: list[Request], trace: Trace | None, model: LanguageModel, options: dict) -> None:
-    """Writes --output and --picture, each whole or not at all."""
-    if args.picture is not None:
-        content = picture(trace, args.picture)
-        with replacing_file(args.picture) as file:
-            file.write_bytes(content)
-    if args.output is None:
-        return
+def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options: dict) -> None:
+    """Writes --output: a row per prompt, in their order, each with the settings that made it."""
     settings = {
         "model": args.model_name_or_path,
         "objective": model.config.objective,
@@ -480,23 +362,83 @@ def write(args, todo: list[Request], trace: Trace | None, model: LanguageModel, 
         **options,
         "block_size": model.config.block_length if options["block_size"] is None else options["block_size"],
     }
+    # The file takes its name when it is complete.
     with replacing_file(args.output) as file, file.open("w", encoding="utf-8") as lines:
         for request in todo:
             row = {name: getattr(request, name) for name in ("prompt", "answer", "tokens", "forwards")}
             if request.expected is not None:
-                row |= {"task": request.task, "expected": request.expected, "correct": right(request)}
-            row |= {**settings, "max_new_tokens": new_tokens(request, args)}
+                row |= {name: getattr(request, name) for name in ("task", "expected", "correct")}
+            row |= {**settings, "max_new_tokens": request.new}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def prepare(args: Sample) -> tuple[list[Request], LanguageModel, Tokenizer, dict]:
+    """The encoded prompts, the model, its tokenizer and the sampler's options. What is wrong is found here."""
+    # Names of files first, as they cost nothing; then the prompts; then the model.
+    for flag, path, endings in (("--output", args.output, (".jsonl",)), ("--picture", args.picture, (".png", ".html"))):
+        if path is not None:
+            check_file(flag, path, endings, overwrite=args.overwrite)
+    todo = requests(args)
+    model, tokenizer = open_model(args, args.block_size)
+    chat = uses_template(args, tokenizer)
+
+    # Encode all before the first is decoded: the last may be too long, and that should not show after an hour.
+    options = sampler_options(args, model.config.objective)
+    for n, request in enumerate(todo, 1):
+        encode(request, n, args, model, tokenizer, chat)
+    return todo, model, tokenizer, options
+
+
+def sample(args: Sample) -> int:
+    """Does what the options say; returns the exit status."""
+    todo, model, tokenizer, options = prepare(args)
+    objective = model.config.objective
+    generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)
+
+    # Decode batch by batch, and print each answer as soon as those before it are printed.
+    seconds, trace, printed = {}, None, 0
+    progress = tqdm(total=len(todo), unit="row", disable=None if args.dataset_args else True)
+    for batch in batches(todo, args.batch_size):
+        answers = decode(model, tokenizer, batch, options=options, generator=generator, watch=args.show)
+        seconds[batch[0].task] = seconds.get(batch[0].task, 0.0) + answers.seconds
+        if batch[0] is todo[0]:
+            trace = traced(answers, objective)
+        progress.update(len(batch))
+        while not args.dataset_args and printed < len(todo) and todo[printed].answer is not None:
+            printed += 1
+            show_answer(todo[printed - 1], f"{printed}/{len(todo)}", tokenizer)
+    progress.close()
+
+    # Then the score or the rate, a remark, and the files.
+    if args.dataset_args:
+        score = show_table(todo, seconds)
+    else:
+        print(rate(todo, sum(seconds.values())))
+    for remark in unused_steps(options, objective, max(sum(request.holes or []) + request.new for request in todo)):
+        print(remark)
+    if args.picture is not None:
+        with replacing_file(args.picture) as file:
+            file.write_bytes(picture(trace, args.picture))
+    if args.output is not None:
+        write_rows(args, todo, model, options)
+    if args.min_exact_match is not None and score < args.min_exact_match:
+        print(
+            f"sample.py: exact match {score:.1f} % is below --min_exact_match {args.min_exact_match}", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments()
-    args = parser.parse_intermixed_args(argv)
-    with one_line_errors(parser.prog):
+    with one_line_errors("sample.py"):
         try:
-            status = sample(args)
+            status = sample(Sample.parse(argv))
         except KeyboardInterrupt:
-            print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
+            print("sample.py: interrupted; nothing was written", file=sys.stderr)
             status = 130
     sys.exit(status)
 

@@ -433,7 +433,7 @@ def test_lm_evals_own_flags_are_refused_in_one_line_too(refused, tmp_path):
         (["--model", "a2d_mdlm", "--model_args", "pretrained", "--tasks", "sums"], "expected `key=value`"),
         ([*good, "--limit", "x"], "invalid float value: 'x'"),
         ([*good, "--batch_size", "0"], "--batch_size 0: expected a number or auto"),
-        ([*good, "--device", "tpu9"], "--device tpu9 is not to be had here"),
+        ([*good, "--device", "tpu9"], "--device tpu9 is not available here"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--table", "nowhere"], "no manifest_.*json below nowhere; --output_path makes them"),
     ):

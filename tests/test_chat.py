@@ -16,6 +16,7 @@ from terminal import ROOT, Terminal
 
 import chat
 import checkpoint as checkpoints
+import cli
 import display
 from diffusion import denoise
 
@@ -47,9 +48,9 @@ def run(capsys, monkeypatch, tmp_path):
     return call
 
 
-def session(objective: str, *flags: str, **changes) -> chat.Chat:
-    args = chat.arguments().parse_args(["--model_name_or_path", checkpoint(objective, **changes), *NEW, *flags])
-    return chat.Chat(args, *chat.open_model(args))
+def session(objective: str, *flags: str, **changes) -> chat.Conversation:
+    args = chat.Chat.parse(["--model_name_or_path", checkpoint(objective, **changes), *NEW, *flags])
+    return chat.Conversation(args, *chat.open_model(args, args.block_size))
 
 
 def answer_to(objective: str, messages: list[dict], **options) -> str:
@@ -86,7 +87,7 @@ def test_each_turn_is_answered_as_if_from_a_fresh_start(run, objective):
         talk.say(text)
         assert len(talk.messages) == 2 * n + 2
         assert talk.messages[-1]["content"] == answer_to(objective, talk.messages[:-1])
-    assert bool(talk.kept.tokens) == (objective != "mdlm")
+    assert bool(talk.prefix.tokens) == (objective != "mdlm")
 
 
 @pytest.mark.parametrize("objective", ("ar", "bd3lm"))
@@ -173,7 +174,7 @@ def test_reset_undo_and_retry(run):
     talk.obey("/retry")
     assert talk.messages[:-1] == before[:-1] and talk.messages[-1] != before[-1]
     talk.obey("/reset")
-    assert talk.messages == [] and talk.options["temperature"] == 2.0
+    assert talk.messages == [] and talk.options.temperature == 2.0
     for command in ("/undo", "/retry"):
         with pytest.raises(ValueError, match=f"nothing to {command[1:]}; the conversation is empty"):
             talk.obey(command)
@@ -189,17 +190,17 @@ def test_two_slashes_begin_a_message_that_begins_with_one(run):
 def test_infill_fills_in_outside_of_the_conversation(run, objective, capsys):
     talk = session(objective)
     talk.say("hi")
-    before, kept = list(talk.messages), list(talk.kept.tokens)
+    before, kept = list(talk.messages), list(talk.prefix.tokens)
     capsys.readouterr()
     talk.obey("/infill What is <|mask|><|mask|> + 25?")
     out, err = capsys.readouterr()
     assert re.fullmatch(r"What is .* \+ 25\?\n", out, re.DOTALL) and err.startswith("[2 tokens")
-    assert talk.messages == before and talk.kept.tokens == kept
+    assert talk.messages == before and talk.prefix.tokens == kept
     with pytest.raises(ValueError, match=r"/infill nothing: expected a text with <\|mask\|>"):
         talk.obey("/infill nothing")
     capsys.readouterr()
     talk.say("What is 1 + 2?")
-    assert not capsys.readouterr().err.startswith("[0 tokens") and talk.options["max_new_tokens"] == 12
+    assert not capsys.readouterr().err.startswith("[0 tokens") and talk.options.max_new_tokens == 12
 
 
 def test_save_and_load_give_the_conversation_back_as_a_row_of_training_data(run, tmp_path, capsys):
@@ -250,15 +251,14 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_option_can_be_set_and_unset_and_given_as_a_flag(run, name, capsys):
     talk = session("undeclared", *(("--temperature", "1") if name.startswith("top_") else ()))
-    before = dict(talk.options)
+    before = talk.options
     talk.obey(f"/set {name} {SETTINGS[name]}")
     told = capsys.readouterr().err
     assert told.startswith(f"{name} ")
-    if name in talk.options:
-        assert talk.options[name] != before[name]
+    assert getattr(talk.options, name) != getattr(before, name)
     talk.say("hi")
     talk.obey(f"/set {name} none")
-    if name in talk.options and name not in ("max_new_tokens", "steps"):
+    if name not in ("max_new_tokens", "steps"):
         assert talk.options == before
     temperature = ("--temperature", "1") if name.startswith("top_") else ()
     status, _, err = run("undeclared", "hi", flags=(*NEW, f"--{name}", SETTINGS[name], *temperature))
@@ -268,7 +268,7 @@ def test_every_option_can_be_set_and_unset_and_given_as_a_flag(run, name, capsys
 def test_set_lists_all_options_and_none_is_left_untested(run, capsys):
     session("mdlm").obey("/set")
     assert {line.split()[0] for line in capsys.readouterr().err.splitlines()} == set(SETTINGS)
-    flags = {flag[2:] for flag in chat.arguments()._option_string_actions if flag.startswith("--")}
+    flags = {flag[2:] for flag in chat.Chat.parser()._option_string_actions if flag.startswith("--")}
     elsewhere = {"help", "model_name_or_path", "system", "chat_template", "history_file"}
     model = {"objective", "right_shift_logits", "dtype", "device", "torch_compile"}
     assert flags == set(SETTINGS) | elsewhere | model
@@ -304,7 +304,7 @@ MISTAKES = {
     "/set max_new_tokens 500": "exceed the model's context of 256",
     "/save": "/save: expected the name of a file",
     "/save /dev/null/x": "Not a directory|File exists",
-    "/load none.jsonl": "No such file or directory: 'none.jsonl'",
+    "/load none.jsonl": "there is no file none.jsonl",
     "/load bad.jsonl": "bad.jsonl holds no conversation",
     "/load latin.jsonl": "latin.jsonl holds no conversation",
     "/load system.jsonl": "expected turns of user and assistant, one after the other",
@@ -327,7 +327,7 @@ def test_mistaken_commands_are_told_in_one_line_and_change_nothing(run, tmp_path
     assert status == 2 and not out
     assert re.fullmatch(rf"chat\.py: .*({MISTAKES[line]}).*\n", err), err
     talk = session("mdlm")
-    before = dict(talk.options)
+    before = talk.options
     with pytest.raises((ValueError, OSError)):
         talk.obey(line)
     assert talk.options == before and talk.messages == []
@@ -340,7 +340,7 @@ FLAGS = {
     ("--steps", "0"): "steps 0: expected at least 1",
     ("--temperature", "-1"): "temperature -1.0: expected 0",
     ("--max_new_tokens", "300"): "exceed the model's context of 256; .*lower --max_new_tokens",
-    ("--device", "tpu9"): "--device tpu9 is not to be had here",
+    ("--device", "tpu9"): "--device tpu9 is not available here",
     ("--objective", "ar"): "--objective ar contradicts the checkpoint",
     ("--system", "x", "--chat_template", "False"): "--system x needs a chat template",
 }
@@ -423,7 +423,7 @@ def interrupted(after: int):
 @each_objective
 def test_a_stopped_answer_keeps_what_had_settled_and_the_cache_stays_right(run, objective, monkeypatch, capsys):
     talk = session(objective)
-    monkeypatch.setattr(chat, "denoise", interrupted(7))
+    monkeypatch.setattr(cli, "denoise", interrupted(7))
     options = () if objective == "ar" else ("/set suppress_tokens none",)
     for line in options:
         talk.obey(line)
@@ -432,7 +432,7 @@ def test_a_stopped_answer_keeps_what_had_settled_and_the_cache_stays_right(run, 
     assert "stopped" in err
     if talk.messages:
         assert whole(answer_to(objective, talk.messages[:1])).startswith(whole(talk.messages[1]["content"]))
-    monkeypatch.setattr(chat, "denoise", denoise)
+    monkeypatch.setattr(cli, "denoise", denoise)
     talk.say("again")
     assert talk.messages[-1]["content"] == answer_to(objective, talk.messages[:-1])
 
@@ -441,7 +441,7 @@ def test_an_answer_stopped_before_anything_settled_takes_the_message_back(run, m
     talk = session("mdlm")
     talk.say("hi")
     before = list(talk.messages)
-    monkeypatch.setattr(chat, "denoise", interrupted(0))
+    monkeypatch.setattr(cli, "denoise", interrupted(0))
     talk.say("more")
     assert talk.messages == before and "took back: more" in capsys.readouterr().err
     talk.obey("/retry")
@@ -461,8 +461,7 @@ def words(text: str) -> str:
 @pytest.mark.parametrize(("objective", "columns"), [("mdlm", 100), ("bd3lm", 24), ("ar", 60)])
 def test_a_talk_in_a_terminal(tmp_path, objective, columns):
     flags = ("--model_name_or_path", checkpoint(objective, **LONG), "--history_file", tmp_path / "history")
-    args = chat.arguments().parse_args(["--model_name_or_path", checkpoint(objective, **LONG), *NEW])
-    fresh = chat.Chat(args, *chat.open_model(args))
+    fresh = session(objective, **LONG)
 
     def answered(n: int):
         return lambda text: len(re.findall(r"tokensperforward", words(text))) == n and text.endswith("\n>")
@@ -537,7 +536,7 @@ def test_the_commands_in_a_terminal(tmp_path):
         window.until(lambda text: text.endswith("\n>"))
         help = told(window, "/help", "/quit")
         for name, usage in chat.COMMANDS.items():
-            assert re.search(rf"\n{re.escape(usage)}  +{re.escape(getattr(chat.Chat, name).__doc__)}", help)
+            assert re.search(rf"\n{re.escape(usage)}  +{re.escape(getattr(chat.Conversation, name).__doc__)}", help)
         told(window, "/system Add.", "\nsystem message: Add.\n")
         first = told(window, "What is 1 + 2?", "tokens per forward")
         again = told(window, "/retry", "tokens per forward")

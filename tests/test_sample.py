@@ -169,7 +169,7 @@ def test_infilling_ends_at_no_end_token(run, monkeypatch):
         tokens = tokens.masked_fill(masked, tokenizer().end_ids[0])
         yield Step(tokens, masked & False, torch.tensor([True]), 1, torch.ones(tokens.shape))
 
-    monkeypatch.setattr(sample, "denoise", ending)
+    monkeypatch.setattr(cli, "denoise", ending)
     assert answers(run, f"a{HOLE}b", "--model_name_or_path", checkpoint("mdlm")) == ["ab"]
 
 
@@ -182,10 +182,10 @@ def trimmed(monkeypatch, prompt: list[int], holes: list[bool] | None, canvas: li
         yield Step(tokens, masked, torch.tensor([False]), 0, torch.zeros(tokens.shape))
         yield Step(tokens, masked & False, torch.tensor([True]), 1, torch.ones(tokens.shape))
 
-    monkeypatch.setattr(sample, "denoise", known)
+    monkeypatch.setattr(cli, "denoise", known)
     request, model = sample.Request("", ids=prompt, holes=holes), golden_model("qwen3")
-    options = {"max_new_tokens": len(canvas) - len(prompt)}
-    sample.decode(model, Tokenizer(GOLDEN / "models/qwen3"), [request], options=options, generator=None, watch=None)
+    request.new = len(canvas) - len(prompt)
+    sample.decode(model, Tokenizer(GOLDEN / "models/qwen3"), [request], options={}, generator=None, watch=False)
     return request
 
 
@@ -258,7 +258,7 @@ def test_every_flag_is_taken_and_recorded(run, flags):
 
 
 def test_no_flag_is_left_untested():
-    flags = {flag for flag in sample.arguments()._option_string_actions if flag.startswith("--")}
+    flags = {flag for flag in sample.Sample.parser()._option_string_actions if flag.startswith("--")}
     assert flags - {"--help"} == ELSEWHERE | {flag for flags in EVERY_FLAG for flag in flags if flag.startswith("--")}
 
 
@@ -307,7 +307,7 @@ def test_scoring_counts_what_is_right_by_task_and_pooled(run, monkeypatch):
     monkeypatch.setattr("tasks.builtin.SUMS", {"train": 60, "validation": 20, "test": 40})
     rows = list(data.raw("builtin/sums[test:40]", "test"))
     right = {row["messages"][0]["content"] for i, row in enumerate(rows) if i % 4 == 0 or row["task"] == "add"}
-    monkeypatch.setattr(sample, "denoise", cheat(right))
+    monkeypatch.setattr(cli, "denoise", cheat(right))
     flags = ("--model_name_or_path", checkpoint("mdlm"), "--dataset_args", "builtin/sums[test:40]", "--batch_size", "7")
     status, out, err = run(*flags, "--max_new_tokens", "16", "--output", "o.jsonl", "--min_exact_match", "30")
     assert status == 0, err
@@ -452,7 +452,7 @@ def test_ctrl_c_ends_with_status_130_and_no_traceback(run, tmp_path, monkeypatch
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(sample, "denoise", interrupted)
+    monkeypatch.setattr(cli, "denoise", interrupted)
     status, _, err = run("hi", "--model_name_or_path", checkpoint("mdlm"), "--output", "o.jsonl")
     assert status == 130 and err == "sample.py: interrupted; nothing was written\n" and not list(tmp_path.iterdir())
 
@@ -553,7 +553,7 @@ MISTAKES = {  # flags after a prompt and the model: what is said
         "500",
     ): "prompt 1: its .* tokens and 500 new ones exceed the model's context of 256; shorten it",
     ("--batch_size", "0"): "--batch_size 0: expected at least 1",
-    ("--device", "tpu9"): "--device tpu9 is not to be had here; expected cpu",
+    ("--device", "tpu9"): "--device tpu9 is not available here; expected cpu",
     ("--objective", "bd3lm"): "--objective bd3lm contradicts the checkpoint, which declares objective mdlm",
     ("--right_shift_logits", "True"): "--right_shift_logits True contradicts the checkpoint",
     ("--show=maybe",): "'maybe': expected True or False",
@@ -702,8 +702,8 @@ def test_a_template_that_fails_is_told(run, tmp_path, monkeypatch):
     broken = "{{ raise_exception('roles must alternate') }}"
     real = cli.open_model
 
-    def opened(args):
-        model, tok = real(args)
+    def opened(*args):
+        model, tok = real(*args)
         tok.template = broken
         return model, tok
 
