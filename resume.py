@@ -5,7 +5,17 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import barrier, config_dict, drop_training, load_training, read_progress, recover, remove, save_model, save_training  # noqa
+from checkpoint import (  # noqa
+    barrier,
+    config_dict,
+    drop_training,
+    load_training,
+    read_progress,
+    recover,
+    remove,
+    save_model,
+    save_training,
+)
 from cli import check_directory
 from log import ARGS, METRICS, PICTURE
 from model import Config, LanguageModel

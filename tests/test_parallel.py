@@ -385,16 +385,16 @@ def test_the_two_newest_checkpoints_can_be_resumed_and_the_limit_is_kept(tmp_pat
 
 def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tmp_path, source, capsys, monkeypatch):
     train.main(flags_of(source, tmp_path / "whole", "--save_steps", "3"))
-    resume = ["--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-6")]
-    train.main(flags_of(source, tmp_path / "other", *resume))
+    resumed = ["--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-6")]
+    train.main(flags_of(source, tmp_path / "other", *resumed))
     assert all(
         torch.equal(value, weights(tmp_path / "whole")[name]) for name, value in weights(tmp_path / "other").items()
     )
     assert [row["step"] for row in metrics(tmp_path / "other") if "loss" in row] == [7, 8, 9, 10]
-    assert "holds a run" in refused(capsys, flags_of(source, tmp_path / "other", *resume))
+    assert "holds a run" in refused(capsys, flags_of(source, tmp_path / "other", *resumed))
     before = curve(tmp_path / "whole")
     monkeypatch.chdir(tmp_path)  # the checkpoint is of this run, however its place is written
-    train.main(flags_of(source, "whole", *resume, "--save_steps", "7", "--save_total_limit", "1"))
+    train.main(flags_of(source, "whole", *resumed, "--save_steps", "7", "--save_total_limit", "1"))
     assert curve(tmp_path / "whole") == before
     held = [path.name for path in resume.checkpoints(tmp_path / "whole")]
     assert held == ["checkpoint-7", "checkpoint-9"]  # a later one does not count
@@ -445,7 +445,7 @@ def test_examples_made_ahead_are_the_same_and_a_checkpoint_knows_only_those_trai
 ):
     flags = [*more, "--save_steps", "3"]
     train.main(flags_of(source, tmp_path / "whole", *flags, objective="bd3lm"))
-    monkeypatch.setitem(train.AHEAD, "cpu", 3)
+    monkeypatch.setitem(train.PREFETCH, "cpu", 3)
     train.main(flags_of(source, tmp_path / "ahead", *flags, objective="bd3lm"))
     assert_equal(tmp_path / "whole", tmp_path / "ahead")
     resume = ["--resume_from_checkpoint", str(tmp_path / "ahead/checkpoint-6")]
