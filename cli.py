@@ -17,7 +17,8 @@ from typing import Annotated, Literal
 import torch
 
 from checkpoint import DTYPES, declare, load_config, load_model, naming_file, resolve
-from diffusion import OBJECTIVES, RULES, Sampling
+from diffusion import RULES, Sampling
+from model import OBJECTIVES
 from options import Model, Options, Seed
 from tokenizer import ROLES, Tokenizer, why_invalid
 
