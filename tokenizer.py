@@ -135,7 +135,7 @@ class Tokenizer:
         return list(self.core.get_vocab().values())
 
     def fit(self, rows: int, *, mask: bool = True) -> None:
-        """Raises ValueError where an embedding of `rows` rows has none for some id (mask False: but the mask token's)."""
+        """Raises ValueError unless an embedding of `rows` rows has one for each id (mask False: but the mask's)."""
         last = max(i for i in self.ids if mask or i != self.mask_id)
         if last >= rows:
             raise ValueError(
