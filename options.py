@@ -22,7 +22,6 @@ import itertools
 import math
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from types import NoneType, UnionType
@@ -111,8 +110,8 @@ def flags(cls: type) -> dict[str, Flag]:
     # Comments and the strings below fields are in the source alone, so that is what we read.
     helps, groups = {}, {}
     for owner in cls.__mro__[:-1]:
-        source = textwrap.dedent(inspect.getsource(owner))
-        lines, tree = source.splitlines(), ast.parse(source).body[0]
+        lines, classes = _source(owner.__module__)
+        tree = classes[owner.__name__]
         manual = ast.get_docstring(tree) if "prog" not in vars(owner) else None
         for statement, after in zip(tree.body, [*tree.body[1:], None]):
             if not isinstance(statement, ast.AnnAssign):
@@ -147,6 +146,13 @@ def flags(cls: type) -> dict[str, Flag]:
             group=groups[field.name],
         )
     return found
+
+
+@functools.cache
+def _source(module: str) -> tuple[list[str], dict[str, ast.ClassDef]]:
+    """A module's lines, and its classes by name."""
+    text = inspect.getsource(sys.modules[module])
+    return text.splitlines(), {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
 
 
 def _unpacked(hint) -> tuple[Any, tuple]:
