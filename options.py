@@ -103,29 +103,13 @@ class Flag(NamedTuple):
 
 @functools.cache
 def flags(cls: type) -> dict[str, Flag]:
-    """What a command line must know of each field, by name, group by group in the order in which `cls` inherits them.
-
-    A field that a subclass declares again, with another default say, stays in its group.
-    """
-    # Comments and the strings below fields are in the source alone, so that is what we read.
-    helps, groups = {}, {}
-    for owner in cls.__mro__[:-1]:
-        lines, classes = _source(owner.__module__)
-        tree = classes[owner.__name__]
-        manual = ast.get_docstring(tree) if "prog" not in vars(owner) else None
-        for statement, after in zip(tree.body, [*tree.body[1:], None]):
-            if not isinstance(statement, ast.AnnAssign):
-                continue
-            name, line = statement.target.id, lines[statement.end_lineno - 1].encode()
-            comment = line[statement.end_col_offset :].decode().partition("# ")[2]
-            string = after.value.value if isinstance(after, ast.Expr) else None
-            helps[name] = helps.get(name) or (" ".join(string.split()) if string else comment)
-            groups.pop(name, None)
-            groups[name] = manual.splitlines()[0] if manual else "options"
-
+    """What a command line must know of each field, by name, group by group in the order in which `cls` inherits them."""
     found, hints = {}, get_type_hints(cls, include_extras=True)
-    for field in sorted(fields(cls), key=lambda field: list(groups).index(field.name)):
-        hint = hints[field.name]
+    defaults = {field.name: field.default for field in fields(cls)}
+    for name, (help, group) in _manual(cls).items():
+        if name not in defaults:
+            continue  # a ClassVar
+        hint = hints[name]
         if get_origin(hint) in (Union, UnionType):  # X | None
             (hint,) = (part for part in get_args(hint) if part is not NoneType)
         kind, marks = _unpacked(hint)
@@ -135,16 +119,38 @@ def flags(cls: type) -> dict[str, Flag]:
             kind, of_each = _unpacked(get_args(kind)[0])
             marks = (*of_each, *marks)
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        found[field.name] = Flag(
+        found[name] = Flag(
             read=reader or (type(choices[0]) if choices else boolean if kind is bool else kind),
             several=several,
             choices=choices,
             bounds=tuple(mark for mark in marks if isinstance(mark, Bound)),
             metavar=next((mark for mark in reversed(marks) if isinstance(mark, str)), None),
-            default=field.default,
-            help=helps[field.name],
-            group=groups[field.name],
+            default=defaults[name],
+            help=help,
+            group=group,
         )
+    return found
+
+
+def _manual(cls: type) -> dict[str, tuple[str, str]]:
+    """(help, group) of each name that `cls` and the classes it inherits annotate.
+
+    Comments and the strings below fields are in the source alone, so that is what we read. A field that a subclass
+    declares again, with another default say, stays in its group, and keeps its help unless it gets a new one.
+    """
+    found = {}
+    for owner in cls.__mro__[:-1]:
+        lines, classes = _source(owner.__module__)
+        tree = classes[owner.__name__]
+        title = None if "prog" in vars(owner) else ast.get_docstring(tree)
+        group = title.splitlines()[0] if title else "options"
+        for statement, after in zip(tree.body, [*tree.body[1:], None]):
+            if isinstance(statement, ast.AnnAssign):
+                line = lines[statement.end_lineno - 1].encode()  # columns count bytes
+                comment = line[statement.end_col_offset :].decode().partition("# ")[2]
+                string = " ".join(after.value.value.split()) if isinstance(after, ast.Expr) else None
+                help, _ = found.pop(statement.target.id, ("", None))
+                found[statement.target.id] = help or string or comment, group
     return found
 
 
