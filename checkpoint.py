@@ -254,18 +254,18 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device="cp
     _check_weights(path, config, expected, stored)
     config.dtype = next(name for name, code in DTYPES.items() if code == stored[EMBEDDING].dtype)
 
-    # As stored, tensors stay in the files' memory maps: a page is read when it is first used. Others are converted one
-    # by one, each through a map of its own, since what is mapped counts as memory, and the largest first: so the peak
-    # is hardly more than the model itself.
-    as_stored = getattr(torch, config.dtype)
+    tensors, as_stored = {}, getattr(torch, config.dtype)
     if (dtype or as_stored, torch.device(device).type) == (as_stored, "cpu"):
-        parts = [[name for name in expected if stored[name].file == file] for file in files]
+        # Unconverted, tensors stay in the files' memory maps: a page is read when it is first used.
+        for file in files:
+            with safe_open(file, "pt") as handle:
+                tensors |= {name: handle.get_tensor(name) for name in expected if stored[name].file == file}
     else:
-        parts = [[name] for name in sorted(expected, key=lambda name: -math.prod(expected[name]))]
-    tensors = {}
-    for names in filter(None, parts):
-        with safe_open(stored[names[0]].file, "pt") as handle:
-            tensors |= {name: handle.get_tensor(name).to(device, dtype or as_stored) for name in names}
+        # One by one, each through a map of its own, since what is mapped counts as memory, and the largest first: so
+        # the peak is hardly more than the model itself.
+        for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
+            with safe_open(stored[name].file, "pt") as handle:
+                tensors[name] = handle.get_tensor(name).to(device, dtype or as_stored)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 

@@ -76,12 +76,16 @@ def redeclare(config: Config, args: Convert, mask_id: int) -> None:
                 raise ValueError(f"--{flag} {getattr(args, flag)} means nothing with --to ar; leave it out")
         config.objective = config.block_length = config.right_shift = config.mask_token_id = None
         return
-    if config.objective == "ar":  # its shift goes with it
+
+    # What the source declares stays, unless a flag declares otherwise; but an AR objective goes, and its shift with it.
+    if config.objective == "ar":
         config.objective = config.right_shift = None
     config.mask_token_id = mask_id
     config.objective = args.objective or config.objective
     if args.right_shift_logits is not None:
         config.right_shift = args.right_shift_logits
+
+    # A block length goes with bd3lm, and only with it.
     if config.objective != "bd3lm":
         config.block_length = None
         if args.block_size is not None:
@@ -102,6 +106,8 @@ def prepare_mask(tensors: dict, config: Config, tokenizer: Tokenizer, *, untrain
     mask_id, rows = tokenizer.mask_id, config.vocab_size
     if mask_id < rows and not (untrained and init == "mean"):
         return "untrained, kept" if untrained else "kept"
+
+    # The mean of the rows that stand for a token: an embedding may have more, which nothing trains.
     trained = torch.tensor(sorted(i for i in tokenizer.ids if i < rows and i != mask_id))
     config.vocab_size = rows if mask_id < rows else (mask_id // 64 + 1) * 64
     for name in tensors.keys() & {EMBEDDING, HEAD}:

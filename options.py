@@ -103,7 +103,7 @@ class Flag(NamedTuple):
 
 @functools.cache
 def flags(cls: type) -> dict[str, Flag]:
-    """What a command line must know of each field, by name, group by group in the order in which `cls` inherits them."""
+    """What a command line must know of each field, by name, group by group in the order that `cls` inherits them."""
     found, hints = {}, get_type_hints(cls, include_extras=True)
     defaults = {field.name: field.default for field in fields(cls)}
     for name, (help, group) in _manual(cls).items():
