@@ -1,15 +1,22 @@
-"""Every figure the README quotes, by one command each: `python bench.py train | sample | likelihood | load`.
+"""Measures nanoA2D against a plain implementation in the same run, for every figure that the README quotes.
 
-Each table compares ours with a plain implementation that does the same work in the obvious way and wastes nothing else,
-in the same run: two fresh processes, so that peak memory is each one's own, that take their steps in turn, so that a
-machine that drifts drifts for both. Two ways whose results differ have no ratio: the program then ends with status 1.
+  python bench.py train       the training step of mdlm and bd3lm: time and memory
+  python bench.py sample      greedy decoding with mdlm and bd3lm
+  python bench.py likelihood  scoring multiple-choice requests
+  python bench.py load        loading a checkpoint, and each program's --help
+  python bench.py curves      no measurement: the curves of several runs in one picture
+
+python bench.py TABLE --help has a table's flags. On cuda nothing has been measured yet.
+
+The plain implementation does the same work in the obvious way and wastes nothing else. Each of the two ways is a fresh
+process, so that peak memory is its own, and they take their steps in turn, so that a machine that drifts drifts for
+both. Two ways whose results differ have no ratio: the program then ends with status 1.
 
 FLOPs are those of the matrix products (log.forward_flops, and three times that for a training step).
 """
 
-from cli import Parser, add_compile, check_file, compile_layers, one_line_errors, replacing_file, switch
+from cli import check_file, compile_layers, one_line_errors, replacing_file
 
-import argparse
 import json
 import os
 import platform
@@ -18,17 +25,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 import diffusion
+import log
+from checkpoint import load_config, load_model, save_model
 from diffusion import Batch, bd3lm_example, denoise, draw_noise, loss, loss_weight, mdlm_example
 from likelihood import log_likelihood
 from log import PEAK_FLOPS, forward_flops, train_flops
 from model import Config, KVCache, LanguageModel, Layout
+from options import Count, Natural, Options, Rows, Tokens, Words, flags
 
 # family, vocabulary, hidden, intermediate, layers, heads, key/value heads, head_dim
 MODELS = {
@@ -36,6 +48,118 @@ MODELS = {
     "mid": Config("qwen3", 151_936, 256, 768, 4, 4, 2, 64),
     "qwen3-0.6b": Config("qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, max_position_embeddings=40_960),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options: a class for each table
+
+
+@dataclass(kw_only=True)
+class Machine(Options):
+    "what is measured, and on what"
+
+    device: Literal["cpu", "cuda"] = "cpu"  # cpu: fp32; cuda: bf16
+    model: Literal[*MODELS] = "mid"  # the model's shape; its weights are random
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+
+
+@dataclass(kw_only=True)
+class Blocks(Options):
+    "what is measured, and on what"
+
+    block_size: Tokens = 32  # tokens of a block of bd3lm, and of mdlm's decoding
+
+
+@dataclass(kw_only=True)
+class Layers(Options):
+    "what is measured, and on what"
+
+    torch_compile: bool = False  # compile the layers: a minute at the start, fewer kernels after it (for cuda)
+
+
+@dataclass(kw_only=True)
+class Output(Options):
+    "output"
+
+    output: Annotated[str, "FILE.json"] | None = None  # also write the figures here (default: print them alone)
+    overwrite: bool = False  # replace a file of that name
+
+
+@dataclass(kw_only=True)
+class Train(Machine, Blocks, Layers, Output):
+    """Time and memory of the training step of mdlm and bd3lm: forward, backward, optimizer, noise.
+
+    Two processes at a time hold a model each."""
+
+    prog: ClassVar[str] = "bench.py train"
+    batch: Rows = 4  # rows
+    length: Tokens = 256  # tokens of a row
+    steps: Count = 5  # timed steps of each way
+    warmup: Natural = 1  # steps before them; 4 where the layers are compiled
+
+
+@dataclass(kw_only=True)
+class Sample(Machine, Blocks, Layers, Output):
+    """Time of greedy decoding with mdlm and bd3lm.
+
+    plain: logits of every position, no cache for mdlm, the prefix encoded anew for every block of bd3lm."""
+
+    prog: ClassVar[str] = "bench.py sample"
+    batch: tuple[Rows, ...] = (1, 4)  # rows, one measurement each
+    prompt_tokens: Tokens = 64  # tokens of the longest prompt
+    new_tokens: Tokens = 128  # tokens to generate, a multiple of the block size
+    steps: Count = 128  # forwards for them, so many that each block has a whole number
+    warmup: Natural = 2  # forwards before the timed ones
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.new_tokens % self.block_size:
+            raise ValueError(f"--new_tokens {self.new_tokens}: expected a multiple of the block size {self.block_size}")
+        if self.new_tokens % self.steps or self.steps * self.block_size % self.new_tokens:
+            raise ValueError(
+                f"--steps {self.steps}: expected to divide {self.new_tokens} tokens, and evenly over their blocks"
+            )
+
+
+@dataclass(kw_only=True)
+class Likelihood(Machine, Blocks, Output):
+    """Time of scoring multiple-choice requests with mdlm and bd3lm: one-token answers, as of MMLU, and longer ones."""
+
+    prog: ClassVar[str] = "bench.py likelihood"
+    requests: Count = 256  # answers to score; every question has 4
+    runs: Count = 1  # timed runs of each way
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.requests % 4:
+            raise ValueError(f"--requests {self.requests}: expected a multiple of 4, the answers to a question")
+
+
+@dataclass(kw_only=True)
+class Load(Machine, Output):
+    """Time and memory of loading a checkpoint, and the time each program's --help takes.
+
+    plain: the model made, the whole file read, then copied in."""
+
+    prog: ClassVar[str] = "bench.py load"
+    model: Literal[*MODELS] = "qwen3-0.6b"
+    path: Annotated[str, "DIR"] | None = None
+    """load this directory instead (default: random weights, in a temporary directory)"""
+    runs: Count = 3  # fresh processes of each
+
+
+@dataclass(kw_only=True)
+class Curves(Options):
+    """Loss, bound, learning rate and gradient norm of several runs in one picture."""
+
+    prog: ClassVar[str] = "bench.py curves"
+    runs: Annotated[Words, "RUN"]  # an --output_dir of train.py
+    picture: Annotated[str, "FILE.png"] = "curves.png"  # the file to write
+    overwrite: bool = False  # replace a file of that name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,7 +177,7 @@ def compare(arguments: list[str], case: str, ways: tuple[str, ...], warmup: int,
 
     children = {
         way: subprocess.Popen(
-            [sys.executable, __file__, *arguments, "--case", case, way],
+            [sys.executable, __file__, "--case", case, way, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -177,7 +301,7 @@ def plain_loss(model, example, batch, noise, device: str) -> torch.Tensor:
     return (entropy * weights.flatten().to(device)).sum() / example.denominator
 
 
-def train_case(args, objective: str, way: str) -> None:
+def train_case(args: Train, objective: str, way: str) -> None:
     device, config = args.device, MODELS[args.model]
     B, T, mask_id = args.batch, args.length, config.vocab_size - 1
     torch.manual_seed(0)
@@ -220,7 +344,7 @@ def train_case(args, objective: str, way: str) -> None:
     serve(args, step)
 
 
-def train(args, arguments: list[str]) -> dict:
+def train(args: Train, arguments: list[str]) -> dict:
     """Prints the table of training steps and returns its figures."""
     cuda = args.device == "cuda"
     precision, memory = ("bf16 over fp32 weights", "allocated memory") if cuda else ("fp32", "RSS")
@@ -316,7 +440,7 @@ def plain_denoise(model, prompts: list[list[int]], n: int, steps: int, K: int):
             yield tokens
 
 
-def sample_case(args, case: str, way: str) -> None:
+def sample_case(args: Sample, case: str, way: str) -> None:
     objective, batch = case.split("-")
     model = random_model(args, objective=objective, block_length=args.block_size if objective == "bd3lm" else None)
     config, generator = model.config, torch.Generator().manual_seed(0)
@@ -390,7 +514,7 @@ def weight_bytes(config: Config, size: int) -> int:
     return size * forward_flops(config, tokens=1, rows=1, pairs=0) // 2
 
 
-def sample(args, arguments: list[str]) -> dict:
+def sample(args: Sample, arguments: list[str]) -> dict:
     """Prints the table of sampling and returns its figures."""
     cuda, config = args.device == "cuda", MODELS[args.model]
     where = heading(
@@ -466,7 +590,7 @@ def two_stream_likelihood(model, contexts, answers, draws: int, seed: int = 0) -
     return tuple(torch.stack(estimates).T)
 
 
-def likelihood_case(args, case: str, way: str) -> None:
+def likelihood_case(args: Likelihood, case: str, way: str) -> None:
     objective, P, L, draws = case.split("-")
     model = random_model(args, objective=objective, block_length=args.block_size if objective == "bd3lm" else None)
     generator = torch.Generator().manual_seed(0)
@@ -499,7 +623,7 @@ def likelihood_case(args, case: str, way: str) -> None:
     serve(args, step)
 
 
-def likelihood(args, arguments: list[str]) -> dict:
+def likelihood(args: Likelihood, arguments: list[str]) -> dict:
     """Prints the table of scoring and returns its figures."""
     where = heading(
         args,
@@ -536,17 +660,13 @@ def likelihood(args, arguments: list[str]) -> dict:
 # Loading
 
 
-def load_case(args, case: str, way: str) -> None:
+def load_case(args: Load, case: str, way: str) -> None:
     dtype = getattr(torch, case)
 
     def step(number: int) -> dict:
-        from checkpoint import load_config, load_model
-
         if way == "ours":
             model = load_model(args.path, dtype=dtype, device=args.device)
         else:
-            import safetensors.torch
-
             model = LanguageModel(load_config(args.path))
             state = {}
             for file in sorted(Path(args.path).glob("*.safetensors")):
@@ -562,10 +682,8 @@ def load_case(args, case: str, way: str) -> None:
     serve(args, step)
 
 
-def load(args, arguments: list[str]) -> dict:
+def load(args: Load, arguments: list[str]) -> dict:
     """Prints how long a checkpoint takes to load, what memory, and how long each program's --help; returns it all."""
-    from checkpoint import load_config, save_model
-
     if args.path is not None:
         load_config(args.path)  # refuses what is no checkpoint
     where = heading(args, f"loading {args.path or args.model + ' with random weights, stored as bfloat16'}")
@@ -614,10 +732,8 @@ def load(args, arguments: list[str]) -> dict:
 # Curves of runs
 
 
-def curves(args, arguments: list[str]) -> None:
+def curves(args: Curves) -> None:
     """Draws the metrics of several runs in one picture."""
-    import log
-
     check_file("--picture", args.picture, (".png",), overwrite=args.overwrite)
     runs = log.read_runs(args.runs)
     with replacing_file(args.picture) as path:
@@ -628,113 +744,40 @@ def curves(args, arguments: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-
-TABLES = {
-    "train": (
-        train,
-        train_case,
-        "Time and memory of the training step of mdlm and bd3lm: forward, backward, optimizer, noise. Two processes at "
-        "a time hold a model each.",
-    ),
-    "sample": (
-        sample,
-        sample_case,
-        "Time of greedy decoding with mdlm and bd3lm. plain: logits of every position, no cache for mdlm, the prefix "
-        "encoded anew for every block of bd3lm.",
-    ),
-    "likelihood": (
-        likelihood,
-        likelihood_case,
-        "Time of scoring multiple-choice requests with mdlm and bd3lm: one-token answers, as of MMLU, and longer ones.",
-    ),
-    "load": (
-        load,
-        load_case,
-        "Time and memory of loading a checkpoint, and the time each program's --help takes. plain: the model made, the "
-        "whole file read, then copied in.",
-    ),
-    "curves": (curves, None, "Loss, bound, learning rate and gradient norm of several runs in one picture."),
+TABLES = {  # name: its options, its function, and that of each process it starts
+    "train": (Train, train, train_case),
+    "sample": (Sample, sample, sample_case),
+    "likelihood": (Likelihood, likelihood, likelihood_case),
+    "load": (Load, load, load_case),
+    "curves": (Curves, curves, None),
 }
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        "bench.py",
-        "Measures ours against a plain implementation in the same run. On cuda nothing has been measured yet.\n\n"
-        + "\n".join(f"  python bench.py {table:11} {about}" for table, (_, _, about) in TABLES.items())
-        + "\n\npython bench.py TABLE --help has a table's flags.",
-    )
-    parser.add_argument("table", choices=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
-    name = parser.parse_args(arguments[:1]).table
-    function, case, about = TABLES[name]
-    parser = Parser(f"bench.py {name}", about)
-    parser.set_defaults(function=function, run_case=case, refuse=parser.error)
-    add = parser.add_argument
-    model = {"choices": list(MODELS), "help": "the model's shape; its weights are random"}
-    if name == "curves":
-        add("runs", nargs="+", metavar="RUN", help="an --output_dir of train.py")
-        add("--picture", default="curves.png", metavar="FILE.png", help="where to")
-        parser.set_defaults(output=None, device="cpu", case=None)
-    else:
-        add("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: fp32; cuda: bf16")
-        add("--output", metavar="FILE.json", help="also write the figures here")
-        add("--case", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)  # one of the processes
-        add("--model", **model | {"default": "qwen3-0.6b" if name == "load" else "mid"})
-    switch(add, "--overwrite", False, "replace a file of that name")
-    if name in ("train", "sample", "likelihood"):
-        add("--block_size", type=int, default=32, help="tokens of a block of bd3lm, and of mdlm's decoding")
-    if name == "train":
-        add("--batch", type=int, default=4, help="rows")
-        add("--length", type=int, default=256, help="tokens of a row")
-        add("--steps", type=int, default=5, help="timed steps of each way")
-        add("--warmup", type=int, default=1, help="steps before them; 4 where the layers are compiled")
-        add_compile(add)
-    if name == "sample":
-        add("--batch", type=int, nargs="+", default=[1, 4], help="rows")
-        add("--prompt_tokens", type=int, default=64, help="tokens of the longest prompt")
-        add("--new_tokens", type=int, default=128, help="tokens to generate, a multiple of the block size")
-        add("--steps", type=int, default=128, help="forwards for them, so many that each block has a whole number")
-        add("--warmup", type=int, default=2, help="forwards before the timed ones")
-        add_compile(add)
-    if name == "likelihood":
-        add("--requests", type=int, default=256, help="4 to a question")
-        add("--runs", type=int, default=1, help="timed runs of each way")
-    if name == "load":
-        add("--path", help="load this directory instead (default: random weights, in a temporary directory)")
-        add("--runs", type=int, default=3, help="fresh processes of each")
-    args = parser.parse_args(arguments[1:])
-    for name in ("batch", "length", "block_size", "steps", "prompt_tokens", "new_tokens", "requests", "runs"):
-        value = getattr(args, name, 1)
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and number < 1:
-                args.refuse(f"--{name} {number}: expected at least 1")
-    if getattr(args, "warmup", 0) < 0:
-        args.refuse(f"--warmup {args.warmup}: expected at least 0")
-    if args.function is sample:
-        if args.new_tokens % args.block_size:
-            args.refuse(f"--new_tokens {args.new_tokens}: expected a multiple of the block size {args.block_size}")
-        if args.new_tokens % args.steps or args.steps * args.block_size % args.new_tokens:
-            args.refuse(
-                f"--steps {args.steps}: expected to divide {args.new_tokens} tokens, and evenly over their blocks"
-            )
-    if getattr(args, "requests", 4) % 4:
-        args.refuse(f"--requests {args.requests}: expected a multiple of 4, the answers to a question")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        args.refuse("--device cuda: torch sees no CUDA device; use --device cpu")
-    return args
-
-
 def main(arguments: list[str]) -> None:
-    args = parse(arguments)
-    if args.case:
-        return args.run_case(args, *args.case)
+    # A process that `compare` started: its errors are ours, and stay whole.
+    if arguments[:1] == ["--case"]:
+        _, case, way, table, *rest = arguments
+        options, _, run_case = TABLES[table]
+        return run_case(options.parse(rest), case, way)
+
     with one_line_errors("bench.py"):
+        if not arguments:
+            raise ValueError("the following arguments are required: TABLE")
+        table = arguments[0]
+        if table in ("-h", "--help"):
+            return print(__doc__)
+        if table not in TABLES:
+            choices = ", ".join(map(repr, TABLES))
+            raise ValueError(f"argument TABLE: invalid choice: {table!r} (choose from {choices})")
+        options, measure, _ = TABLES[table]
+        args = options.parse(arguments[1:])
+        if table == "curves":
+            return curves(args)
         if args.output:
             check_file("--output", args.output, (".json",), overwrite=args.overwrite)
-        figures = args.function(args, arguments)
-        if figures and args.output:
-            unsaid = ("function", "run_case", "refuse", "output", "overwrite", "case")
-            settings = {name: value for name, value in vars(args).items() if name not in unsaid}
+        figures = measure(args, arguments)
+        if args.output:
+            settings = {name: value for name, value in asdict(args).items() if name not in flags(Output)}
             with replacing_file(args.output) as path:
                 path.write_text(json.dumps({"settings": settings, **figures}, indent=1))
             print(f"figures written to {args.output}")

@@ -1,7 +1,8 @@
 """Hugging Face directories in and out: config.json, safetensors, and names resolved to directories.
 
-Parameter names equal Hugging Face names, so nothing is mapped: what a file holds is accounted for by name and shape,
-both ways, or refused. Every save is written beside its final name and renamed.
+Parameter names equal Hugging Face names, so nothing is mapped: every tensor that a file holds and every tensor that the
+model needs is matched by name and shape, or the file is refused. A save is written under another name and renamed when
+it is complete.
 """
 
 import json
@@ -9,43 +10,51 @@ import math
 import os
 import shutil
 import warnings
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import NamedTuple, get_args, get_type_hints
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import FAMILIES, Config, LanguageModel
+from model import FAMILIES, OBJECTIVES, Config, LanguageModel
 
-OBJECTIVES = ("ar", "mdlm", "bd3lm")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # torch's name: safetensors'
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
 SHARD_BYTES = 5_000_000_000
-OURS = ("objective", "block_length", "mask_token_id", "right_shift")  # what transformers does not know of
+DECLARED = {  # what a config.json of ours declares, unknown to transformers: where a contradicting value comes from
+    "objective": "--objective",
+    "block_length": "--block_size",
+    "right_shift": "--right_shift_logits",
+    "mask_token_id": "the tokenizer's mask token",
+}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STATE, PROGRESS = "state", "progress.json"  # in a checkpoint that training can be resumed from
 REQUIRED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "max_position_embeddings",
 )
 COUNTS = (*REQUIRED, "num_key_value_heads", "head_dim", "block_length")
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
+ROPE_FIELDS = {  # rope_type: the numbers that go with it
+    "default": set(),
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 
 
 def resolve(path: str | Path) -> Path:
-    """The directory `path` means: itself, `$BASE_MODELS_DIR/path`, or a Hub id's snapshot, fetched if need be."""
+    """The directory that `path` names: itself, `$BASE_MODELS_DIR/path`, or a Hub id's snapshot, downloaded on need."""
     base = os.environ.get("BASE_MODELS_DIR")
     for directory in [Path(path).expanduser(), *([Path(base).expanduser() / path] if base else [])]:
         if directory.is_dir():
             return directory
         if directory.exists():
             raise ValueError(f"{directory} is a file; name the checkpoint's directory")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED))
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=DOWNLOADED))
     except (OSError, ValueError) as error:  # the Hub's own errors are both
         under = f" (nor one under {base})" if base else ""
         reason = str(error).strip().splitlines()[0]
@@ -79,43 +88,27 @@ def read_config(raw: dict) -> Config:
         raise ValueError(
             f"model_type {raw.get('model_type')!r}: expected {', '.join(FAMILIES)}, or one with a2d- before"
         )
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    legacy_type = rope.pop("type", "default")
-    rope_type = rope.pop("rope_type", legacy_type)
-    four = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    known = {"default": set(), "llama3": four}
-    refused = {
-        "use_sliding_window": raw.get("use_sliding_window") is True,
-        "layer_types": set(raw.get("layer_types") or []) - {"full_attention"},
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "mlp_bias": raw.get("mlp_bias") is True,
-        "partial_rotary_factor": raw.get("partial_rotary_factor", 1.0) != 1.0,
-        "quantization_config": raw.get("quantization_config") is not None,
-        "num_experts": raw.get("num_experts"),
-        "num_local_experts": raw.get("num_local_experts"),
-        "rope_parameters" if "rope_parameters" in raw else "rope_scaling": set(rope) != known.get(rope_type),
-    }
-    for name, unsupported in refused.items():
-        if unsupported:
-            raise ValueError(f"{name} {json.dumps(raw[name])} is not supported")
+    _check_supported(raw)
+    theta, scaling = _read_rope(raw)
     if missing := [name for name in (*REQUIRED, "rms_norm_eps") if raw.get(name) is None]:
         raise ValueError(f"field missing: {', '.join(missing)}")
 
-    known_fields = {field.name for field in fields(Config)} - {"extra"}
-    given = {name: raw[name] for name in known_fields & raw.keys() if raw[name] is not None}
+    # The fields that Config knows, with transformers' defaults for those that may be left out.
+    known = {field.name for field in fields(Config)} - {"extra"}
+    given = {name: raw[name] for name in known & raw.keys() if raw[name] is not None}
     given |= {
         "model_type": family,
         "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
         "head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        "rope_theta": float(theta),
-        "rope_scaling": {"rope_type": rope_type, **rope} if rope else None,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         "dtype": (raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
     }
-    written_anew = {"architectures", "transformers_version", "torch_dtype", "rope_parameters"}
-    extra = {name: value for name, value in raw.items() if name not in known_fields | written_anew}
-    config = Config(**given, extra=extra)
+
+    # All others are kept to be written back, but for those that config_dict writes from what Config knows.
+    derived = {"architectures", "transformers_version", "torch_dtype", "rope_parameters"}
+    config = Config(**given, extra={name: value for name, value in raw.items() if name not in known | derived})
     if config.objective not in (None, *OBJECTIVES):
         raise ValueError(f"objective {config.objective!r}: expected one of {', '.join(OBJECTIVES)}")
     if config.dtype not in DTYPES:
@@ -128,8 +121,37 @@ def read_config(raw: dict) -> Config:
     return config
 
 
+def _read_rope(raw: dict) -> tuple[float, dict | None]:
+    """(rope_theta, rope_scaling), as Config has them, of either dialect."""
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    legacy_type = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", legacy_type)
+    if set(rope) != ROPE_FIELDS.get(rope_type):
+        name = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
+        raise ValueError(f"{name} {json.dumps(raw[name])} is not supported")
+    return float(theta), {"rope_type": rope_type, **rope} if rope else None
+
+
+def _check_supported(raw: dict) -> None:
+    """Raises ValueError, naming the field, for a variant of the decoder that model.py does not implement."""
+    unsupported = {
+        "use_sliding_window": raw.get("use_sliding_window") is True,
+        "layer_types": set(raw.get("layer_types") or []) - {"full_attention"},
+        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "mlp_bias": raw.get("mlp_bias") is True,
+        "partial_rotary_factor": raw.get("partial_rotary_factor", 1.0) != 1.0,
+        "quantization_config": raw.get("quantization_config") is not None,
+        "num_experts": raw.get("num_experts"),
+        "num_local_experts": raw.get("num_local_experts"),
+    }
+    for name, found in unsupported.items():
+        if found:
+            raise ValueError(f"{name} {json.dumps(raw[name])} is not supported")
+
+
 def _check_types(raw) -> None:
-    """Raises ValueError, naming the field, where config.json holds what nothing can be computed with."""
+    """Raises ValueError, naming the field, where a value of config.json has the wrong type or is too small."""
     if not isinstance(raw, dict):
         raise ValueError(f"{json.dumps(raw)[:40]}: expected an object with model_type, hidden_size and so on")
     kinds = {name: get_args(kind) or (kind,) for name, kind in get_type_hints(Config).items() if name != "extra"}
@@ -142,7 +164,7 @@ def _check_types(raw) -> None:
 
 
 def is_diffusion(config: Config) -> bool:
-    """Whether the checkpoint says so: by its objective, or by a mask token where it declares none."""
+    """Whether this is a diffusion checkpoint: by its objective, or where it declares none, by its mask token."""
     return config.mask_token_id is not None if config.objective is None else config.objective != "ar"
 
 
@@ -153,8 +175,8 @@ def config_dict(config: Config) -> dict:
     out |= {"architectures": [f"A2D{name}LMHeadModel" if diffusion else f"{name}ForCausalLM"], **config.extra}
     out["model_type"] = f"a2d-{config.model_type}" if diffusion else config.model_type
     if config.family.qkv_bias is not None:
-        del out["attention_bias"]  # the family's biases are no option
-    return dict(sorted((key, value) for key, value in out.items() if value is not None or key not in OURS))
+        del out["attention_bias"]  # the family decides, not a field
+    return dict(sorted((key, value) for key, value in out.items() if value is not None or key not in DECLARED))
 
 
 def declare(
@@ -171,40 +193,38 @@ def declare(
     """
     objective = objective or config.objective or "mdlm"
     diffusion = objective != "ar"
-    wanted = {
-        "objective": ("--objective", objective),
-        "block_length": ("--block_size", block_length),
-        "right_shift": ("--right_shift_logits", right_shift),
-        "mask_token_id": ("the tokenizer's mask token", mask_token_id if diffusion else None),
-    }
     if objective not in OBJECTIVES:
         raise ValueError(f"--objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
+
+    # What the checkpoint declares wins, and no argument may differ from it.
+    arguments = (objective, block_length, right_shift, mask_token_id if diffusion else None)
     filled = {}
-    for name, (flag, value) in wanted.items():
+    for (name, source), value in zip(DECLARED.items(), arguments, strict=True):
         declared = getattr(config, name)
         if None not in (declared, value) and declared != value:
             raise ValueError(
-                f"{flag} {value} contradicts the checkpoint, which declares {name} {declared}; leave it at that, "
+                f"{source} {value} contradicts the checkpoint, which declares {name} {declared}; leave it at that, "
                 "or declare it anew with convert.py"
             )
         filled[name] = value if declared is None else declared
     if filled["right_shift"] is None:
         filled["right_shift"] = not diffusion
-    if not diffusion and not filled["right_shift"]:
+
+    # What the objective needs, and what it has no use for.
+    shift, K, mask_id = filled["right_shift"], filled["block_length"], filled["mask_token_id"]
+    if not diffusion and not shift:
         raise ValueError("--right_shift_logits False: an ar model predicts the next token; leave the flag out")
-    if objective == "bd3lm" and filled["block_length"] is None:
+    if objective == "bd3lm" and K is None:
         raise ValueError("bd3lm needs a block length and the checkpoint declares none; pass --block_size, 32 say")
     if objective != "bd3lm" and block_length is not None:
         raise ValueError(f"--block_size {block_length}: only bd3lm has a block length, the objective is {objective}")
-    if filled["block_length"] is not None and filled["block_length"] < 1:
-        raise ValueError(f"--block_size {block_length}: expected at least 1")
-    if diffusion and filled["mask_token_id"] is None:
+    if K is not None and K < 1:
+        raise ValueError(f"--block_size {K}: expected at least 1")
+    if diffusion and mask_id is None:
         raise ValueError(f"{objective} needs a mask token and the checkpoint declares none; run convert.py on it first")
-    if diffusion and filled["mask_token_id"] >= config.vocab_size:
-        raise ValueError(
-            f"mask token id {filled['mask_token_id']} lies beyond the embedding's {config.vocab_size} rows; "
-            "run convert.py first, which adds some"
-        )
+    if diffusion and mask_id >= (rows := config.vocab_size):
+        way_out = "run convert.py first, which adds some"
+        raise ValueError(f"mask token id {mask_id} lies beyond the embedding's {rows} rows; {way_out}")
     for name, value in filled.items():
         setattr(config, name, value)
     return config
@@ -214,60 +234,73 @@ def declare(
 # Weights
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device="cpu") -> LanguageModel:
-    """The model of a directory or a Hub id, in eval mode; dtype None: as stored, which `config.dtype` then tells.
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, unread; dtype as safetensors names it."""
 
-    Tensors are read through a memory map, and as stored they stay in it. Others are copied one by one, each through a
-    map of its own, since what is mapped counts as memory; the largest first, so that the peak is the model itself.
-    Beside the model's own tensors a file may hold rotary buffers and, under tying, a head equal to the embedding.
-    """
+    file: Path
+    shape: list[int]
+    dtype: str
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device="cpu") -> LanguageModel:
+    """The model of a directory or a Hub id, in eval mode; dtype None: as stored, which `config.dtype` then names."""
     path = resolve(path)
     config = load_config(path)
     with torch.device("meta"):
         model = LanguageModel(config)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    with ExitStack() as stack:
-        owner, files = {}, {}  # tensor name: the open file that holds it, and its path
-        for file in _weight_files(path):
-            try:
-                handle = stack.enter_context(safe_open(file, "pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
-            names = [name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118
-            owner |= dict.fromkeys(names, handle)
-            files |= dict.fromkeys(names, file)
-        found = {name: handle.get_slice(name) for name, handle in owner.items()}
-        shapes = {name: part.get_shape() for name, part in found.items()}
-        if config.tie_word_embeddings and shapes.get(head, []) == shapes.get(embedding):
-            if not torch.equal(owner[head].get_tensor(head), owner[embedding].get_tensor(embedding)):
-                raise ValueError(f"{path}: {head} differs from {embedding}, but config.json says tie_word_embeddings")
-            del shapes[head]
-        problems = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
-        problems += [f"{name} is unexpected" for name in shapes.keys() - expected.keys()]
-        problems += [
-            f"{name} is {shapes[name]}, expected {expected[name]}"
-            for name in expected.keys() & shapes.keys()
-            if shapes[name] != expected[name]
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ValueError(f"{path}: weights and config.json disagree: {', '.join(sorted(problems)[:3])}{more}")
-        stored = found[embedding].get_dtype()
-        names = {code: name for name, code in DTYPES.items()}
-        if stored not in names:
-            raise ValueError(f"{path}: weights of type {stored}; expected one of {', '.join(names)}")
-        config.dtype = names[stored]
-        dtype = dtype or getattr(torch, config.dtype)
-        if (dtype, torch.device(device).type) == (getattr(torch, config.dtype), "cpu"):
-            tensors = {name: owner[name].get_tensor(name) for name in expected}
-        else:
-            tensors = {}
-            for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
-                with safe_open(files[name], "pt") as handle:
-                    tensors[name] = handle.get_tensor(name).to(device, dtype)
+    files = _weight_files(path)
+    stored = {name: tensor for file in files for name, tensor in _contents(file).items()}
+    _check_weights(path, config, expected, stored)
+    config.dtype = next(name for name, code in DTYPES.items() if code == stored[EMBEDDING].dtype)
+
+    tensors, as_stored = {}, getattr(torch, config.dtype)
+    if (dtype or as_stored, torch.device(device).type) == (as_stored, "cpu"):
+        # Unconverted, tensors stay in the files' memory maps: a page is read when it is first used.
+        for file in files:
+            with safe_open(file, "pt") as handle:
+                tensors |= {name: handle.get_tensor(name) for name in expected if stored[name].file == file}
+    else:
+        # One by one, each through a map of its own, since what is mapped counts as memory, and the largest first: so
+        # the peak is hardly more than the model itself.
+        for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
+            with safe_open(stored[name].file, "pt") as handle:
+                tensors[name] = handle.get_tensor(name).to(device, dtype or as_stored)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def _contents(file: Path) -> dict[str, Stored]:
+    """The tensors of a file by name, but for rotary buffers, which older checkpoints have."""
+    try:
+        with safe_open(file, "pt") as handle:
+            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            found = {name: Stored(file, part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
+    return {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _check_weights(path: Path, config: Config, expected: dict[str, list[int]], stored: dict[str, Stored]) -> None:
+    """Raises ValueError unless the stored tensors are those of the model, by name and shape.
+
+    Where config.json ties head and embedding, a head equal to the embedding may be stored as well.
+    """
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    if config.tie_word_embeddings and HEAD in found and found[HEAD] == found.get(EMBEDDING):
+        with safe_open(stored[HEAD].file, "pt") as a, safe_open(stored[EMBEDDING].file, "pt") as b:
+            if not torch.equal(a.get_tensor(HEAD), b.get_tensor(EMBEDDING)):
+                raise ValueError(f"{path}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings")
+        del found[HEAD]
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
+    wrong = [name for name in expected.keys() & found.keys() if found[name] != expected[name]]
+    problems += [f"{name} is {found[name]}, expected {expected[name]}" for name in wrong]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{path}: weights and config.json disagree: {', '.join(sorted(problems)[:3])}{more}")
+    if (dtype := stored[EMBEDDING].dtype) not in DTYPES.values():
+        raise ValueError(f"{path}: weights of type {dtype}; expected one of {', '.join(DTYPES.values())}")
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -289,78 +322,62 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def save_model(
-    model: LanguageModel,
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    tokenizer=None,
-    state_dict: dict[str, torch.Tensor] | None = None,
-) -> None:
+def save_model(model: LanguageModel, path: str | Path, *, dtype=None, tokenizer=None, state_dict=None) -> None:
     """Writes config.json, the weights and the tokenizer's files, all at once or not at all.
 
-    dtype None: `config.dtype`, that of the source. state_dict: the whole tensors, where the model's own are sharded.
-    An existing checkpoint at `path` is replaced; anything else is left alone (ValueError).
+    dtype: a torch.dtype; None: `config.dtype`, that of the source. state_dict: the whole tensors, where the model's own
+    are sharded. Only a checkpoint is replaced, and an empty directory; ValueError where anything else is at `path`.
     """
     path = Path(path)
-    if path.exists() and not _replaceable(path):
+    files = [] if not path.exists() else list(path.iterdir()) if path.is_dir() else [path]
+    if files and (not (path / "config.json").is_file() or any(file.is_dir() for file in files)):
         raise ValueError(f"{path} exists and is no checkpoint, or holds directories; choose another directory")
     with replacing(path) as directory:
         write_model(model, directory, dtype=dtype, tokenizer=tokenizer, state_dict=state_dict)
 
 
 def write_model(model: LanguageModel, directory: Path, *, dtype=None, tokenizer=None, state_dict=None) -> None:
-    """What save_model says, into a directory that is new."""
+    """What save_model describes, into a new directory."""
     dtype = dtype or getattr(torch, model.config.dtype)
     config = replace(model.config, dtype=str(dtype).removeprefix("torch."))
     tensors = model.state_dict() if state_dict is None else state_dict
-    shards, size = [[]], 0
-    for name, tensor in tensors.items():
-        size += tensor.numel() * dtype.itemsize
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = tensor.numel() * dtype.itemsize
-        shards[-1].append(name)
-    (directory / "config.json").write_text(json.dumps(config_dict(config), indent=2) + "\n")
-    names = {}
-    for n, shard in enumerate(shards, 1):
-        file = f"model-{n:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+    config_file = directory / "config.json"
+    config_file.write_text(json.dumps(config_dict(config), indent=2) + "\n")
+
+    # Which tensor goes to which file depends on their sizes as they will be stored, which empty tensors have too. Only
+    # one file's tensors are converted at a time.
+    sizes = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
+    for name, shard in split.filename_to_tensors.items():
+        file = directory / name
         part = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in shard}
         try:
-            save_file(part, directory / file, metadata={"format": "pt"})
+            save_file(part, file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, say
-            raise _unwritten(directory / file, error) from error
-        (directory / file).chmod((directory / "config.json").stat().st_mode)  # safetensors makes it private
-        names |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": names}
+            raise _cannot_write(file, error) from error
+        file.chmod(config_file.stat().st_mode)  # safetensors makes it private
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(directory, mask=is_diffusion(config))
 
 
-def _unwritten(path: Path, error: BaseException) -> OSError:
-    """What the libraries say of a full disk is not always that."""
+def _cannot_write(path: Path, error: BaseException) -> OSError:
+    """An error that names the free space, since what a library says of a full disk may not."""
     free = shutil.disk_usage(path.parents[1]).free / 1e9  # the parent is gone where another rank was first
     return OSError(f"cannot write {path}: {error}; {free:.2f} GB are free there")
 
 
-def _replaceable(path: Path) -> bool:
-    """Whether `path` is an empty directory, or a checkpoint without directories in it: replacing it loses no more."""
-    held = list(path.iterdir()) if path.is_dir() else [path]
-    return not held or ((path / "config.json").is_file() and not any(inner.is_dir() for inner in held))
-
-
 def _beside(path: Path) -> Path:
-    """Where `replacing` has `path` written."""
+    """The name, in the same directory, under which `replacing` writes what will be `path`."""
     path = Path(path).resolve()
     return path.with_name(f".{path.name}.writing")
 
 
 @contextmanager
 def naming_file(path: str | Path):
-    """Names `path` in an OSError that names no file, as that of a full disk does."""
+    """Adds `path` to an OSError raised inside that names no file, as that of a full disk does not."""
     try:
         yield
     except OSError as error:
@@ -371,10 +388,10 @@ def naming_file(path: str | Path):
 
 @contextmanager
 def replacing(path: str | Path):
-    """A new directory beside `path` to write into; it takes the name `path` when the block is left, not before.
+    """A new directory to write into, which becomes `path` when the block is left; on an exception it is removed.
 
-    On an exception it is removed, and `path` stays as it was. A process killed inside leaves `.NAME.writing` behind;
-    killed between the two renames that replace a directory, the old one as `.NAME.old`.
+    A process killed inside leaves `.NAME.writing` behind; one killed between the two renames that replace a directory,
+    the old one as `.NAME.old`. `recover` cleans up after both.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -384,6 +401,7 @@ def replacing(path: str | Path):
     try:
         with naming_file(path):
             yield new
+        # On the disk before it takes the name: else a power cut could leave the name with empty files.
         for written in (*new.rglob("*"), new):
             _sync(written)
         if path.exists():
@@ -402,13 +420,13 @@ def replacing(path: str | Path):
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint, which no longer bears its name once a part of it is gone."""
-    doomed = path.rename(_beside(path))
-    shutil.rmtree(doomed)
+    """Removes a checkpoint. It loses its name first, so that what has that name is always whole."""
+    shutil.rmtree(path.rename(_beside(path)))
 
 
 def recover(directory: Path) -> None:
-    """Puts back the checkpoint that a killed process was about to replace, and removes what it left unfinished."""
+    """Cleans up after a process killed in `replacing`: puts back a checkpoint it was about to replace, and removes what
+    it had not finished."""
     for old in directory.glob(".checkpoint-*.old"):
         path = directory / old.name[1:].removesuffix(".old")
         shutil.rmtree(old) if path.exists() else old.rename(path)
@@ -417,32 +435,32 @@ def recover(directory: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training state: what it takes to go on, on any number of ranks
+# Training state: what resuming a run needs, on any number of ranks
 
 
 def save_training(path: Path, model: LanguageModel, optimizers: list, progress: dict, *, dtype, tokenizer) -> None:
     """Writes a checkpoint that training can be resumed from; called by all ranks, whose `progress` is the same.
 
-    A Hugging Face directory, in it `state`: the float32 weights and the optimizers as torch.distributed.checkpoint
-    stores them, sharded or not, and progress.json. It takes its name when all of it is written.
+    It is a Hugging Face directory with a directory `state` inside: the float32 weights and the optimizers as
+    torch.distributed.checkpoint stores them, sharded or not, and progress.json.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+    dcp, states = _distributed_checkpoint()
+    rank = dist.get_rank() if dist.is_initialized() else 0
 
-    dcp, rank = _dcp(), dist.get_rank() if dist.is_initialized() else 0
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # The model, by rank 0 alone, which alone has all of it in memory.
+    whole = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
     with replacing(path) if rank == 0 else nullcontext(_beside(path)) as directory:
         if rank == 0:
             write_model(model, directory, dtype=dtype, tokenizer=tokenizer, state_dict=whole)
         del whole
         barrier()
-        weights, moments = get_state_dict(model, optimizers)
+
+        # The state, of which every rank writes its own shards.
+        weights, moments = states.get_state_dict(model, optimizers)
         try:
-            dcp.save(
-                {"model": weights, "optimizer": moments},
-                checkpoint_id=directory / STATE,
-            )
-        except dcp.api.CheckpointException as error:  # no Exception; it holds one of each rank that failed
-            raise _unwritten(directory / STATE, next(iter(error.failures.values()))[0]) from error
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=directory / STATE)
+        except dcp.api.CheckpointException as error:  # a BaseException with one of each failed rank
+            raise _cannot_write(directory / STATE, next(iter(error.failures.values()))[0]) from error
         if rank == 0:
             (directory / STATE / PROGRESS).write_text(json.dumps(progress) + "\n")
         barrier()
@@ -450,18 +468,16 @@ def save_training(path: Path, model: LanguageModel, optimizers: list, progress: 
 
 
 def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
-    """Puts the state of save_training into the model and the optimizers, sharded as they now are; the progress."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    dcp = _dcp()
-    weights, moments = get_state_dict(model, optimizers)
+    """Loads the state of save_training into the model and the optimizers, however sharded; returns the progress."""
+    dcp, states = _distributed_checkpoint()
+    weights, moments = states.get_state_dict(model, optimizers)
     state = {"model": weights, "optimizer": moments}
     try:
         dcp.load(state, checkpoint_id=path / STATE)
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
         failures = getattr(error, "failures", {0: (error, None)})
         raise ValueError(f"{path} does not fit this run or is damaged: {next(iter(failures.values()))[0]}") from error
-    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    states.set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_progress(path)
 
 
@@ -477,17 +493,18 @@ def read_progress(path: Path) -> dict:
 
 
 def drop_training(path: Path) -> None:
-    """Removes the training state from a checkpoint, which remains a model. First what marks it as whole."""
+    """Removes the training state from a checkpoint, which remains a model; first the file that marks it as whole."""
     (path / STATE / PROGRESS).unlink(missing_ok=True)
     shutil.rmtree(path / STATE, ignore_errors=True)
 
 
-def _dcp():
-    """torch.distributed.checkpoint; imported late, as it takes a second, and told that one process is no mistake."""
-    import torch.distributed.checkpoint as dcp
+def _distributed_checkpoint():
+    """(torch.distributed.checkpoint, its state_dict), imported late: they take 0.7 s, and only training needs them."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict
 
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")
-    return dcp
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what we mean there
+    return checkpoint, state_dict
 
 
 def barrier() -> None:

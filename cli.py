@@ -17,9 +17,9 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 
 from checkpoint import DTYPES, declare, load_config, load_model, naming_file, resolve
-from diffusion import OBJECTIVES, RULES, Prefix, Sampling, denoise
+from diffusion import RULES, Prefix, Sampling, denoise
 from display import Spans, spans
-from model import LanguageModel
+from model import OBJECTIVES, LanguageModel
 from options import Model, Options, Seed
 from tokenizer import ROLES, Tokenizer, why_invalid
 

@@ -1,112 +1,91 @@
 """An autoregressive checkpoint in, a diffusion checkpoint out, and back. `python convert.py --help` is the manual."""
 
-from cli import Parser, boolean, check_place, one_line_errors, place, seed, switch
+from cli import check_directory, one_line_errors
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from checkpoint import OBJECTIVES, load_config, load_model, resolve, save_model
-from model import Config, LanguageModel
+from checkpoint import EMBEDDING, HEAD, load_config, load_model, resolve, save_model
+from model import OBJECTIVES, Config, LanguageModel
+from options import Directory, Model, Options, Seed
 from tokenizer import Tokenizer
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = Parser(
-        "convert.py",
-        """\
-Turn an autoregressive Qwen3, Qwen2, Qwen2.5 or Llama checkpoint into a diffusion checkpoint, or back.
+@dataclass(kw_only=True)
+class Paths(Options):
+    "from where, to where"
 
-The weights stay what they are: a diffusion checkpoint is the same network with a mask token and a config.json that
-says what it is (model_type a2d-qwen3, a2d-qwen2 or a2d-llama, as dLLM writes it). Without --objective the same
-conversion serves for training either mdlm or bd3lm. A checkpoint converted before can be converted again, to declare
-something else or to go back to a plain causal checkpoint (--to ar).""",
-    )
-    add = parser.add_argument_group("from where, to where").add_argument
-    add(
-        "--model_name_or_path",
-        type=place,
-        required=True,
-        help="source: a directory (also under $BASE_MODELS_DIR) or a Hub id",
-    )
-    add(
-        "--output_dir",
-        type=place,
-        required=True,
-        metavar="DIR",
-        help="directory to write; it appears when it is complete, not before",
-    )
-    switch(
-        add,
-        "--overwrite",
-        False,
-        "replace the checkpoint in --output_dir (default: False, a non-empty directory is an error)",
-    )
-    add = parser.add_argument_group("what the new checkpoint declares").add_argument
-    add(
-        "--to",
-        choices=["diffusion", "ar"],
-        default="diffusion",
-        help="ar: a plain causal checkpoint with the same weights, for transformers (default: diffusion)",
-    )
-    add("--objective", choices=OBJECTIVES[1:], help="declare this objective (default: what the source declares)")
-    add(
-        "--block_size",
-        type=int,
-        metavar="TOKENS",
-        help="declare this block length; for bd3lm, which needs one (default: what the source declares)",
-    )
-    add(
-        "--right_shift_logits",
-        type=boolean,
-        metavar="True|False",
-        help="declare whether position i predicts token i + 1, as in the AR model (default: what the source declares)",
-    )
-    add = parser.add_argument_group("weights and the mask token").add_argument
-    add("--save_dtype", choices=["float32", "bfloat16", "float16"], help="of the saved weights (default: the source's)")
-    switch(
-        add,
-        "--random_init",
-        False,
-        "random weights, N(0, initializer_range), in the source's shape, whose own are not read",
-    )
-    add("--seed", type=seed, default=42, metavar="N", help="of the random weights")
-    add(
-        "--mask_token",
-        metavar="TOKEN",
-        help="use this token of the vocabulary as the mask, such as Llama's <|reserved_special_token_0|> "
-        "(default: the tokenizer's mask token, else <|mask|>, added; where the vocabulary is full the embedding grows "
-        "to the next multiple of 64 rows)",
-    )
-    add(
-        "--mask_init",
-        choices=["mean", "keep"],
-        default="mean",
-        help="a mask token that was no mask before has a row nobody trained. mean: make it the mean of the "
-        "tokenizer's rows, scaled to their median norm (the mean itself is far shorter). The gradient goes with "
-        "1 / norm of the row: on a random model (hidden 256, 6 layers) with everything masked a row of 0.01 times "
-        "the median norm gave a gradient of norm 64, one of the median norm 1.2. keep: leave it. New rows are always "
-        "set. (default: mean)",
-    )
-    return parser
+    model_name_or_path: Model  # source: a directory (also under $BASE_MODELS_DIR) or a Hub id
+    output_dir: Directory  # directory to write; it appears when it is complete, not before
+    overwrite: bool = False
+    """replace the checkpoint in --output_dir (default: False, a non-empty directory is an error)"""
 
 
-def redeclare(config: Config, args: argparse.Namespace, mask_id: int) -> None:
-    """Writes into `config` what the checkpoint is to declare."""
+@dataclass(kw_only=True)
+class Declarations(Options):
+    "what the new checkpoint declares"
+
+    to: Literal["diffusion", "ar"] = "diffusion"
+    """ar: a plain causal checkpoint with the same weights, for transformers"""
+    objective: Literal[*OBJECTIVES[1:]] | None = None  # declare this objective (default: what the source declares)
+    block_size: Annotated[int, "TOKENS"] | None = None
+    """declare this block length; for bd3lm, which needs one (default: what the source declares)"""
+    right_shift_logits: bool | None = None
+    """declare whether position i predicts token i + 1, as in the AR model (default: what the source declares)"""
+
+
+@dataclass(kw_only=True)
+class Weights(Options):
+    "weights and the mask token"
+
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """of the saved weights (default: the source's)"""
+    random_init: bool = False
+    """random weights, N(0, initializer_range), in the source's shape, whose weights are not read"""
+    seed: Seed = 42  # of the random weights
+    mask_token: Annotated[str, "TOKEN"] | None = None
+    """use this token of the vocabulary as the mask, such as Llama's <|reserved_special_token_0|> (default: the
+    tokenizer's mask token, else <|mask|>, added; where the vocabulary is full the embedding grows to the next multiple
+    of 64 rows)"""
+    mask_init: Literal["mean", "keep"] = "mean"
+    """embedding of a mask token that no training has used as one. mean (recommended): start from the average embedding
+    at normal length, so that the first steps are stable. keep: leave it. Rows added to the embedding are always set"""
+
+
+@dataclass(kw_only=True)
+class Convert(Paths, Declarations, Weights):
+    """Turn an autoregressive Qwen3, Qwen2, Qwen2.5 or Llama checkpoint into a diffusion checkpoint, or back.
+
+    The weights stay what they are: a diffusion checkpoint is the same network with a mask token and a config.json that
+    declares what it is (model_type a2d-qwen3, a2d-qwen2 or a2d-llama, as dLLM writes it). Without --objective one
+    conversion serves for training either mdlm or bd3lm. A checkpoint converted before can be converted again, to
+    declare something else or to go back to a plain causal checkpoint (--to ar)."""
+
+    prog: ClassVar[str] = "convert.py"
+
+
+def redeclare(config: Config, args: Convert, mask_id: int) -> None:
+    """Writes into `config` what the new checkpoint declares."""
     if args.to == "ar":
         for flag in ("objective", "block_size", "right_shift_logits", "mask_token"):
             if getattr(args, flag) is not None:
                 raise ValueError(f"--{flag} {getattr(args, flag)} means nothing with --to ar; leave it out")
         config.objective = config.block_length = config.right_shift = config.mask_token_id = None
         return
-    if config.objective == "ar":  # its shift goes with it
+
+    # What the source declares stays, unless a flag declares otherwise; but an AR objective goes, and its shift with it.
+    if config.objective == "ar":
         config.objective = config.right_shift = None
     config.mask_token_id = mask_id
     config.objective = args.objective or config.objective
     if args.right_shift_logits is not None:
         config.right_shift = args.right_shift_logits
+
+    # A block length goes with bd3lm, and only with it.
     if config.objective != "bd3lm":
         config.block_length = None
         if args.block_size is not None:
@@ -118,16 +97,20 @@ def redeclare(config: Config, args: argparse.Namespace, mask_id: int) -> None:
 
 
 def prepare_mask(tensors: dict, config: Config, tokenizer: Tokenizer, *, untrained: bool, init: str) -> str:
-    """Sees to it that the embedding, and the head if there is one, has a usable row for the mask; says what it did.
+    """Gives the mask token a usable row in the embedding, and in the head if there is one; returns what it did.
 
-    Rows that are set become the mean of those of the tokenizer's ids, scaled to their median norm.
+    A row that no training has used, or a new one, becomes the mean of the tokenizer's rows at their median norm. The
+    mean itself is far shorter, and a row's gradient grows with 1 / norm: on a random model (hidden 256, 6 layers) with
+    everything masked, a row of 0.01 times the median norm gave a gradient of norm 64, one of the median norm 1.2.
     """
     mask_id, rows = tokenizer.mask_id, config.vocab_size
     if mask_id < rows and not (untrained and init == "mean"):
         return "untrained, kept" if untrained else "kept"
+
+    # The mean of the rows that stand for a token: an embedding may have more, which nothing trains.
     trained = torch.tensor(sorted(i for i in tokenizer.ids if i < rows and i != mask_id))
     config.vocab_size = rows if mask_id < rows else (mask_id // 64 + 1) * 64
-    for name in tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+    for name in tensors.keys() & {EMBEDDING, HEAD}:
         weight = tensors[name]
         known = weight[trained]  # (N, D)
         mean = known.mean(0, dtype=torch.float32)
@@ -141,15 +124,17 @@ def prepare_mask(tensors: dict, config: Config, tokenizer: Tokenizer, *, untrain
 
 
 @torch.no_grad()
-def convert(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Does it; returns what was done, as (what, value)."""
+def convert(args: Convert) -> list[tuple[str, str]]:
+    """Writes the new checkpoint; returns what was done, as (what, value)."""
+    # Whatever is wrong with the options shows before the weights are read.
     output = Path(args.output_dir)
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise ValueError(f"--output_dir {output} is not empty; choose another or pass --overwrite")
     if not output.exists():
-        check_place("--output_dir", output)
+        check_directory("--output_dir", output)
     source = resolve(args.model_name_or_path)
     tokenizer = Tokenizer(source, args.mask_token)
+
     if args.random_init:
         model = LanguageModel(load_config(source))
         model.init_weights(torch.Generator().manual_seed(args.seed))
@@ -158,6 +143,8 @@ def convert(args: argparse.Namespace) -> list[tuple[str, str]]:
     config, tensors = model.config, model.state_dict()
     tokenizer.fit(config.vocab_size, mask=False)
     stored, rows = config.dtype, config.vocab_size
+
+    # What changes: the config's declarations, and the mask token's row.
     redeclare(config, args, tokenizer.mask_id)
     mask = "none declared"
     if args.to == "diffusion":
@@ -178,10 +165,8 @@ def convert(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments()
-    args = parser.parse_args(argv)
-    with one_line_errors(parser.prog):
-        for what, value in convert(args):
+    with one_line_errors("convert.py"):
+        for what, value in convert(Convert.parse(argv)):
             print(f"{what:<15} {value}")
 
 

@@ -24,10 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphs import static_steps
-from model import Config, KVCache, LanguageModel, Layout, attention_mask
+from model import OBJECTIVES, Config, KVCache, LanguageModel, Layout, attention_mask
 from options import Bound, Count, Ids, Natural, Options, Tokens
-
-OBJECTIVES = ("ar", "mdlm", "bd3lm")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules and weights

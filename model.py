@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+OBJECTIVES = ("ar", "mdlm", "bd3lm")
+
 
 @dataclass
 class Config:
@@ -42,7 +44,7 @@ class Config:
     attention_bias: bool = False
     initializer_range: float = 0.02
     dtype: str = "float32"  # of the stored weights
-    objective: str | None = None  # ar, mdlm, bd3lm; None: the checkpoint does not declare one
+    objective: str | None = None  # one of OBJECTIVES; None: the checkpoint does not declare one
     block_length: int | None = None  # K of bd3lm
     mask_token_id: int | None = None
     right_shift: bool | None = None  # position i predicts token i + 1, as in the AR model

@@ -9,7 +9,8 @@
         \"\"\"or, where a line is too short, a string below the field\"\"\"
 
 A program inherits its groups, and adds its manual as a docstring and its name as `prog`; `parse` then reads a command
-line. The same classes are keyword arguments in Python: a bad value is the same ValueError of one line in both.
+line. --help lists the groups in the order in which they are inherited. The same classes are keyword arguments in
+Python: a bad value is a ValueError of one line in both.
 """
 
 import argparse
@@ -21,14 +22,14 @@ import itertools
 import math
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Types of values. In an Annotated type a Bound limits the value, a string names it in --help, a function reads it.
+# Types of values. In an Annotated type a Bound limits the value, a string names it in --help, a function reads it. A
+# tuple without a function takes several values.
 
 
 class Bound(NamedTuple):
@@ -87,6 +88,7 @@ Words = tuple[str, ...]  # arguments without a flag
 
 class Flag(NamedTuple):
     read: Callable[[str], Any]  # a value from its text
+    several: bool  # any number of values, as a tuple
     choices: tuple
     bounds: tuple[Bound, ...]
     metavar: str | None
@@ -94,39 +96,75 @@ class Flag(NamedTuple):
     help: str
     group: str  # the first line of the class that declares it
 
+    @property
+    def positional(self) -> bool:
+        return self.several and self.read is str
+
 
 @functools.cache
 def flags(cls: type) -> dict[str, Flag]:
-    """What a command line must know of each field, by name. A field that a subclass redeclares stays in its group."""
-    helps, groups = {}, {}
-    for owner in cls.__mro__[:-1]:
-        source = textwrap.dedent(inspect.getsource(owner))
-        lines, body = source.splitlines(), ast.parse(source).body[0].body
-        for field, after in zip(body, [*body[1:], None]):
-            if isinstance(field, ast.AnnAssign):
-                comment = lines[field.end_lineno - 1].encode()[field.end_col_offset :].decode().partition("# ")[2]
-                string = after.value.value if isinstance(after, ast.Expr) else None
-                helps.setdefault(field.target.id, " ".join(string.split()) if string else comment)
-                groups[field.target.id] = inspect.getdoc(owner) or "options"
+    """What a command line must know of each field, by name, group by group in the order that `cls` inherits them."""
     found, hints = {}, get_type_hints(cls, include_extras=True)
-    for field in fields(cls):
-        hint = hints[field.name]
+    defaults = {field.name: field.default for field in fields(cls)}
+    for name, (help, group) in _manual(cls).items():
+        if name not in defaults:
+            continue  # a ClassVar
+        hint = hints[name]
         if get_origin(hint) in (Union, UnionType):  # X | None
             (hint,) = (part for part in get_args(hint) if part is not NoneType)
-        marks = getattr(hint, "__metadata__", ())
-        kind = get_args(hint)[0] if marks else hint
+        kind, marks = _unpacked(hint)
+        reader = next((mark for mark in marks if inspect.isfunction(mark)), None)
+        several = get_origin(kind) is tuple and reader is None
+        if several:
+            kind, of_each = _unpacked(get_args(kind)[0])
+            marks = (*of_each, *marks)
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        default = str if choices or kind == Words else boolean if kind is bool else kind
-        found[field.name] = Flag(
-            read=next((mark for mark in marks if inspect.isfunction(mark)), default),
+        found[name] = Flag(
+            read=reader or (type(choices[0]) if choices else boolean if kind is bool else kind),
+            several=several,
             choices=choices,
             bounds=tuple(mark for mark in marks if isinstance(mark, Bound)),
             metavar=next((mark for mark in reversed(marks) if isinstance(mark, str)), None),
-            default=field.default,
-            help=helps[field.name],
-            group=groups[field.name],
+            default=defaults[name],
+            help=help,
+            group=group,
         )
     return found
+
+
+def _manual(cls: type) -> dict[str, tuple[str, str]]:
+    """(help, group) of each name that `cls` and the classes it inherits annotate.
+
+    Comments and the strings below fields are in the source alone, so that is what we read. A field that a subclass
+    declares again, with another default say, stays in its group, and keeps its help unless it gets a new one.
+    """
+    found = {}
+    for owner in cls.__mro__[:-1]:
+        lines, classes = _source(owner.__module__)
+        tree = classes[owner.__name__]
+        title = None if "prog" in vars(owner) else ast.get_docstring(tree)
+        group = title.splitlines()[0] if title else "options"
+        for statement, after in zip(tree.body, [*tree.body[1:], None]):
+            if isinstance(statement, ast.AnnAssign):
+                line = lines[statement.end_lineno - 1].encode()  # columns count bytes
+                comment = line[statement.end_col_offset :].decode().partition("# ")[2]
+                string = " ".join(after.value.value.split()) if isinstance(after, ast.Expr) else None
+                help, _ = found.pop(statement.target.id, ("", None))
+                found[statement.target.id] = help or string or comment, group
+    return found
+
+
+@functools.cache
+def _source(module: str) -> tuple[list[str], dict[str, ast.ClassDef]]:
+    """A module's lines, and its classes by name."""
+    text = inspect.getsource(sys.modules[module])
+    return text.splitlines(), {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+
+
+def _unpacked(hint) -> tuple[Any, tuple]:
+    """(type, marks) of Annotated[type, *marks], or of a type without marks."""
+    marks = getattr(hint, "__metadata__", ())
+    return get_args(hint)[0] if marks else hint, marks
 
 
 @dataclass(kw_only=True)
@@ -136,17 +174,16 @@ class Options:
 
     def __post_init__(self):
         for name, flag in flags(type(self)).items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if flag.choices and value not in flag.choices:
-                *others, last = flag.choices
-                raise ValueError(f"--{name} {value!r} is unknown; expected {', '.join(others)} or {last}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{name} {value}: expected a number")
-            for bound in flag.bounds:
-                if not bound.holds(value):
-                    raise ValueError(f"--{name} {value}: expected {bound.expected}")
+            given = getattr(self, name)
+            for value in () if given is None else given if flag.several else (given,):
+                if flag.choices and value not in flag.choices:
+                    *others, last = flag.choices
+                    raise ValueError(f"--{name} {value!r} is unknown; expected {', '.join(others)} or {last}")
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"--{name} {value}: expected a number")
+                for bound in flag.bounds:
+                    if not bound.holds(value):
+                        raise ValueError(f"--{name} {value}: expected {bound.expected}")
 
     @classmethod
     def parser(cls) -> "Parser":
@@ -156,6 +193,7 @@ class Options:
     def parse(cls, argv: list[str] | None = None) -> Self:
         """The options that a command line sets, the others at their defaults; ValueError for what is wrong with it."""
         given = vars(cls.parser().parse_args(argv))
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         options = cls(**given)
         options.given = frozenset(given)
         return options
@@ -201,23 +239,25 @@ class Parser(argparse.ArgumentParser):
         manual = inspect.getdoc(cls) if "prog" in vars(cls) else None
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=cls.prog, description=manual, formatter_class=form, allow_abbrev=False)
-        groups = {}
+        groups = {"options": self._optionals}  # argparse's own, with --help
         for name, flag in flags(cls).items():
-            help = flag.help
+            help, required = flag.help, flag.default is MISSING
             if flag.default not in (None, MISSING, (), "") and "default" not in help:
-                help += f" (default: {flag.default})"
+                shown = " ".join(map(str, flag.default)) if flag.several else flag.default
+                help += f" (default: {shown})"
             how = {"type": flag.read, "metavar": flag.metavar, "help": help.replace("%", "%%")}
             if flag.choices:
-                how |= {"choices": flag.choices, "type": type(flag.choices[0])}
+                how["choices"] = flag.choices
             if flag.read is boolean:
                 how |= {"nargs": "?", "const": True, "metavar": "True|False"}  # alone it means True
+            if flag.several:
+                how["nargs"] = "*" if flag.positional and not required else "+"
             if flag.group not in groups:
                 groups[flag.group] = self.add_argument_group(flag.group)
-            if get_type_hints(cls)[name] == Words:
-                groups[flag.group].add_argument(name, nargs="*", default=argparse.SUPPRESS, **how)
+            if flag.positional:
+                groups[flag.group].add_argument(name, default=argparse.SUPPRESS, **how)
             else:
-                how |= {"required": flag.default is MISSING, "default": argparse.SUPPRESS}
-                groups[flag.group].add_argument(f"--{name}", **how)
+                groups[flag.group].add_argument(f"--{name}", required=required, default=argparse.SUPPRESS, **how)
 
     def error(self, message: str):
         raise ValueError(message)

@@ -1,6 +1,7 @@
-"""Text to ids and back, and a chat to ids and what of it is learnt: `tokenizers` and the model's own jinja template.
+"""Text to ids and back, and a chat to ids with a mark on those that are learnt, by the checkpoint's own chat template.
 
-Reads and writes the files of a Hugging Face directory; no tensors, no Hub, no transformers.
+Built on `tokenizers` and `jinja2`. Reads and writes the files of a Hugging Face directory; no tensors, no Hub, no
+transformers.
 """
 
 import functools
@@ -32,16 +33,18 @@ CHATML = (
 
 @contextmanager
 def reading(file: Path):
-    """Tells whatever is raised while a file is read as ValueError, with the file's name."""
+    """Turns whatever is raised while a file is read into a ValueError that names the file."""
     try:
         yield
-    except Exception as error:  # `tokenizers` raises no other
+    except Exception as error:  # `tokenizers` raises nothing more specific
         raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; fetch it again") from error
 
 
 def why_invalid(messages, *, answered: bool = False) -> str | None:
-    """Why `messages` are no chat, if that is so: a list of dicts with a role and a content that is a string; answered:
-    one that ends in an assistant's turn, as what is learnt must."""
+    """Why `messages` are no valid chat, or None: a list of dicts, each with a role and a string as content.
+
+    answered: it must end with an assistant's turn, as a chat to learn from does.
+    """
     if not isinstance(messages, list) or not messages:
         return "no messages"
     for message in messages:
@@ -57,9 +60,9 @@ class Tokenizer:
     """The tokenizer of a directory.
 
     The mask token is `mask_token`, which must be in the vocabulary (a reserved token, say); else the one that
-    tokenizer_config.json names; else `<|mask|>`, which is added under the next free id where the vocabulary lacks it
-    (`mask_added`; that id may lie beyond the model's embedding, see convert.py). `mask_untrained`: it was added, or it
-    is a `mask_token` that was no mask in these files.
+    tokenizer_config.json names; else `<|mask|>`. Where the vocabulary lacks that one it is added under the next free id
+    (`mask_added`), which may lie beyond the model's embedding, see convert.py. `mask_untrained`: it was added, or it is
+    a `mask_token` that these files do not declare as the mask.
     """
 
     def __init__(self, path: str | Path, mask_token: str | None = None):
@@ -69,42 +72,38 @@ class Tokenizer:
                 f"{path} holds no tokenizer.json; transformers writes one: "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        self.files, self.template_file = {}, None
-        template = path / "chat_template.jinja"
-        for file in (file for file in (template, *(path / name for name in JSON_FILES)) if file.is_file()):
-            with reading(file):
-                if file == template:
-                    self.template_file = file.read_text(encoding="utf-8")
-                elif isinstance(content := json.loads(file.read_bytes()), dict):
-                    self.files[file.name] = content
-                else:
-                    raise ValueError(f"{json.dumps(content)[:40]}, expected an object")
-        config = self.files.setdefault("tokenizer_config.json", {})
-        self.template = self.template_file or config.get("chat_template")
-        if isinstance(self.template, list):
-            self.template = {named["name"]: named["template"] for named in self.template}.get("default")
-
+        self._read_files(path)
         with reading(path / "tokenizer.json"):
             self.core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         self.core.no_truncation()
         self.core.no_padding()
-        self.special = {}  # what a template knows of: bos_token, eos_token and the like, as strings
+        self._choose_mask(mask_token)
+        self.eos_id, self.bos_id, pad_id = (self._id(name) for name in ("eos_token", "bos_token", "pad_token"))
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.end_ids = self._find_ends()
+
+    def _read_files(self, path: Path) -> None:
+        """Sets `files` (JSON by name), `template`, `template_file` (its text) and `special` (bos_token and so on)."""
+        self.files, self.template_file = {}, None
+        for file in (path / name for name in JSON_FILES if (path / name).is_file()):
+            with reading(file):
+                self.files[file.name] = json.loads(file.read_bytes())
+                if not isinstance(self.files[file.name], dict):
+                    raise ValueError(f"{json.dumps(self.files[file.name])[:40]}, expected an object")
+        file = path / "chat_template.jinja"
+        if file.is_file():
+            with reading(file):
+                self.template_file = file.read_text(encoding="utf-8")
+
+        config = self.files.setdefault("tokenizer_config.json", {})
+        self.template = self.template_file or config.get("chat_template")
+        if isinstance(self.template, list):
+            self.template = {named["name"]: named["template"] for named in self.template}.get("default")
+        self.special = {}
         for name, token in {**self.files.get("special_tokens_map.json", {}), **config}.items():
             token = token["content"] if isinstance(token, dict) and "content" in token else token
             if name.endswith("_token") and isinstance(token, str):
                 self.special[name] = token
-        self._choose_mask(mask_token)
-
-        added = self.core.get_added_tokens_decoder()
-        specials = {token.content: i for i, token in added.items() if token.special}
-        self.eos_id = self._id("eos_token")
-        declared = self.files.get("generation_config.json", {}).get("eos_token_id")
-        declared = declared if isinstance(declared, list) else [declared]
-        found = [self.eos_id, *(specials.get(token) for token in END), *(i for i in declared if i in added)]
-        self.end_ids = sorted({i for i in found if i is not None})
-        self.bos_id = self._id("bos_token")
-        pad = self._id("pad_token")
-        self.pad_id = self.eos_id if pad is None else pad
 
     def _id(self, name: str) -> int | None:
         return self.core.token_to_id(self.special[name]) if name in self.special else None
@@ -121,13 +120,22 @@ class Tokenizer:
         self.special["mask_token"] = self.mask_token
         self.mask_id = self.core.token_to_id(self.mask_token)
 
+    def _find_ends(self) -> list[int]:
+        """Ids that end a turn or a text: EOS, the known end tokens, and those that generation_config.json declares."""
+        added = self.core.get_added_tokens_decoder()
+        specials = {token.content: i for i, token in added.items() if token.special}
+        declared = self.files.get("generation_config.json", {}).get("eos_token_id")
+        declared = declared if isinstance(declared, list) else [declared]
+        found = [self.eos_id, *(specials.get(token) for token in END), *(i for i in declared if i in added)]
+        return sorted({i for i in found if i is not None})
+
     @property
     def ids(self) -> list[int]:
-        """Every id the vocabulary gives a meaning; a model's embedding often has more rows."""
+        """Every id of the vocabulary; a model's embedding often has more rows."""
         return list(self.core.get_vocab().values())
 
     def fit(self, rows: int, *, mask: bool = True) -> None:
-        """ValueError unless an embedding of so many rows has one for every id; mask False: but for the mask token's."""
+        """Raises ValueError unless an embedding of `rows` rows has one for each id (mask False: but the mask's)."""
         last = max(i for i in self.ids if mask or i != self.mask_id)
         if last >= rows:
             raise ValueError(
@@ -139,10 +147,10 @@ class Tokenizer:
         return self.core.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens that it spells out become theirs, none is added."""
+        """Ids of `text`. Special tokens that it spells out get their ids; none is added."""
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # half a surrogate pair, which Python makes of bytes that are no UTF-8
+        except UnicodeEncodeError as error:  # half a surrogate pair: Python read bytes that are no UTF-8
             raise ValueError(f"{ascii(text)[:60]} is no UTF-8 text; convert it, iconv -t utf-8 say") from error
         return self.core.encode(text, add_special_tokens=False).ids
 
@@ -152,12 +160,13 @@ class Tokenizer:
     def save(self, directory: str | Path, *, mask: bool = True) -> None:
         """Writes the files that were read, with the mask token in them; mask False: without one that was added here.
 
-        An AR checkpoint is saved without: else its untrained row would pass for a trained one when it is converted.
+        An AR checkpoint is saved without it: a later conversion would take its row for a trained one.
         """
-        core, files = json.loads(self.core.to_str()), json.loads(json.dumps(self.files))
+        core, files = json.loads(self.core.to_str()), json.loads(json.dumps(self.files))  # copies
         if self.mask_added and not mask:
             core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] != self.mask_id]
         elif mask:
+            # Declare it wherever special tokens are declared. tokenizer.json has it already.
             config = files["tokenizer_config.json"]
             for name in files.keys() & {"tokenizer_config.json", "special_tokens_map.json"}:
                 files[name]["mask_token"] = self.mask_token
@@ -174,12 +183,12 @@ class Tokenizer:
     def render(
         self, messages: list[dict], *, reply: bool = False, thinking: bool = False, train_on: str = "last"
     ) -> tuple[list[int], list[bool]]:
-        """The chat as ids by the checkpoint's template, and for each id whether it is learnt.
+        """(ids, whether each is learnt) of a chat, by the checkpoint's template.
 
         reply: end with the prompt for the assistant's next turn (nothing is learnt then). thinking: the template's
-        `enable_thinking`. train_on: "last" assistant turn or "all"; a turn reaches from its prompt's end to the end
-        of the chat up to it, so it includes its end token. Raises ValueError where the template rewrites earlier
-        turns so that these are no prefixes of the whole (Qwen3 drops thinking: "all" cannot be told apart there).
+        `enable_thinking`. train_on: the "last" assistant turn or "all"; a turn begins where its prompt ends and
+        includes its end token. Raises ValueError where the template rewrites earlier turns, so that their text is no
+        prefix of the whole chat's (Qwen3 drops their thinking, so "all" is impossible there).
         """
         if train_on not in ("last", "all"):
             raise ValueError(f"train_on {train_on!r}: expected last or all")
@@ -189,9 +198,25 @@ class Tokenizer:
             return ids, [False] * len(ids)
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("the messages do not end with an assistant turn; nothing in them is learnt")
-        last = len(messages) - 1
+
+        # A learnt turn lies between two lengths: of the chat's ids up to its prompt's end, and up to its own end.
+        texts = self._turn_prefixes(messages, whole, thinking=thinking, train_on=train_on)
+        ids, prefixes = self.encode(whole), [self.encode(text) for text in texts]
+        if any(ids[: len(prefix)] != prefix for prefix in prefixes):
+            # A token spans the border of a turn. Encode the parts apart: in sampling the prompt is encoded alone, too.
+            ids, prefixes = [], []
+            for a, b in pairwise([0, *map(len, texts)]):
+                ids = ids + self.encode(whole[a:b])
+                prefixes.append(ids)
+        supervised = [False] * len(ids)
+        for prompt, turn in zip(prefixes[::2], prefixes[1::2]):
+            supervised[len(prompt) : len(turn)] = [True] * (len(turn) - len(prompt))
+        return ids, supervised
+
+    def _turn_prefixes(self, messages: list[dict], whole: str, *, thinking: bool, train_on: str) -> list[str]:
+        """Of each learnt turn two prefixes of `whole`, the chat as text: up to its prompt's end, and up to its own."""
+        last, prefixes = len(messages) - 1, []
         turns = [i for i in range(last) if messages[i]["role"] == "assistant"] if train_on == "all" else []
-        prefixes = []
         for i in [*turns, last]:
             prompt, turn = self.fill(messages[:i], reply=True, thinking=thinking), whole
             if i < last:
@@ -205,42 +230,34 @@ class Tokenizer:
                     f"{prompt[-40:]!r}); {way_out}"
                 )
             prefixes += [prompt, turn]
-        ids, heads = self.encode(whole), [self.encode(prefix) for prefix in prefixes]
-        if any(ids[: len(head)] != head for head in heads):
-            # A token spans the border of a turn. Encode the parts alone: sampling has the prompt alone, too.
-            ids, heads = [], []
-            for a, b in pairwise([0, *map(len, prefixes)]):
-                ids = ids + self.encode(whole[a:b])
-                heads.append(ids)
-        supervised = [False] * len(ids)
-        for prompt, turn in zip(heads[::2], heads[1::2]):
-            supervised[len(prompt) : len(turn)] = [True] * (len(turn) - len(prompt))
-        return ids, supervised
+        return prefixes
 
     def fill(self, messages: list[dict], *, reply: bool, thinking: bool) -> str:
-        """The chat as text by the template. ValueError where there is none, or it fails."""
+        """The chat as text, by the template; ValueError where there is none, or it fails."""
         if self.template is None:
             raise ValueError("the tokenizer has no chat template; use plain text (--stage pt, --chat_template False)")
         try:
             return compiled(self.template).render(
                 messages=messages, add_generation_prompt=reply, enable_thinking=thinking, **self.special
             )
-        except Exception as error:  # a template is a program of the checkpoint's, and can fail in any way
+        except Exception as error:  # a template is a program, which can fail in any way
             reason = error if isinstance(error, TemplateError) else repr(error)
             raise ValueError(f"the chat template refuses these messages: {reason}") from error
 
     @classmethod
     def train(cls, texts, vocab_size: int, template: str = CHATML) -> "Tokenizer":
-        """A byte-level BPE of `texts` (an iterable of str), at most `vocab_size` tokens; the same texts give the same.
+        """A byte-level BPE trained on `texts` (an iterable of str), at most `vocab_size` tokens and a mask token.
 
-        Every digit is a token. Merges need max(2, texts / 100) occurrences, so that what is frequent in one text alone
-        is not learnt by heart. End of text is <|endoftext|>, end of turn <|im_end|>; no mask token is counted.
+        The same texts give the same tokenizer. Every digit is a token. A merge needs max(2, texts / 100) occurrences,
+        so that no token is learnt from one text alone. End of text is <|endoftext|>, end of turn <|im_end|>.
         """
         texts = list(texts)
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         smallest = len(special) + 256
         if vocab_size < smallest:
             raise ValueError(f"vocab_size {vocab_size}: bytes and special tokens alone are {smallest}")
+
+        # What is split first is never merged: digits, and words with the space before them.
         core = tokenizers.Tokenizer(tokenizers.models.BPE())
         split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated")
         byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -254,6 +271,8 @@ class Tokenizer:
             show_progress=False,
         )
         core.train_from_iterator(texts, trainer)
+
+        # Written and read again, so that it is made in one way only.
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|endoftext|>",
@@ -269,11 +288,11 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Templates: the environment transformers gives them
+# Chat templates, in the environment that transformers gives them
 
 
 class Generation(Extension):
-    """`{% generation %}`, by which some templates mark what the assistant says: rendered as if it were not there."""
+    """`{% generation %}`, by which some templates mark the assistant's text: we render what is inside and no more."""
 
     tags = frozenset({"generation"})
 
@@ -284,6 +303,8 @@ class Generation(Extension):
 
 @functools.lru_cache
 def compiled(template: str):
+    """The jinja template of a source text."""
+
     def raise_exception(message):
         raise TemplateError(message)
 

@@ -32,10 +32,10 @@ import data
 import resume
 from checkpoint import DTYPES, barrier, declare, load_model, naming_file, resolve
 from cli import one_line_errors
-from diffusion import NORMS, OBJECTIVES, Batch, Example, Noising, loss, training_example
+from diffusion import NORMS, Batch, Example, Noising, loss, training_example
 from loaders import Batching, ChatBatching, Workers, build_loaders
 from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, summarize, train_flops
-from model import Config, LanguageModel
+from model import OBJECTIVES, Config, LanguageModel
 from options import (
     Count,
     Decay,

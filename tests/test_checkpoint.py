@@ -202,6 +202,13 @@ def test_dtypes_are_those_of_the_file_unless_asked_otherwise(tmp_path):
     assert equal(load_model(tmp_path / "half").state_dict(), half.state_dict())
 
 
+def test_a_tensor_stored_in_another_type_than_the_embedding_keeps_it_unless_asked_otherwise(tmp_path):
+    norm = "model.norm.weight"
+    path = source(tmp_path, **{norm: load_file(MODELS / "qwen3/model.safetensors")[norm].double()})
+    assert load_model(path).state_dict()[norm].dtype == torch.float64
+    assert load_model(path, dtype=torch.bfloat16).state_dict()[norm].dtype == torch.bfloat16
+
+
 def test_a_conversion_takes_no_more_memory_at_its_peak_than_the_model_and_little_besides(tmp_path, monkeypatch):
     model, bytes_read, peaks = tiny(dtype=torch.float32, tie_word_embeddings=False), [], []
     save_model(model, tmp_path / "half", dtype=torch.bfloat16)
