@@ -365,17 +365,20 @@ class A2D(TemplateLM):
         until = [stop for stop in wanted.pop("until") if stop]
         length, sample = wanted.pop("max_gen_toks"), wanted.pop("do_sample")
         length = length if longest is None else min(length, longest)
-        temperature = wanted.pop("temperature", None) or 0.0
-        drawn = {name: wanted.pop(name, None) for name in ("top_k", "top_p")}
+        otherwise = {
+            "steps": max(1, length),
+            "block_size": MDLM_BLOCK if self.objective == "mdlm" else None,
+            "temperature": wanted.pop("temperature", None) or 0.0,
+        }
+        choice = {name: wanted.pop(name, None) for name in ("top_k", "top_p")}
         if wanted:
             raise ValueError(
                 f"generation option {', '.join(wanted)} is unknown; a task or --gen_kwargs gives until, max_gen_toks, "
                 "do_sample, temperature, top_k and top_p, the rest are model_args"
             )
-        block_size = MDLM_BLOCK if self.objective == "mdlm" else None
-        sampling = self._sampling(temperature=temperature, steps=max(1, length), block_size=block_size)
-        if sample and sampling["temperature"]:
-            sampling = self._sampling(**sampling | drawn)
+        sampling = self._sampling(**otherwise)
+        if sample and sampling["temperature"]:  # else the task's top_k and top_p would change nothing
+            sampling = self._sampling(**otherwise, **choice)
         return until, sampling | {"max_new_tokens": length}
 
     def _generate(self, prompts: list[list[int]], until: list[str], sampling: dict) -> tuple[list[str], int]:
