@@ -20,16 +20,6 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import torch
-from tqdm import tqdm
-
-from checkpoint import load_config, resolve
-from cli import MDLM_BLOCK, Loading, Opening, check_directory, one_line_errors, open_model
-from diffusion import Sampling, Temperature, denoise
-from likelihood import log_likelihood
-from options import Count, Model, Natural, Options, Seed, Tokens, flags, nearest
-from report import table, write_manifest
-
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -41,6 +31,16 @@ except ModuleNotFoundError as error:
         raise ModuleNotFoundError(missing) from error
     print(missing, file=sys.stderr)
     sys.exit(2)
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import load_config, resolve
+from cli import MDLM_BLOCK, Loading, Opening, check_directory, one_line_errors, open_model
+from diffusion import Sampling, Temperature, denoise
+from likelihood import log_likelihood
+from options import Count, Model, Natural, Options, Seed, Tokens, flags, nearest
+from report import table, write_manifest
 
 HERE = Path(__file__).resolve().parent
 
