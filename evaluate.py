@@ -1,46 +1,30 @@
 """Scores for checkpoints: lm-eval's tasks for ar, mdlm and bd3lm. `python evaluate.py --help` is the manual.
 
-Importing this file registers a2d_ar, a2d_mdlm and a2d_bd3lm with lm-eval. (It has the name of the Hub's package
-`evaluate`, which some upstream tasks import: as a program it makes way for that one.)
+Importing this file registers a2d_ar, a2d_mdlm and a2d_bd3lm with lm-eval. (The Hub's package `evaluate`, which some of
+lm-eval's tasks import, has the same name; run as a program, this file lets them find that package.)
 """
 
-from cli import (
-    MDLM_BLOCK,
-    Parser,
-    add_reading,
-    add_sampling,
-    boolean,
-    check_place,
-    one_line_errors,
-    replacing_file,
-    seed,
-    switch,
-)
-from cli import sampling as sampling_of
-
-import difflib
 import functools
 import hashlib
-import importlib.metadata
-import importlib.util
+import inspect
+import itertools
 import json
 import logging
 import os
-import platform
 import re
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-
-from options import Count, Natural, NonNegative
+from typing import Annotated, ClassVar
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
     missing = f"evaluate.py needs lm-eval ({error}): pip install 'lm-eval[math]==0.4.13'"
     if __name__ != "__main__":
@@ -48,106 +32,104 @@ except ModuleNotFoundError as error:
     print(missing, file=sys.stderr)
     sys.exit(2)
 
+import torch
+from tqdm import tqdm
+
+from checkpoint import load_config, resolve
+from cli import MDLM_BLOCK, Loading, Opening, check_directory, one_line_errors, open_model
+from diffusion import Sampling, Temperature, denoise
+from likelihood import log_likelihood
+from options import Count, Model, Natural, Options, Seed, Tokens, flags, nearest
+from report import table, write_manifest
+
 HERE = Path(__file__).resolve().parent
-MANUAL = """\
-usage: python evaluate.py --model a2d_ar|a2d_mdlm|a2d_bd3lm --model_args pretrained=CHECKPOINT,... --tasks TASK,... ...
-       torchrun --nproc_per_node N evaluate.py ...
-       python evaluate.py --table DIR...
 
-Scores a checkpoint on lm-eval's tasks. The command line is lm-eval's (`lm-eval run --help` tells all of it); this
-program adds three models and the tasks in tasks/: mmlu_generative_dream, hellaswag_gen, sums,
-humaneval_instruct_sandboxed and mbpp_instruct_sandboxed.
-
-lm-eval's flags, the most used:
-  --tasks A,B             tasks or groups; `lm-eval ls tasks` lists upstream's
-  --num_fewshot N         worked examples in the prompt (default: the task's)
-  --apply_chat_template   prompts as chats; with it also --system_instruction TEXT, --fewshot_as_multiturn False
-  --batch_size N|auto     sequences of a forward; auto: as many as fit (default: 1)
-  --limit N               only the first N questions of each task: for trying out
-  --output_path DIR       where results go, and a manifest beside them: everything that made the numbers
-  --log_samples           write prompts and answers there, too
-  --use_cache PATH        keep answers, and take them from there when the command is run again
-  --gen_kwargs K=V,...    the task's until, max_gen_toks, do_sample, temperature, top_k, top_p
-  --confirm_run_unsafe_code   for tasks that run generated programs
-
---table DIR... renders the manifests below DIR as a Markdown table. A row is a checkpoint with its sampler's options, a
-column a task's metric. Cells that were asked otherwise than most of their column (shots, template, questions, answer
-length, temperature) carry a mark, which a note below the table explains.
-
-Log-likelihood (multiple choice, perplexity) is exact for ar and an unbiased estimate of a lower bound for the others,
-with a standard error for every request, kept beside the results (standard_errors_*.jsonl).
-
-model_args (a mistyped one is an error):
-"""
+# ---------------------------------------------------------------------------------------------------------------------
+# model_args
 
 
-class _Options(Parser):
-    def error(self, message: str):
-        lacking = message.partition("are required: --")[2]
-        raise ValueError(
-            f"model_args lack {lacking}; expected {lacking}=CHECKPOINT among them"
-            if lacking
-            else message.replace("argument --", "model_arg ")
-        )
+@dataclass(kw_only=True)
+class Checkpoint(Loading):
+    "model"
+
+    pretrained: Annotated[Model, "CHECKPOINT"]
+    """a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id"""
+    max_length: Tokens | None = None  # longest sequence (default: the model's context)
+    enable_thinking: bool = False  # turn on thinking in the chat template
+    add_bos_token: bool | None = None
+    """let the tokenizer add its special tokens to prompts (default: ar True, as lm-eval's hf; else False, as in
+    training)"""
+    seed: Seed = 42  # of the noise of likelihoods and of sampling
 
 
-def sampling_options():
-    from diffusion import Sampling
-
-    @dataclass(kw_only=True)
-    class Generation(Sampling):
-        max_new_tokens: Natural | None = None
-        """masks that follow each prompt, at most: a task that asks for fewer gets fewer (default: what the task asks
-        for, else 256)"""
-        steps: Count | None = None  # forwards for the whole answer (default: one a token)
-        temperature: NonNegative | None = None
-        """of the Gumbel noise on the logits (default: the task's where it has do_sample, else 0)"""
-
-    return Generation
+@dataclass(kw_only=True)
+class Generation(Sampling):
+    max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
+    """masks that follow each prompt, at most: a task that asks for fewer gets fewer (default: what the task asks for,
+    else 256)"""
+    steps: Count | None = None  # forwards for the whole answer (default: one a token)
+    temperature: Temperature | None = None
+    """of the Gumbel noise on the logits; 0 takes the likeliest token (default: the task's where it has do_sample, else
+    0)"""
 
 
-def model_options() -> Parser:
-    parser = _Options("evaluate.py", "")
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--pretrained",
-        required=True,
-        metavar="CHECKPOINT",
-        help="a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id",
-    )
-    add_reading(add)
-    add("--max_length", type=int, metavar="TOKENS", help="longest sequence (default: the model's context)")
-    switch(add, "--enable_thinking", False, "what the chat template is told")
-    add(
-        "--add_bos_token",
-        type=boolean,
-        metavar="True|False",
-        help="let the tokenizer add its special tokens to prompts (default: ar True, as lm-eval's hf; else False, as "
-        "in training)",
-    )
-    add("--seed", type=seed, default=42, metavar="N", help="of the noise of likelihoods and of sampling")
-    add_sampling(parser, sampling_options())
-    add = parser.add_argument_group("likelihood").add_argument
-    add("--mc_num", type=int, default=128, metavar="N", help="draws of each block (mdlm: of the whole answer)")
-    switch(
-        add,
-        "--is_check_greedy",
-        False,
-        "also tell whether greedy decoding gives the answer, which costs a forward a token (ar tells it anyway)",
-    )
-    return parser
+@dataclass(kw_only=True)
+class Likelihood(Options):
+    "likelihood"
+
+    mc_num: Annotated[int, "N"] = 128  # draws of each block (mdlm: of the whole answer)
+    is_check_greedy: bool = False
+    """also find whether greedy decoding gives the answer, which costs a forward a token (ar always finds it)"""
 
 
-def parse_model_args(given: dict):
-    """Typed options of model_args; ValueError for one that does not exist or does not parse."""
-    parser = model_options()
-    known = [action.dest for action in parser._actions if action.dest != "help"]
+@dataclass(kw_only=True)
+class Evaluation(Checkpoint, Generation, Likelihood):
+    """usage: python evaluate.py --model a2d_ar|a2d_mdlm|a2d_bd3lm --model_args pretrained=CHECKPOINT,... --tasks A,B...
+           torchrun --nproc_per_node N evaluate.py ...
+           python evaluate.py --table DIR...
+
+    Scores a checkpoint on lm-eval's tasks. The command line is lm-eval's (`lm-eval run --help` has all of it); this
+    program adds three models and the tasks in tasks/: mmlu_generative_dream, hellaswag_gen, sums,
+    humaneval_instruct_sandboxed and mbpp_instruct_sandboxed.
+
+    lm-eval's flags, the most used:
+      --tasks A,B             tasks or groups; `lm-eval ls tasks` lists upstream's
+      --num_fewshot N         worked examples in the prompt (default: the task's)
+      --apply_chat_template   prompts as chats; with it also --system_instruction TEXT, --fewshot_as_multiturn False
+      --batch_size N|auto     sequences of a forward; auto: as many as memory allows (default: 1)
+      --limit N               only the first N questions of each task: for trying out
+      --output_path DIR       where results go, and a manifest beside them: everything that made the numbers
+      --log_samples           write prompts and answers there, too
+      --use_cache PATH        keep answers, and take them from there when the command is run again
+      --gen_kwargs K=V,...    the task's until, max_gen_toks, do_sample, temperature, top_k, top_p
+      --confirm_run_unsafe_code   for tasks that run generated programs
+
+    --table DIR... renders the manifests below DIR as a Markdown table. A row is a checkpoint with its sampler's
+    options, a column a task's metric. A cell whose setting (shots, template, questions, answer length, temperature)
+    differs from that of most of its column carries a mark, which a note below the table explains.
+
+    Log-likelihood (multiple choice, perplexity) is exact for ar and an unbiased estimate of a lower bound for the
+    others, with a standard error for every request, written beside the results (standard_errors_*.jsonl).
+
+    model_args (a mistyped one is an error):
+    """
+
+    prog: ClassVar[str] = "evaluate.py"
+
+
+def parse_model_args(given: dict) -> Evaluation:
+    """The options of lm-eval's model_args; ValueError for one that does not exist or has a bad value."""
+    given = {name: value for name, value in given.items() if value is not None}
     for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            way = f"did you mean {near[0]}?" if near else "python evaluate.py --help lists them"
+        if name not in flags(Evaluation):
+            way = nearest(name, flags(Evaluation), "python evaluate.py --help lists them")
             raise ValueError(f"unknown model_arg {name}; {way}")
-    return parser.parse_args([f"--{name}={value}" for name, value in given.items() if value is not None])
+    if "pretrained" not in given:
+        raise ValueError("model_args lack pretrained; expected pretrained=CHECKPOINT among them")
+    try:
+        return Evaluation.parse([f"--{name}={value}" for name, value in given.items()])
+    except ValueError as error:  # which speaks of flags
+        raise ValueError(str(error).replace("argument --", "model_arg ").removeprefix("--")) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,59 +137,60 @@ def parse_model_args(given: dict):
 
 
 class A2D(TemplateLM):
-    """A checkpoint as lm-eval's model. Texts here, ids in diffusion.py."""
+    """A checkpoint as lm-eval's model: texts in and out here, token ids in diffusion.py and likelihood.py."""
 
-    objective = "mdlm"
+    objective: str
 
     def __init__(self, batch_size: int | str = 1, max_batch_size: int | None = None, device=None, **model_args):
-        from cli import open_model
-
-        import torch
-
-        from checkpoint import load_config, resolve
-
         super().__init__()
         model_args.pop("trust_remote_code", None)  # lm-eval adds it with its flag; no code is loaded with a checkpoint
         self.options = parse_model_args(model_args)
         auto = str(batch_size).startswith("auto")
         if not auto and not (str(batch_size).isdigit() and int(batch_size) > 0):
             raise ValueError(f"--batch_size {batch_size}: expected a number or auto")
-        self.batch_size = None if auto else int(batch_size)  # None: by `room`
+        self.batch_size = None if auto else int(batch_size)  # None: as many sequences as `room` allows
         self.max_batch_size = max_batch_size
+
+        # torchrun starts a process for each GPU; lm-eval gives each its share of the requests.
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         on_gpu = torch.cuda.is_available() if device in (None, "auto") else str(device).startswith("cuda")
         if device in (None, "auto", "cuda"):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
         if self._world_size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")  # only small objects travel
-        declared = load_config(resolve(self.options.pretrained)).objective
+
+        self._open(device)
+        self._device = torch.device(device)
+        # The sampler refuses bad options before any task is loaded. With top_k or top_p the task may set a temperature.
+        drawn = (self.options.top_k, self.options.top_p) != (None, None)
+        next(denoise(self.model, [[0]], **self._sampling(max_new_tokens=1, steps=1, temperature=float(drawn))))
+        self.room = 131072 if on_gpu else 4096  # tokens of a forward; halved when memory does not suffice
+        self.max_length = min(self.options.max_length or 2**62, self.model.config.max_position_embeddings)
+
+        # For the manifest, what this process did: requests, tokens, forwards (each sequence counts) and seconds of the
+        # kinds "generated" and "scored"; of each task a hash of every request; each likelihood's standard error.
+        self.counts = Counter()
+        self.prompts = defaultdict(set)
+        self.standard_errors = []
+
+    def _open(self, device: str) -> None:
+        """Opens the checkpoint, which must not declare another objective."""
+        options = self.options
+        declared = load_config(resolve(options.pretrained)).objective
         if declared not in (None, self.objective):
             raise ValueError(
                 f"--model a2d_{self.objective} contradicts the checkpoint, which declares objective {declared}; pass "
                 f"--model a2d_{declared}"
             )
-        self.options.model_name_or_path, self.options.objective = self.options.pretrained, self.objective
-        self.options.device = device
-        self.model, self.tokenizer = open_model(self.options)
-        self._device = torch.device(device)
-        self._check_sampling()
-        self.room = 131072 if on_gpu else 4096  # tokens of a forward; halved where memory does not suffice
-        self.max_length = min(self.options.max_length or 2**62, self.model.config.max_position_embeddings)
-        # What this process did: requests, tokens, forwards (a sequence each) and seconds, of "generated" and "scored".
-        self.counts = Counter()
-        self.prompts = defaultdict(set)  # task: a hash of each of its requests
-        self.standard_errors = []  # of each likelihood request, a dict
+        chosen = {"model_name_or_path": options.pretrained, "objective": self.objective, "device": device}
+        self.model, self.tokenizer = open_model(Opening(**chosen, **options.only(Loading)), options.block_size)
 
-    def _check_sampling(self) -> None:
-        """Refuses options that the sampler would refuse, before any task is loaded."""
-        from diffusion import denoise
+    def _sampling(self, **otherwise) -> dict:
+        """The fields of Sampling by the model_args; `otherwise` has values for those that are None."""
+        given = self.options.only(Sampling)
+        return given | {name: value for name, value in otherwise.items() if given[name] is None}
 
-        given = sampling_of(self.options)
-        drawn = (given["top_k"], given["top_p"]) != (None, None)  # the temperature may be the task's
-        instead = {"max_new_tokens": 1, "steps": 1, "temperature": float(drawn)}
-        next(denoise(self.model, [[0]], **given | {k: v for k, v in instead.items() if given[k] is None}))
-
-    # -- what lm-eval asks of a model
+    # -- texts and tokens
 
     @property
     def eot_token_id(self) -> int:
@@ -223,6 +206,25 @@ class A2D(TemplateLM):
         if add_special_tokens is False or not add or (bos and string.startswith(bos)):
             return self.tokenizer.encode(string)
         return self.tokenizer.core.encode(string, add_special_tokens=True).ids
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both. An empty context is the prefix token, unless the continuation begins with it."""
+        if context:
+            return self._encode_pair(context, continuation)
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
+
+    def _cut(self, context: list[int], room: int) -> list[int]:
+        """The end of a context, as much as there is room for before an answer."""
+        if room < 1:
+            raise ValueError(
+                f"an answer of {self.max_length - room} tokens or more leaves no room for a context in the model's "
+                f"{self.max_length}; lower max_new_tokens or the task's max_gen_toks, or choose another task"
+            )
+        if len(context) > room:
+            cut = len(context) - room
+            logging.getLogger(__name__).warning("cutting %s tokens from the left of a context of %s", cut, len(context))
+        return context[-room:]
 
     @property
     def tokenizer_name(self) -> str:
@@ -249,77 +251,41 @@ class A2D(TemplateLM):
         whole = last.lstrip()  # templates may cut the space after it
         return text[: begin + len(whole if text.startswith(whole, begin) else last.strip())]
 
-    def all_gather(self, tensor):
-        import torch
-
-        return torch.cat([part.reshape(-1) for part in self._gather_all(tensor.cpu())]).to(tensor.device)
-
-    def gather_object(self, obj, dst: int = 0):
-        parts = self._gather_all(obj)
-        return parts if self.rank == dst else None
-
-    def barrier(self) -> None:
-        import torch
-
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
     # -- likelihood
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = [request.args for request in requests]
-        found = self._loglikelihood_tokens(
-            [(pair, *self._pair(*pair)) for pair in pairs], disable_tqdm=disable_tqdm, instances=requests
-        )
+        pairs = [(request.args, *self._pair(*request.args)) for request in requests]
+        found = self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+        self._record(requests, [value for value, _, _ in found], [error for _, error, _ in found])
         return [(value, greedy) for value, _, greedy in found]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
+        """Log-likelihoods of whole texts: the sums over windows of the model's length."""
         windows, owners = [], []
-        # An ar model is not fed the last token of a window.
-        room = self.max_length - int(self.objective != "ar")
+        room = self.max_length - int(self.objective != "ar")  # ar is not fed the last token of a window
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, room, 1):
                 windows.append((None, *make_disjoint_window(pair)))
                 owners.append(i)
-        totals, errors = [0.0] * len(requests), [0.0] * len(requests)
+        totals, variances = [0.0] * len(requests), [0.0] * len(requests)
         for i, (value, error, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)):
             totals[i] += value
-            errors[i] += error**2
+            variances[i] += error**2
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        self._record(requests, totals, [error**0.5 for error in errors])
+        self._record(requests, totals, [variance**0.5 for variance in variances])
         return totals
 
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if context:
-            return self._encode_pair(context, continuation)
-        ids = self.tok_encode(continuation, add_special_tokens=False)
-        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, instances=None, **kwargs):
-        """(log-likelihood, standard error, greedy) of each (texts, context ids, continuation ids)."""
-        import torch
-
-        from likelihood import log_likelihood
-
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
+        """(log-likelihood, standard error, greedy) of each (texts or None, context ids, continuation ids)."""
         room = self.max_length + int(self.objective == "ar")
         continuations = [continuation for _, _, continuation in requests]
         contexts = [self._cut(context, room - len(answer)) for (_, context, _), answer in zip(requests, continuations)]
-        questions = defaultdict(list)
-        for i, context in enumerate(contexts):
-            questions[tuple(context)].append(i)
-        # Answers to a question stay together, and questions of about the same length.
-        batches = []
-        for _, members in sorted(questions.items(), key=lambda item: (-len(item[0]), item[0])):
-            if not batches or len(batches[-1]) + len(members) > max(64, self.batch_size or 0):
-                batches.append([])
-            batches[-1] += members
         results = [None] * len(requests)
         bar = self._bar(len(requests), "log-likelihood", disable_tqdm)
         hook = self.model.register_forward_pre_hook(lambda _, inputs: self._count("scored", forwards=len(inputs[0])))
+        batches = self._likelihood_batches(contexts)
         while batches:
             batch, began = batches[0], time.time()
             longest = max(len(contexts[i]) + len(continuations[i]) for i in batch)
@@ -334,7 +300,8 @@ class A2D(TemplateLM):
                     check_greedy=self.objective == "ar" or self.options.is_check_greedy,
                 )
             except torch.OutOfMemoryError:
-                self._less_room()
+                if not self._halve_room():
+                    raise
                 continue
             del batches[0]
             values, errors, *verdict = (part.tolist() for part in found)
@@ -346,31 +313,41 @@ class A2D(TemplateLM):
             self._count("scored", bar, requests=len(batch), tokens=tokens, seconds=time.time() - began)
         hook.remove()
         bar.close()
-        if instances is not None:
-            self._record(instances, *([result[j] for result in results] for j in (0, 1)))
         return results
+
+    def _likelihood_batches(self, contexts: list[list[int]]) -> list[list[int]]:
+        """Numbers of requests: answers to a question stay together, beside questions of about the same length."""
+        order = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), contexts[i]))
+        batches = []
+        for _, answers in itertools.groupby(order, key=lambda i: contexts[i]):
+            answers = list(answers)
+            if not batches or len(batches[-1]) + len(answers) > max(64, self.batch_size or 0):
+                batches.append([])
+            batches[-1] += answers
+        return batches
 
     # -- generation
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        import torch
-
         answers = [None] * len(requests)
+        bar = self._bar(len(requests), "generation", disable_tqdm)
+        # Requests of the same options are generated together, the longest prompts first.
         kinds = defaultdict(list)
         for i, request in enumerate(requests):
             kinds[json.dumps(request.args[1], sort_keys=True, default=str)].append(i)
-        bar = self._bar(len(requests), "generation", disable_tqdm)
         for members in kinds.values():
-            until, length, sampling = self._request_options(requests[members[0]].args[1])
+            until, sampling = self._request_options(requests[members[0]].args[1])
+            length = sampling["max_new_tokens"]
             prompts = {i: self._cut(self.tok_encode(requests[i].args[0]), self.max_length - length) for i in members}
             order = sorted(members, key=lambda i: (-len(prompts[i]), prompts[i]))
             while order:
                 began = time.time()
                 batch = order[: self._rows(max(1, len(prompts[order[0]])) + length)]
                 try:
-                    texts, tokens = self._generate([prompts[i] for i in batch], until, **sampling)
+                    texts, tokens = self._generate([prompts[i] for i in batch], until, sampling)
                 except torch.OutOfMemoryError:
-                    self._less_room()
+                    if not self._halve_room():
+                        raise
                     continue
                 order = order[len(batch) :]
                 for i, text in zip(batch, texts):
@@ -381,48 +358,40 @@ class A2D(TemplateLM):
         self._record(requests)
         return answers
 
-    def _request_options(self, given: dict) -> tuple[list[str], int, dict]:
-        """What a request and the model_args say together: stop strings, answer length, the sampler's options."""
-        from lm_eval.models.utils import normalize_gen_kwargs
-
-        unset = self.options.max_new_tokens is None
-        wanted = normalize_gen_kwargs(given, 256 if unset else self.options.max_new_tokens)
+    def _request_options(self, given: dict) -> tuple[list[str], dict]:
+        """(stop strings, fields of Sampling) of a request: the model_args, and where they are None the task's."""
+        longest = self.options.max_new_tokens
+        wanted = normalize_gen_kwargs(given, 256 if longest is None else longest)
         until = [stop for stop in wanted.pop("until") if stop]
-        length = wanted.pop("max_gen_toks")
-        length = length if unset else min(length, self.options.max_new_tokens)
-        sample = wanted.pop("do_sample")
-        drawn = {name: wanted.pop(name, None) for name in ("temperature", "top_k", "top_p")}
+        length, sample = wanted.pop("max_gen_toks"), wanted.pop("do_sample")
+        length = length if longest is None else min(length, longest)
+        otherwise = {
+            "steps": max(1, length),
+            "block_size": MDLM_BLOCK if self.objective == "mdlm" else None,
+            "temperature": wanted.pop("temperature", None) or 0.0,
+        }
+        choice = {name: wanted.pop(name, None) for name in ("top_k", "top_p")}
         if wanted:
             raise ValueError(
                 f"generation option {', '.join(wanted)} is unknown; a task or --gen_kwargs gives until, max_gen_toks, "
                 "do_sample, temperature, top_k and top_p, the rest are model_args"
             )
-        sampling = sampling_of(self.options)
-        if sampling["temperature"] is None:
-            sampling["temperature"] = drawn["temperature"] or 0.0
-        for name in ("top_k", "top_p"):
-            if sampling[name] is None and sample and sampling["temperature"]:
-                sampling[name] = drawn[name]
-        if sampling["block_size"] is None and self.objective == "mdlm":
-            sampling["block_size"] = MDLM_BLOCK
-        if sampling["steps"] is None:
-            sampling["steps"] = max(1, length)
-        return until, length, sampling | {"max_new_tokens": length}
+        sampling = self._sampling(**otherwise)
+        if sample and sampling["temperature"]:  # else the task's top_k and top_p would change nothing
+            sampling = self._sampling(**otherwise, **choice)
+        return until, sampling | {"max_new_tokens": length}
 
-    def _generate(self, prompts: list[list[int]], until: list[str], **sampling) -> tuple[list[str], int]:
+    def _generate(self, prompts: list[list[int]], until: list[str], sampling: dict) -> tuple[list[str], int]:
         """The answers' texts up to their first stop string, and how many tokens were generated."""
-        import torch
-
-        from diffusion import denoise
-
         prompts = [prompt or [self.prefix_token_id] for prompt in prompts]
         added = self.tokenizer.core.get_added_tokens_decoder()
         ends = {*self.tokenizer.end_ids, *(i for i, token in added.items() if token.special and token.content in until)}
-        # Nothing random depends on what else is evaluated.
+        # Seeded by the prompts: nothing random depends on what else is evaluated.
         digest = hashlib.sha256(json.dumps(prompts).encode()).digest()
         generator = torch.Generator(self._device).manual_seed(self.options.seed + int.from_bytes(digest[:4]))
 
         def answers(step) -> list[list[int]]:
+            """Each row's generated tokens before its first mask or end token."""
             rows = []
             for prompt, tokens, masked in zip(prompts, step.tokens.tolist(), step.masked.tolist()):
                 span = range(len(prompt), len(prompt) + sampling["max_new_tokens"])
@@ -437,6 +406,7 @@ class A2D(TemplateLM):
         for step in denoise(self.model, prompts, **sampling, end_ids=tuple(sorted(ends)), generator=generator):
             self._count("generated", forwards=running if step.forwards else 0)
             running = int((~step.done).sum())
+            # Stop strings are texts, which the sampler does not know: every 16 forwards, see whether all have theirs.
             if until and running and step.forwards % 16 == 0:
                 texts = map(self.tokenizer.decode, answers(step))
                 if all(done or stopped(text) for done, text in zip(step.done.tolist(), texts)):
@@ -447,39 +417,26 @@ class A2D(TemplateLM):
             texts = [text.split(stop)[0] for text in texts]
         return texts, sum(min(len(row) + 1, sampling["max_new_tokens"]) for row in rows)  # with the end token
 
-    # -- batches, memory and what is recorded
+    # -- batches and memory
 
     def _rows(self, longest: int) -> int:
         """Sequences of `longest` tokens for a forward."""
         return self.batch_size or max(1, min(self.room // longest, self.max_batch_size or 2**30))
 
-    def _less_room(self) -> None:
-        """After memory has not sufficed; raises again where there is nothing left to do about it."""
-        import torch
-
+    def _halve_room(self) -> bool:
+        """Allows a forward half as many tokens, after memory has not sufficed; False where that would not help."""
         if self.batch_size is not None or self.room < 1024:
-            raise
+            return False
         self.room //= 2
         torch.cuda.empty_cache()
+        return True
 
-    def _cut(self, context: list[int], room: int) -> list[int]:
-        """The end of a context, as long as there is room before an answer."""
-        if room < 1:
-            raise ValueError(
-                f"an answer of {self.max_length - room} tokens or more leaves no room for a context in the model's "
-                f"{self.max_length}; lower max_new_tokens or the task's max_gen_toks, or choose another task"
-            )
-        if len(context) > room:
-            cut = len(context) - room
-            logging.getLogger(__name__).warning("cutting %s tokens from the left of a context of %s", cut, len(context))
-        return context[-room:]
+    # -- counting, and what goes in the manifest
 
-    def _bar(self, total: int, what: str, disable: bool):
-        from tqdm import tqdm
-
+    def _bar(self, total: int, what: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=what, disable=disable or self.rank != 0, unit="request")
 
-    def _count(self, kind: str, bar=None, **spent: float) -> None:
+    def _count(self, kind: str, bar: tqdm | None = None, **spent: float) -> None:
         self.counts.update({(kind, name): value for name, value in spent.items()})
         if bar is not None:
             tokens, forwards, seconds = (self.counts[kind, name] for name in ("tokens", "forwards", "seconds"))
@@ -488,216 +445,64 @@ class A2D(TemplateLM):
             bar.update(spent["requests"])
 
     def _record(self, requests, values=(), errors=()) -> None:
-        """Keeps what the manifest tells of these requests, on all processes."""
+        """Adds the requests of all processes to the prompts, and their standard errors where there are some."""
         hashes = [
             (request.task_name, hashlib.sha256(json.dumps(request.args, default=str).encode()).hexdigest())
             for request in requests
         ]
-        own = [
-            {"task": request.task_name, "doc": request.doc_id, "choice": request.idx, "log_likelihood": a, "error": b}
-            for request, a, b in zip(requests, values, errors)
-        ]
-        kept = {(row["task"], row["doc"], row["choice"]): row for row in own}  # lm-eval repeats some to fill a process
-        for part in self._gather_all((hashes, list(kept.values()))):
-            for task, digest in part[0]:
+        rows = {}  # by request: lm-eval repeats some, so that all processes have the same number
+        for request, value, error in zip(requests, values, errors):
+            task, doc, choice = request.task_name, request.doc_id, request.idx
+            row = {"task": task, "doc": doc, "choice": choice, "log_likelihood": value, "error": error}
+            rows[task, doc, choice] = row
+        for process_hashes, process_rows in self._gather((hashes, list(rows.values()))):
+            for task, digest in process_hashes:
                 self.prompts[task].add(digest)
-            self.standard_errors += part[1]
+            self.standard_errors += process_rows
 
-    def _gather_all(self, obj) -> list:
-        import torch
+    def get_model_info(self) -> dict:
+        return {"model": str(self), "model_dtype": self.model.config.dtype}
 
+    def __str__(self) -> str:
+        return f"a2d_{self.objective}"
+
+    # -- processes
+
+    def _gather(self, obj) -> list:
+        """The objects of all processes."""
         if self.world_size == 1:
             return [obj]
         parts = [None] * self.world_size
         torch.distributed.all_gather_object(parts, obj)
         return parts
 
-    def __str__(self) -> str:
-        return f"a2d_{self.objective}"
+    def all_gather(self, tensor):
+        return torch.cat([part.reshape(-1) for part in self._gather(tensor.cpu())]).to(tensor.device)
 
-    def get_model_info(self) -> dict:
-        return {"model": str(self), "model_dtype": self.model.config.dtype}
+    def gather_object(self, obj, dst: int = 0):
+        parts = self._gather(obj)
+        return parts if self.rank == dst else None
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
 
 
-@register_model("a2d_ar")
 class AR(A2D):
     objective = "ar"
 
 
-@register_model("a2d_mdlm")
 class MDLM(A2D):
     objective = "mdlm"
 
 
-@register_model("a2d_bd3lm")
 class BD3LM(A2D):
     objective = "bd3lm"
 
 
-MODELS = {"a2d_ar": AR, "a2d_mdlm": MDLM, "a2d_bd3lm": BD3LM}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Manifests: everything that made a number, beside it
-
-
-def manifest(lm: A2D, counts: Counter, results: dict, argv: list[str], seconds: float) -> dict:
-    import torch
-
-    from checkpoint import config_dict, resolve
-
-    directory = resolve(lm.options.pretrained)
-    digest = hashlib.sha256()
-    for file in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors"), *directory.glob("*.jinja")]):
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=HERE, capture_output=True, text=True
-    )
-    config = results["config"]
-    if lm._device.type == "cuda":
-        hardware = torch.cuda.get_device_name(lm._device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        model_name = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-        hardware = f"{model_name[1] if model_name else platform.machine()}, {torch.get_num_threads()} threads"
-    packages = ("torch", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
-    shown = ("dtype", "max_length", "enable_thinking", "add_bos_token", "seed", "mc_num", "is_check_greedy")
-    complete = config.get("use_cache") is None  # answers from the cache never reach the model
-    return {
-        "command": " ".join([*(["torchrun"] if lm.world_size > 1 else []), "evaluate.py", *argv]),
-        "commit": git.stdout.strip() or None,
-        "date": results["date"],
-        "model": str(lm),
-        "checkpoint": str(lm.options.pretrained),
-        "checkpoint_sha256": digest.hexdigest(),
-        "config": config_dict(lm.model.config),
-        "dtype": str(lm.model.head_weight.dtype).removeprefix("torch."),
-        "sampler": sampling_of(lm.options),
-        "options": {name: getattr(lm.options, name) for name in shown},
-        "gen_kwargs": config.get("gen_kwargs"),
-        "chat_template_sha": results.get("chat_template_sha"),
-        "system_instruction": results.get("system_instruction"),
-        "fewshot_as_multiturn": results.get("fewshot_as_multiturn"),
-        "limit": config.get("limit"),
-        "batch_size": lm.batch_size or "auto",
-        "processes": lm.world_size,
-        "hardware": f"{lm.world_size} x {hardware}",
-        "packages": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "seconds": seconds,
-        **{kind: {name: n for (of, name), n in counts.items() if of == kind} for kind in ("generated", "scored")},
-        "tokens_per_forward": counts["generated", "tokens"] / max(1, counts["generated", "forwards"]) or None,
-        "tasks": {
-            name: {
-                "results": {metric: value for metric, value in scores.items() if isinstance(value, int | float | str)},
-                "version": results["versions"].get(name),
-                "num_fewshot": results["n-shot"].get(name),
-                "generation_kwargs": results["configs"].get(name, {}).get("generation_kwargs"),
-                "questions": results.get("n-samples", {}).get(name, {}).get("effective"),
-                "prompts_sha256": hashlib.sha256("".join(sorted(lm.prompts[name])).encode()).hexdigest()
-                if complete and name in lm.prompts
-                else None,
-            }
-            for name, scores in results["results"].items()
-        },
-        "requested": sorted(set(results["results"]) - {t for ts in results["group_subtasks"].values() for t in ts}),
-    }
-
-
-def write_manifest(lm: A2D, counts: Counter, output_path: str, argv: list[str], began: float) -> Path:
-    """Writes the manifest, and the likelihoods' standard errors, beside lm-eval's newest results; returns its path."""
-    path = Path(output_path)
-    found = path.parent.glob(f"{path.stem}_*.json") if path.suffix == ".json" else path.glob("*/results_*.json")
-    written = [file for file in found if file.stat().st_mtime >= began - 1 and file.stat().st_size]
-    if not written:  # which it only warns of, and an empty file may be left
-        raise OSError(f"lm-eval could not write its results to {output_path}; make room there, then run it again")
-    newest = max(written, key=lambda file: file.stat().st_mtime)
-    try:
-        results = json.loads(newest.read_bytes())
-    except ValueError as error:
-        raise OSError(f"lm-eval could not write all of {newest}; make room there, then run it again") from error
-    made = manifest(lm, counts, results, argv, time.time() - began)
-    name = newest.name.removeprefix("results_")
-    target = newest.with_name(f"manifest_{name}")
-    with replacing_file(target) as file:
-        file.write_text(json.dumps(made, indent=2, default=str) + "\n")
-    if lm.standard_errors:
-        rows = sorted(lm.standard_errors, key=lambda row: (row["task"], row["doc"], row["choice"]))
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        with replacing_file(newest.with_name(f"standard_errors_{Path(name).stem}.jsonl")) as file:
-            file.write_text(lines)
-    return target
-
-
-def table(directories: list[str]) -> str:
-    """The manifests below these directories as a Markdown table, newest first where there are several of a cell."""
-    files = [file for directory in directories for file in Path(directory).rglob("manifest_*.json")]
-    if not files:
-        raise FileNotFoundError(f"no manifest_*.json below {', '.join(directories)}; --output_path makes them")
-    cells, columns, manifests = {}, {}, []
-    for file in files:
-        try:
-            manifests.append(json.loads(file.read_bytes()))
-            for name in ("date", "sampler", "checkpoint", "model", "requested", "tasks"):
-                manifests[-1][name]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no manifest of evaluate.py ({error!r}); remove it") from error
-    for made in sorted(manifests, key=lambda made: made["date"]):
-        sampler = {k: v for k, v in made["sampler"].items() if v not in (None, False, [], 0.0)}
-        method = {k: v for k, v in sampler.items() if k not in ("max_new_tokens", "temperature", "top_k", "top_p")}
-        method = {k: v for k, v in method.items() if (k, v) not in {("scheduler", "linear")} and v != "low_confidence"}
-        options = ", ".join(f"{k} {v}" for k, v in method.items())
-        row = f"{made['checkpoint'].rstrip('/')} ({made['model']}{', ' + options if options else ''})"
-        for task in made["requested"]:
-            one = made["tasks"][task]
-            turns = made["fewshot_as_multiturn"] and made["chat_template_sha"] and one["num_fewshot"]
-            asked = {
-                "shots": one["num_fewshot"],
-                "task version": one["version"],
-                "questions": one["questions"] or made["limit"],
-                "chat template": made["chat_template_sha"] is not None,
-                "system instruction": made["system_instruction"],
-                "few-shot as turns": bool(turns),
-                "answer tokens": made["sampler"]["max_new_tokens"],
-                "temperature": made["sampler"]["temperature"] or 0,
-                "generation": json.dumps([one["generation_kwargs"], made["gen_kwargs"]], sort_keys=True),
-                # a template's text is the model's own: prompts can be compared without one
-                "prompts": one["prompts_sha256"] if made["chat_template_sha"] is None else None,
-            }
-            for metric, value in one["results"].items():
-                name, _, kind = metric.partition(",")
-                if not isinstance(value, int | float) or name.endswith("_stderr") or name == "sample_len":
-                    continue
-                error = one["results"].get(f"{name}_stderr,{kind}")
-                column = f"{task}<br>{name}" + (f" ({kind})" if kind != "none" else "")
-                columns[column] = None
-                cells[row, column] = value, error if isinstance(error, int | float) else None, asked
-    notes, lines = {}, []
-    rows = sorted({row for row, _ in cells})
-    usual = {}
-    for column in columns:
-        everyone = Counter(json.dumps(cells[row, column][2], sort_keys=True) for row in rows if (row, column) in cells)
-        usual[column] = json.loads(everyone.most_common(1)[0][0])
-    for row in rows:
-        line = [row]
-        for column in columns:
-            value, error, asked = cells.get((row, column), (None, None, None))
-            if value is None:
-                line.append("")
-                continue
-            unlike = {k: v for k, v in asked.items() if v != usual[column][k]}
-            text = f"{value:.4g}" if abs(value) > 1 else f"{100 * value:.1f}"
-            text += "" if error is None else f" ± {error:.2g}" if abs(value) > 1 else f" ± {100 * error:.1f}"
-            if unlike:
-                told = "; ".join(f"{k} {v!r} where the column has {usual[column][k]!r}" for k, v in unlike.items())
-                text += f" [{notes.setdefault(told, len(notes) + 1)}]"
-            line.append(text)
-        lines.append("| " + " | ".join(line) + " |")
-    head = ["| model | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    foot = [f"[{number}] not comparable: {told}" for told, number in notes.items()]
-    return "\n".join([*head, *lines, *([""] if foot else []), *foot])
+MODELS = {f"a2d_{model.objective}": model for model in (AR, MDLM, BD3LM)}
+for name, model in MODELS.items():
+    register_model(name)(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -705,7 +510,7 @@ def table(directories: list[str]) -> str:
 
 
 class _HubEvaluate:
-    """Finds the Hub's package `evaluate` for those who import it, in place of this file."""
+    """A finder of modules: `import evaluate` finds the Hub's package of this name instead of this file."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -716,21 +521,20 @@ class _HubEvaluate:
 
 
 def refuse_flags(message: str, parser) -> None:
-    """What lm-eval's parser says of a mistake, in one line, with the nearest name for a flag that does not exist."""
+    """Raises what lm-eval's parser has to say in one line, with the nearest name for a flag that does not exist."""
     wrong = re.search("unrecognized arguments:.*?(--[^ =]+)", message)
     if wrong is None:
         raise ValueError(f"{message}; python evaluate.py --help tells more")
-    near = difflib.get_close_matches(wrong[1], parser._option_string_actions, n=1)
-    way = f"did you mean {near[0]}?" if near else "python evaluate.py --help and lm-eval run --help list them"
-    raise ValueError(f"unknown flag {wrong[1]}; {way}")
+    otherwise = "python evaluate.py --help and lm-eval run --help list them"
+    raise ValueError(f"unknown flag {wrong[1]}; {nearest(wrong[1], parser._option_string_actions, otherwise)}")
 
 
 def run(argv: list[str]) -> None:
     """Hands the command line to lm-eval, with our models and tasks; then writes the manifest."""
+    # Together with lm-eval's tasks these import data set libraries: seconds, which --help does without.
     import yaml
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
-    from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import setup_logging
 
     began = time.time()
@@ -742,44 +546,53 @@ def run(argv: list[str]) -> None:
     args = harness.parse_args()
     if sys.argv[1] != "run":
         return harness.execute(args)
+
+    # What a command line or a --config file can get wrong is refused before hours of work.
     given = EvaluatorConfig.load_yaml_config(args.config) if args.config else {}
     given |= {name: value for name, value in vars(args).items() if value is not None}
-    own = [given["include_path"]] if given.get("include_path") else []
-    args.include_path = [str(HERE / "tasks"), *own]
-    for file in (file for directory in own for file in Path(directory).rglob("*.yaml")):
-        try:
-            load_yaml(str(file), resolve_func=False)
-        except (yaml.YAMLError, TypeError) as error:
-            raise ValueError(f"{file} is no task: {error}") from error
+    included = [given["include_path"]] if given.get("include_path") else []
+    args.include_path = [str(HERE / "tasks"), *included]
+    check_tasks(included)
     if given.get("output_path"):
-        place = Path(given["output_path"])
-        check_place("--output_path", place.parent if place.suffix == ".json" else place)
+        path = Path(given["output_path"])
+        check_directory("--output_path", path.parent if path.suffix == ".json" else path)
+
+    # lm-eval takes a model in place of a model's name.
     lm = None
     if given.get("model") in MODELS:
-        model_args = given.get("model_args") or {}
         options = {name: given[name] for name in ("batch_size", "max_batch_size", "device") if name in given}
-        lm = args.model = MODELS[given["model"]].create_from_arg_obj(model_args, options)
+        lm = args.model = MODELS[given["model"]].create_from_arg_obj(given.get("model_args") or {}, options)
     try:
         harness.execute(args)
     except (ImportError, yaml.YAMLError) as error:
         raise ValueError(f"a task cannot be loaded: {error}") from error
     if lm is None:
         return None
-    counts = sum(lm._gather_all(lm.counts), Counter())
+    counts = sum(lm._gather(lm.counts), Counter())
     if lm.rank == 0 and given.get("output_path"):
         print(write_manifest(lm, counts, given["output_path"], argv, began))
     if lm.world_size > 1:
-        import torch
-
         torch.distributed.destroy_process_group()
+
+
+def check_tasks(directories: list[str]) -> None:
+    """ValueError for a YAML file in the user's directories of tasks that lm-eval could not read."""
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for file in (file for directory in directories for file in Path(directory).rglob("*.yaml")):
+        try:
+            load_yaml(str(file), resolve_func=False)
+        except (yaml.YAMLError, TypeError) as error:
+            raise ValueError(f"{file} is no task: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("evaluate.py"):
         if not argv or argv[0] in ("-h", "--help"):
-            options = model_options().format_help()
-            print(MANUAL + options[options.index("model:") :].replace("--", ""))
+            _, model_args = Evaluation.parser().format_help().split("show this help message and exit\n")
+            print(inspect.getdoc(Evaluation) + "\n" + model_args.replace("--", ""))
         elif argv[0] == "--table":
             print(table(argv[1:] or ["."]))
         else:

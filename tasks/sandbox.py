@@ -88,7 +88,7 @@ def _isolate(libc, is_root: bool, home: str) -> None:
     mount_setattr, at_fdcwd, at_recursive = 442, -100, 0x8000
     _call(libc.syscall, mount_setattr, at_fdcwd, b"/", at_recursive, read_only, len(read_only))
     _call(libc.mount, b"tmpfs", home.encode(), b"tmpfs", 0, b"size=64m")
-    if libc.mount(b"proc", b"/proc", b"proc", 0, None) < 0:  # not to be had in some containers
+    if libc.mount(b"proc", b"/proc", b"proc", 0, None) < 0:  # which some containers forbid
         _call(libc.mount, b"tmpfs", b"/proc", b"tmpfs", 0, b"size=4k")
     if is_root:
         Path("/proc/sys/kernel/pid_max").write_text("301")  # this namespace's, from Linux 6.14 on

@@ -21,8 +21,11 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 import evaluate
+import report
 from checkpoint import load_model, save_model
+from diffusion import Sampling
 from likelihood import log_likelihood
+from options import flags
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,7 +265,7 @@ def test_the_answer_is_as_long_as_task_and_model_args_allow(checkpoints):
 
 def test_a_tasks_temperature_counts_with_do_sample_and_a_model_arg_before_it(checkpoints):
     def options(gen, **model_args):
-        return lm(checkpoints, "mdlm", **model_args)._request_options(gen)[2]
+        return lm(checkpoints, "mdlm", **model_args)._request_options(gen)[1]
 
     assert options({"temperature": 0.7})["temperature"] == 0.7
     assert options({"do_sample": False, "temperature": 0.7})["temperature"] == 0
@@ -317,7 +320,7 @@ def test_model_args_are_typed_and_each_sampler_option_is_one():
     options = evaluate.parse_model_args(given | {"remasking": "p2", "top_p": 0.5, "threshold": None})
     assert (options.steps, options.cfg_scale, options.stochastic_transfer) == (7, 0.0, True)
     assert (options.cfg_keep_tokens, options.remasking, options.top_p) == ((1, 2), "p2", 0.5)
-    assert set(evaluate.SAMPLING) <= set(vars(options))
+    assert set(flags(Sampling)) <= set(vars(options))
 
 
 @pytest.mark.parametrize(
@@ -427,7 +430,7 @@ def test_a_manifest_has_no_hash_of_prompts_where_a_cache_may_have_answered_some(
     for cache in (None, str(tmp_path / "cache")):
         model = lm(checkpoints, "mdlm")
         options = {"tasks": ["write"], "task_manager": manager, "bootstrap_iters": 10, "use_cache": cache}
-        made = evaluate.manifest(model, model.counts, simple_evaluate(model=model, **options), [], 1.0)
+        made = report.manifest(model, model.counts, simple_evaluate(model=model, **options), [], 1.0)
         assert (made["tasks"]["write"]["prompts_sha256"] is None) == (cache is not None)
 
 
@@ -613,12 +616,12 @@ def test_the_table_marks_cells_that_were_asked_otherwise(tmp_path):
     cells = [cell("a", 0.5), cell("b", 0.25), cell("c", 0.75, num_fewshot=5)]
     for i, made in enumerate(cells):
         (tmp_path / f"manifest_{i}.json").write_text(json.dumps(made))
-    rendered = evaluate.table([str(tmp_path)])
+    rendered = report.table([str(tmp_path)])
     assert "| a (a2d_mdlm, steps 8) | 50.0 ± 1.0 |" in rendered
     assert "| c (a2d_mdlm, steps 8) | 75.0 ± 1.0 [1] |" in rendered
     assert rendered.endswith("[1] not comparable: shots 5 where the column has 0")
     with pytest.raises(FileNotFoundError, match="--output_path"):
-        evaluate.table([str(tmp_path / "nowhere")])
+        report.table([str(tmp_path / "nowhere")])
 
 
 def test_of_several_manifests_of_a_cell_the_table_shows_the_newest(tmp_path):
@@ -626,7 +629,7 @@ def test_of_several_manifests_of_a_cell_the_table_shows_the_newest(tmp_path):
         for i, date in enumerate(dates):
             made = cell(name, date / 10) | {"date": float(date)}
             (tmp_path / f"manifest_{name}{i}.json").write_text(json.dumps(made))
-    rendered = evaluate.table([str(tmp_path)])
+    rendered = report.table([str(tmp_path)])
     assert rendered.count("| 30.0 ± 1.0 |") == 4 and "10.0" not in rendered and "20.0" not in rendered
 
 
@@ -634,7 +637,7 @@ def test_of_several_manifests_of_a_cell_the_table_shows_the_newest(tmp_path):
 def test_the_manual_names_every_model_arg(argv, capsys):
     evaluate.main(argv)
     told = capsys.readouterr().out
-    assert all(name in told for name in (*evaluate.SAMPLING, "mc_num", "is_check_greedy", "--table"))
+    assert all(name in told for name in (*flags(Sampling), "mc_num", "is_check_greedy", "--table"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -676,7 +679,7 @@ def test_two_processes_give_what_one_gives_and_the_manifest_tells_all(checkpoint
     assert one["checkpoint_sha256"] == two["checkpoint_sha256"] and two["processes"] == 2
     for name in ("command", "commit", "config", "dtype", "sampler", "hardware", "packages", "tokens_per_forward"):
         assert one[name], name
-    assert "choice<br>acc" in evaluate.table([str(tmp_path)])
+    assert "choice<br>acc" in report.table([str(tmp_path)])
 
 
 @pytest.mark.slow
