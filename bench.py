@@ -15,8 +15,6 @@ both. Two ways whose results differ have no ratio: the program then ends with st
 FLOPs are those of the matrix products (log.forward_flops, and three times that for a training step).
 """
 
-from cli import check_file, compile_layers, one_line_errors, replacing_file
-
 import json
 import os
 import platform
@@ -33,10 +31,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-import diffusion
+import graphs
 import log
 from checkpoint import load_config, load_model, save_model
+from cli import compile_layers, one_line_errors
 from diffusion import Batch, bd3lm_example, denoise, draw_noise, loss, loss_weight, mdlm_example
+from files import check_file, replacing_file
 from likelihood import log_likelihood
 from log import PEAK_FLOPS, forward_flops, train_flops
 from model import Config, KVCache, LanguageModel, Layout

@@ -17,13 +17,13 @@ from cli import (
     check_messages,
     one_line_errors,
     open_model,
-    replacing_file,
     sampler_options,
     unused_steps,
     uses_template,
 )
 from diffusion import Prefix, Sampling, denoise
 from display import MASKED, Rate, Stream, show, terminal
+from files import replacing_file
 from model import LanguageModel
 from options import Options, Seed, flags, nearest
 from tokenizer import Tokenizer

@@ -9,8 +9,6 @@ import json
 import math
 import os
 import shutil
-import warnings
-from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
@@ -21,6 +19,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from files import replacing
 from model import FAMILIES, OBJECTIVES, Config, LanguageModel
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # torch's name: safetensors'
@@ -354,7 +353,7 @@ def write_model(model: LanguageModel, directory: Path, *, dtype=None, tokenizer=
         try:
             save_file(part, file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, say
-            raise _cannot_write(file, error) from error
+            raise cannot_write(file, error) from error
         file.chmod(config_file.stat().st_mode)  # safetensors makes it private
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -363,158 +362,12 @@ def write_model(model: LanguageModel, directory: Path, *, dtype=None, tokenizer=
         tokenizer.save(directory, mask=is_diffusion(config))
 
 
-def _cannot_write(path: Path, error: BaseException) -> OSError:
+def cannot_write(path: Path, error: BaseException) -> OSError:
     """An error that names the free space, since what a library says of a full disk may not."""
     free = shutil.disk_usage(path.parents[1]).free / 1e9  # the parent is gone where another rank was first
     return OSError(f"cannot write {path}: {error}; {free:.2f} GB are free there")
 
 
-def _beside(path: Path) -> Path:
-    """The name, in the same directory, under which `replacing` writes what will be `path`."""
-    path = Path(path).resolve()
-    return path.with_name(f".{path.name}.writing")
-
-
-@contextmanager
-def naming_file(path: str | Path):
-    """Adds `path` to an OSError raised inside that names no file, as that of a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, f"{error.strerror}; make room there", str(path)) from error
-
-
-@contextmanager
-def replacing(path: str | Path):
-    """A new directory to write into, which becomes `path` when the block is left; on an exception it is removed.
-
-    A process killed inside leaves `.NAME.writing` behind; one killed between the two renames that replace a directory,
-    the old one as `.NAME.old`. `recover` cleans up after both.
-    """
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = _beside(path), path.with_name(f".{path.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        with naming_file(path):
-            yield new
-        # On the disk before it takes the name: else a power cut could leave the name with empty files.
-        for written in (*new.rglob("*"), new):
-            _sync(written)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    _sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove(path: Path) -> None:
-    """Removes a checkpoint. It loses its name first, so that what has that name is always whole."""
-    shutil.rmtree(path.rename(_beside(path)))
-
-
-def recover(directory: Path) -> None:
-    """Cleans up after a process killed in `replacing`: puts back a checkpoint it was about to replace, and removes what
-    it had not finished."""
-    for old in directory.glob(".checkpoint-*.old"):
-        path = directory / old.name[1:].removesuffix(".old")
-        shutil.rmtree(old) if path.exists() else old.rename(path)
-    for new in directory.glob(".checkpoint-*.writing"):
-        shutil.rmtree(new)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training state: what resuming a run needs, on any number of ranks
-
-
-def save_training(path: Path, model: LanguageModel, optimizers: list, progress: dict, *, dtype, tokenizer) -> None:
-    """Writes a checkpoint that training can be resumed from; called by all ranks, whose `progress` is the same.
-
-    It is a Hugging Face directory with a directory `state` inside: the float32 weights and the optimizers as
-    torch.distributed.checkpoint stores them, sharded or not, and progress.json.
-    """
-    dcp, states = _distributed_checkpoint()
-    rank = dist.get_rank() if dist.is_initialized() else 0
-
-    # The model, by rank 0 alone, which alone has all of it in memory.
-    whole = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
-    with replacing(path) if rank == 0 else nullcontext(_beside(path)) as directory:
-        if rank == 0:
-            write_model(model, directory, dtype=dtype, tokenizer=tokenizer, state_dict=whole)
-        del whole
-        barrier()
-
-        # The state, of which every rank writes its own shards.
-        weights, moments = states.get_state_dict(model, optimizers)
-        try:
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=directory / STATE)
-        except dcp.api.CheckpointException as error:  # a BaseException with one of each failed rank
-            raise _cannot_write(directory / STATE, next(iter(error.failures.values()))[0]) from error
-        if rank == 0:
-            (directory / STATE / PROGRESS).write_text(json.dumps(progress) + "\n")
-        barrier()
-    barrier()
-
-
-def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
-    """Loads the state of save_training into the model and the optimizers, however sharded; returns the progress."""
-    dcp, states = _distributed_checkpoint()
-    weights, moments = states.get_state_dict(model, optimizers)
-    state = {"model": weights, "optimizer": moments}
-    try:
-        dcp.load(state, checkpoint_id=path / STATE)
-    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-        failures = getattr(error, "failures", {0: (error, None)})
-        raise ValueError(f"{path} does not fit this run or is damaged: {next(iter(failures.values()))[0]}") from error
-    states.set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return read_progress(path)
-
-
-def read_progress(path: Path) -> dict:
-    """The progress that save_training stored; FileNotFoundError where `path` is no checkpoint to resume from."""
-    file = path / STATE / PROGRESS
-    if not path.is_dir():
-        there = ", ".join(sorted(other.name for other in path.parent.glob("checkpoint-*"))) or "no checkpoint"
-        raise FileNotFoundError(f"there is no directory {path} to resume from; {path.parent} holds {there}")
-    if not (file.is_file() and (path / STATE / ".metadata").is_file()):
-        raise FileNotFoundError(f"{path} holds no training state; it can be loaded as a model, but not resumed")
-    return json.loads(file.read_text())
-
-
-def drop_training(path: Path) -> None:
-    """Removes the training state from a checkpoint, which remains a model; first the file that marks it as whole."""
-    (path / STATE / PROGRESS).unlink(missing_ok=True)
-    shutil.rmtree(path / STATE, ignore_errors=True)
-
-
-def _distributed_checkpoint():
-    """(torch.distributed.checkpoint, its state_dict), imported late: they take 0.7 s, and only training needs them."""
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint import state_dict
-
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what we mean there
-    return checkpoint, state_dict
-
-
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

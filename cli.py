@@ -11,12 +11,11 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 
-from checkpoint import DTYPES, declare, load_config, load_model, naming_file, resolve
+from checkpoint import DTYPES, declare, load_config, load_model, resolve
 from diffusion import RULES, Prefix, Sampling, denoise
 from display import Spans, spans
 from model import OBJECTIVES, LanguageModel
@@ -96,42 +95,6 @@ def one_line_errors(prog: str):
         if "by peer" in str(error):
             time.sleep(10)
         raise
-
-
-def check_directory(flag: str, directory: str | Path) -> None:
-    """ValueError where nothing can be written into `directory`, which need not exist. Call it before the work."""
-    # The nearest directory above that exists decides.
-    whole = Path(directory).absolute()
-    there = next(path for path in (whole, *whole.parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"{flag} {directory}: {there} is no directory to write to; choose another")
-
-
-def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
-    """ValueError where no file can be written at `path`, or one exists that must not be replaced."""
-    path = Path(path)
-    if path.suffix not in endings:
-        raise ValueError(f"{flag} {path}: expected a name that ends in {' or '.join(endings)}")
-    if path.is_dir():
-        raise ValueError(f"{flag} {path} is a directory; name a file")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{flag} {path} exists; choose another name or pass --overwrite")
-    check_directory(flag, path.parent)
-
-
-@contextmanager
-def replacing_file(path: str | Path):
-    """Gives a temporary path beside `path` to write to. The file is renamed to `path` at the end of the block, so that
-    it is whole or not there; after an error it is removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.writing")
-    try:
-        with naming_file(path):
-            yield new
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

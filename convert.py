@@ -1,7 +1,5 @@
 """An autoregressive checkpoint in, a diffusion checkpoint out, and back. `python convert.py --help` is the manual."""
 
-from cli import check_directory, one_line_errors
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,8 @@ from typing import Annotated, ClassVar, Literal
 import torch
 
 from checkpoint import EMBEDDING, HEAD, load_config, load_model, resolve, save_model
+from cli import one_line_errors
+from files import check_directory
 from model import OBJECTIVES, Config, LanguageModel
 from options import Directory, Model, Options, Seed
 from tokenizer import Tokenizer

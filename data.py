@@ -37,8 +37,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import replacing, resolve
-from cli import check_directory, one_line_errors
+from checkpoint import resolve
+from cli import one_line_errors
+from files import check_directory, replacing
 from options import Count, Directory, Model, Natural, Options, Tokens
 from tasks.builtin import BUILTIN
 from tokenizer import Tokenizer, why_invalid

@@ -36,8 +36,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_config, resolve
-from cli import MDLM_BLOCK, Loading, Opening, check_directory, one_line_errors, open_model
+from cli import MDLM_BLOCK, Loading, Opening, one_line_errors, open_model
 from diffusion import Sampling, Temperature, denoise
+from files import check_directory
 from likelihood import log_likelihood
 from options import Count, Model, Natural, Options, Seed, Tokens, flags, nearest
 from report import table, write_manifest

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import naming_file
-from cli import replacing_file
+from files import naming_file, replacing_file
 from model import Config, LanguageModel, Layout, visible
 from parallel import Ranks
 

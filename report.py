@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import config_dict, resolve
-from cli import replacing_file
 from diffusion import Sampling
+from files import replacing_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing manifests. `lm` is evaluate.py's model, `results` what lm-eval writes of a run.

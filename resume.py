@@ -1,28 +1,24 @@
 """What a run of train.py leaves in its directory, and where another goes on from it. args are train.Settings."""
 
+import json
+import shutil
+import warnings
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from checkpoint import (  # noqa
-    barrier,
-    config_dict,
-    drop_training,
-    load_training,
-    read_progress,
-    recover,
-    remove,
-    save_model,
-    save_training,
-)
-from cli import check_directory
+from checkpoint import barrier, cannot_write, config_dict, save_model, write_model
+from files import beside, check_directory, recover, remove, replacing
 from log import ARGS, METRICS, PICTURE
 from model import Config, LanguageModel
 from parallel import Ranks
 from tokenizer import Tokenizer
 
 FINAL = "checkpoint-final"
+STATE, PROGRESS = "state", "progress.json"  # in a checkpoint that training can be resumed from
 
 
 def existing_files(output: Path, overwrite: bool) -> list[Path]:
@@ -134,3 +130,76 @@ def check_resumed(path: Path, args, config: Config, processes: int) -> None:
             f"--per_device_train_batch_size x --gradient_accumulation_steps x {processes} processes are {rows} rows a "
             f"step, but {before} in the run of {path}; choose the first two so that the product is that"
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training state: what resuming a run needs, on any number of ranks
+
+
+def save_training(path: Path, model: LanguageModel, optimizers: list, progress: dict, *, dtype, tokenizer) -> None:
+    """Writes a checkpoint that training can be resumed from; called by all ranks, whose `progress` is the same.
+
+    It is a Hugging Face directory with a directory `state` inside: the float32 weights and the optimizers as
+    torch.distributed.checkpoint stores them, sharded or not, and progress.json.
+    """
+    dcp, states = _distributed_checkpoint()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+
+    # The model, by rank 0 alone, which alone has all of it in memory.
+    whole = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with replacing(path) if rank == 0 else nullcontext(beside(path)) as directory:
+        if rank == 0:
+            write_model(model, directory, dtype=dtype, tokenizer=tokenizer, state_dict=whole)
+        del whole
+        barrier()
+
+        # The state, of which every rank writes its own shards.
+        weights, moments = states.get_state_dict(model, optimizers)
+        try:
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=directory / STATE)
+        except dcp.api.CheckpointException as error:  # a BaseException with one of each failed rank
+            raise cannot_write(directory / STATE, next(iter(error.failures.values()))[0]) from error
+        if rank == 0:
+            (directory / STATE / PROGRESS).write_text(json.dumps(progress) + "\n")
+        barrier()
+    barrier()
+
+
+def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
+    """Loads the state of save_training into the model and the optimizers, however sharded; returns the progress."""
+    dcp, states = _distributed_checkpoint()
+    weights, moments = states.get_state_dict(model, optimizers)
+    state = {"model": weights, "optimizer": moments}
+    try:
+        dcp.load(state, checkpoint_id=path / STATE)
+    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        failures = getattr(error, "failures", {0: (error, None)})
+        raise ValueError(f"{path} does not fit this run or is damaged: {next(iter(failures.values()))[0]}") from error
+    states.set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return read_progress(path)
+
+
+def read_progress(path: Path) -> dict:
+    """The progress that save_training stored; FileNotFoundError where `path` is no checkpoint to resume from."""
+    file = path / STATE / PROGRESS
+    if not path.is_dir():
+        there = ", ".join(sorted(other.name for other in path.parent.glob("checkpoint-*"))) or "no checkpoint"
+        raise FileNotFoundError(f"there is no directory {path} to resume from; {path.parent} holds {there}")
+    if not (file.is_file() and (path / STATE / ".metadata").is_file()):
+        raise FileNotFoundError(f"{path} holds no training state; it can be loaded as a model, but not resumed")
+    return json.loads(file.read_text())
+
+
+def drop_training(path: Path) -> None:
+    """Removes the training state from a checkpoint, which remains a model; first the file that marks it as whole."""
+    (path / STATE / PROGRESS).unlink(missing_ok=True)
+    shutil.rmtree(path / STATE, ignore_errors=True)
+
+
+def _distributed_checkpoint():
+    """(torch.distributed.checkpoint, its state_dict), imported late: they take 0.7 s, and only training needs them."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what we mean there
+    return checkpoint, state_dict

@@ -16,17 +16,16 @@ from cli import (
     Answers,
     Opening,
     canvas,
-    check_file,
     check_messages,
     one_line_errors,
     open_model,
-    replacing_file,
     sampler_options,
     unused_steps,
     uses_template,
 )
 from diffusion import Sampling
 from display import STRONG, Rate, Region, Spans, Trace, picture, pieces, plain, show, wrap
+from files import check_file, replacing_file
 from model import LanguageModel
 from options import Bound, Natural, Options, Rows, Words
 from tokenizer import Tokenizer

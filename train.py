@@ -30,9 +30,10 @@ from torch import Tensor
 
 import data
 import resume
-from checkpoint import DTYPES, barrier, declare, load_model, naming_file, resolve
+from checkpoint import DTYPES, barrier, config_dict, declare, load_model, resolve
 from cli import one_line_errors
 from diffusion import NORMS, Batch, Example, Noising, loss, training_example
+from files import naming_file
 from loaders import Batching, ChatBatching, Workers, build_loaders
 from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, summarize, train_flops
 from model import OBJECTIVES, Config, LanguageModel
@@ -460,7 +461,7 @@ class Run:
             "skipped": self.skipped,
             "minutes": self.minutes,
             "settings": self.args.learned,
-            "config": resume.config_dict(self.model.config),
+            "config": config_dict(self.model.config),
             "loader": self.ranks.gather(loader_state),
             "sums": dict(zip(SUMS, self.ranks.sum(*(self.sums[name] for name in SUMS)))),
         }

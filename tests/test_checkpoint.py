@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import convert
-from checkpoint import config_dict, declare, load_config, load_model, read_config, replacing, resolve, save_model
+import files
+import resume
+from checkpoint import config_dict, declare, load_config, load_model, read_config, resolve, save_model
+from files import replacing
 from model import Config, LanguageModel, Layout
 from tokenizer import Tokenizer
 
@@ -346,13 +349,13 @@ def test_a_save_that_cannot_take_its_name_gives_it_back(tmp_path, monkeypatch):
 
 
 def test_a_save_is_on_the_disk_before_it_takes_its_name_and_the_name_is_after(tmp_path, monkeypatch):
-    synced, sync = [], checkpoint._sync
+    synced, sync = [], files._sync
 
     def recorded(path):
         synced.append((path.name, (tmp_path / "saved").exists()))
         sync(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", recorded)
+    monkeypatch.setattr(files, "_sync", recorded)
     save_model(tiny(), tmp_path / "saved")
     written = {path.name for path in (tmp_path / "saved").iterdir()}
     assert {name for name, named in synced if not named} == written | {".saved.writing"}
@@ -361,16 +364,16 @@ def test_a_save_is_on_the_disk_before_it_takes_its_name_and_the_name_is_after(tm
 
 def test_a_checkpoint_is_no_longer_whole_before_a_part_of_it_is_gone(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint-2"
-    for take in (checkpoint.drop_training, checkpoint.remove):
+    for take in (resume.drop_training, files.remove):
         (path / "state").mkdir(parents=True, exist_ok=True)
         for name in (".metadata", "progress.json"):
             (path / "state" / name).write_text("{}")
-        assert checkpoint.read_progress(path) == {}
+        assert resume.read_progress(path) == {}
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", lambda *args, **options: None)  # killed here
             take(path)
         with pytest.raises(FileNotFoundError):
-            checkpoint.read_progress(path)
+            resume.read_progress(path)
 
 
 def test_a_killed_save_leaves_nothing_that_passes_for_a_checkpoint(tmp_path):

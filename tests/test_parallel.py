@@ -26,6 +26,7 @@ from test_data import hub
 from torch.distributed.checkpoint import FileSystemReader
 
 import checkpoint
+import files
 import log
 import resume
 import train
@@ -365,7 +366,7 @@ def test_what_a_killed_process_left_behind_is_put_back_or_removed(tmp_path):
     for path in (whole, replaced, gone, tmp_path / ".checkpoint-6.writing"):
         (path / "state").mkdir(parents=True)
         (path / "config.json").write_text(path.name)
-    checkpoint.recover(tmp_path)
+    files.recover(tmp_path)
     held = {path.name: (path / "config.json").read_text() for path in tmp_path.iterdir()}
     assert held == {"checkpoint-2": "checkpoint-2", "checkpoint-4": ".checkpoint-4.old"}
 
@@ -380,7 +381,7 @@ def test_the_two_newest_checkpoints_can_be_resumed_and_the_limit_is_kept(tmp_pat
     train.main(flags_of(source, tmp_path / "some", "--save_steps", "2", "--save_total_limit", "3"))
     assert held(tmp_path / "some") == {f"checkpoint-{n}": n > 4 for n in (4, 6, 8)}
     with pytest.raises(FileNotFoundError, match="holds no training state"):
-        checkpoint.read_progress(tmp_path / "all/checkpoint-2")
+        resume.read_progress(tmp_path / "all/checkpoint-2")
 
 
 def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tmp_path, source, capsys, monkeypatch):
@@ -672,7 +673,7 @@ def test_a_resumption_with_other_flags_is_refused_and_changes_nothing(tmp_path, 
     said = refused(capsys, [*block, "--resume_from_checkpoint", "auto", "--block_size", "8"])
     assert "--block_size 8 contradicts" in said and "of a run with 4" in said
     for path in resume.checkpoints(output):
-        checkpoint.drop_training(path)
+        resume.drop_training(path)
     before = files(output)
     said = refused(capsys, flags_of(source, output, "--resume_from_checkpoint", "auto"))
     assert "holds no training state to resume from" in said and files(output) == before

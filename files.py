@@ -1,0 +1,115 @@
+"""Files and directories that appear whole or not at all, and checks of where they go before the work is done."""
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_directory(flag: str, directory: str | Path) -> None:
+    """ValueError where nothing can be written into `directory`, which need not exist. Call it before the work."""
+    # The nearest directory above that exists decides.
+    whole = Path(directory).absolute()
+    there = next(path for path in (whole, *whole.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{flag} {directory}: {there} is no directory to write to; choose another")
+
+
+def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
+    """ValueError where no file can be written at `path`, or one exists that must not be replaced."""
+    path = Path(path)
+    if path.suffix not in endings:
+        raise ValueError(f"{flag} {path}: expected a name that ends in {' or '.join(endings)}")
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a directory; name a file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{flag} {path} exists; choose another name or pass --overwrite")
+    check_directory(flag, path.parent)
+
+
+@contextmanager
+def naming_file(path: str | Path):
+    """Adds `path` to an OSError raised inside that names no file, as that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; make room there", str(path)) from error
+
+
+@contextmanager
+def replacing_file(path: str | Path):
+    """Gives a temporary path beside `path` to write to. The file is renamed to `path` at the end of the block, so that
+    it is whole or not there; after an error it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.writing")
+    try:
+        with naming_file(path):
+            yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """The name, in the same directory, under which `replacing` writes what will be `path`."""
+    path = Path(path).resolve()
+    return path.with_name(f".{path.name}.writing")
+
+
+@contextmanager
+def replacing(path: str | Path):
+    """A new directory to write into, which becomes `path` when the block is left; on an exception it is removed.
+
+    A process killed inside leaves `.NAME.writing` behind; one killed between the two renames that replace a directory,
+    the old one as `.NAME.old`. `recover` cleans up after both.
+    """
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = beside(path), path.with_name(f".{path.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        with naming_file(path):
+            yield new
+        # On the disk before it takes the name: else a power cut could leave the name with empty files.
+        for written in (*new.rglob("*"), new):
+            _sync(written)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint. It loses its name first, so that what has that name is always whole."""
+    shutil.rmtree(path.rename(beside(path)))
+
+
+def recover(directory: Path) -> None:
+    """Cleans up after a process killed in `replacing`: puts back a checkpoint it was about to replace, and removes what
+    it had not finished."""
+    for old in directory.glob(".checkpoint-*.old"):
+        path = directory / old.name[1:].removesuffix(".old")
+        shutil.rmtree(old) if path.exists() else old.rename(path)
+    for new in directory.glob(".checkpoint-*.writing"):
+        shutil.rmtree(new)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
