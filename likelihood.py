@@ -216,7 +216,7 @@ def _score(model: LanguageModel, batch: list[_Row], reads: list[np.ndarray], K: 
         fed = _padding(B, before + len(numbers) * width, dump)
         chosen, index = [], []  # of each row: the reads that this forward answers, and where their predictors are in it
         for i, (row, read) in enumerate(zip(batch, reads)):
-            # A row of the forward: what is left of the past, the first time; then a slot of `width` tokens for each copy.
+            # The first forward has the rest of the past; behind it, a slot of `width` tokens for each copy.
             if begin == 0:
                 _put(fed[i], row.past[first[i] :], first[i], first[i], 0, K)
             starts = np.array([start for start, _ in row.copies] + [0])  # the last one is for PAST
