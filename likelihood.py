@@ -216,12 +216,14 @@ def _score(model: LanguageModel, batch: list[_Row], reads: list[np.ndarray], K: 
         fed = _padding(B, before + len(numbers) * width, dump)
         chosen, index = [], []  # of each row: the reads that this forward answers, and where their predictors are in it
         for i, (row, read) in enumerate(zip(batch, reads)):
+            # The first forward has the rest of the past; behind it, a slot of `width` tokens for each copy.
             if begin == 0:
                 _put(fed[i], row.past[first[i] :], first[i], first[i], 0, K)
             starts = np.array([start for start, _ in row.copies] + [0])  # the last one is for PAST
             for c, (start, tokens) in enumerate(list(row.copies)[numbers.start : numbers.stop]):
                 tokens = np.frombuffer(tokens, dtype=np.int64)
                 _put(fed[i, before + c * width :], tokens, start, P + c * width, numbers[c] + 1, K)
+            # Each predictor is in the past or in the slot of its copy; other forwards answer the other reads.
             copy, predictor = read["copy"], read["predictor"]
             column = before + (copy - begin) * width + predictor - starts[copy]
             column = np.where(copy == PAST, predictor - first[i], column)
