@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = {  # program: the class of its options
     "train": "Settings",
     "sample": "Sample",
-    "chat": "Talk",
+    "chat": "Chat",
     "convert": "Convert",
     "data": "Prepare",
     "evaluate": "Evaluation",  # of model_args; all else is lm-eval's

@@ -598,7 +598,7 @@ def test_a_loss_that_is_not_finite_counts_as_such_a_gradient(tmp_path, source, m
     assert "last good checkpoint: none was written" in said
 
 
-def files(directory: Path) -> dict[str, bytes]:
+def contents(directory: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
@@ -660,13 +660,13 @@ def test_a_resumption_with_other_flags_is_refused_and_changes_nothing(tmp_path, 
     output = tmp_path / "run"
     train.main(flags_of(source, output, "--save_steps", "4"))
     shutil.rmtree(output / "checkpoint-final")
-    before = files(output)
+    before = contents(output)
     for flags, expected in CONTRADICTIONS.items():
         flags = flags.replace("OTHER", str(tmp_path / "other")).replace("NOWHERE", str(tmp_path))
         more = ["--save_steps", "4", "--resume_from_checkpoint", "auto", *flags.split()]
         said = refused(capsys, flags_of(source, output, *more))
         assert expected in said, said
-        assert files(output) == before
+        assert contents(output) == before
     block = flags_of(source, tmp_path / "blocks", "--save_steps", "4", objective="bd3lm")
     train.main(block)
     shutil.rmtree(tmp_path / "blocks/checkpoint-final")
@@ -674,9 +674,9 @@ def test_a_resumption_with_other_flags_is_refused_and_changes_nothing(tmp_path, 
     assert "--block_size 8 contradicts" in said and "of a run with 4" in said
     for path in resume.checkpoints(output):
         resume.drop_training(path)
-    before = files(output)
+    before = contents(output)
     said = refused(capsys, flags_of(source, output, "--resume_from_checkpoint", "auto"))
-    assert "holds no training state to resume from" in said and files(output) == before
+    assert "holds no training state to resume from" in said and contents(output) == before
 
 
 def test_a_damaged_state_is_told_in_one_line(tmp_path, source, capsys):
