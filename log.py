@@ -24,21 +24,21 @@ SUMS = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")  # wh
 
 
 class Log:
-    """metrics.jsonl and the progress bar, of rank 0; where a line cannot be redrawn, plain lines in the bar's place."""
+    """metrics.jsonl and the progress bar, or plain lines where a line cannot be redrawn. Rank 0 has one
+    that writes, the others a `silent` one."""
 
     def __init__(self, output: Path, step: int, steps: int, *, silent: bool, wandb):
-        """step: the one a resumed run goes on from, else 0. silent: of another rank. wandb: that module, or None."""
-        self.output, self.silent, self.total = output, silent, steps
-        self.file = self.bar = self.wandb = None
+        """step: the one a resumed run goes on from, else 0. wandb: that module, or None."""
+        self.output, self.silent, self.total, self.wandb = output, silent, steps, None
         self.past = []  # the lines of the run that this one goes on with
         if silent:
             return
         if wandb is not None:
             # An id made of the directory's name, so that a resumed run goes on with its own curves.
-            name = str(output.resolve())
-            config, project = json.loads((output / ARGS).read_text()), os.environ.get("WANDB_PROJECT", "nanoA2D")
-            known = {"name": output.name, "id": hashlib.sha256(name.encode()).hexdigest()[:12], "resume": "allow"}
-            self.wandb = wandb.init(project=project, dir=str(output), config=config, **known)
+            known = {"name": output.name, "id": hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:12]}
+            known |= {"project": os.environ.get("WANDB_PROJECT", "nanoA2D"), "dir": str(output), "resume": "allow"}
+            self.wandb = wandb.init(config=json.loads((output / ARGS).read_text()), **known)
+
         # Lines after the checkpoint are of steps that will be done again; a last part without an end is half a line.
         path = output / METRICS
         lines = path.read_text().split("\n")[:-1] if path.is_file() and step else []
@@ -50,17 +50,19 @@ class Log:
 
     def write(self, step: int, **metrics: float | str) -> None:
         """A line in metrics.jsonl."""
-        if not self.silent:
-            with naming_file(self.output / METRICS):
-                self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-            if self.wandb is not None:
-                self.wandb.log(metrics, step=step)
+        if self.silent:
+            return
+        with naming_file(self.output / METRICS):
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
 
     def show(self, step: int, left: float, **metrics: float) -> None:
         """On the bar, which shows the time left by itself; left: minutes."""
         if self.silent:
             return
-        text = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        shown = {name: f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}" for name, value in metrics.items()}
+        text = " ".join(f"{name} {value}" for name, value in shown.items())
         if self.bar.disable:
             print(f"step {step}/{self.total} {text} minutes_left {left:.3g}", flush=True)
         else:
@@ -79,13 +81,14 @@ class Log:
 
     def close(self) -> None:
         """Draws curves.png of what metrics.jsonl holds, and ends the log."""
-        if not self.silent:
-            with naming_file(self.output / PICTURE):
-                curves(read_runs([self.output]), self.output / PICTURE)
-            self.bar.close()
-            self.file.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+        if self.silent:
+            return
+        with naming_file(self.output / PICTURE):
+            curves(read_runs([self.output]), self.output / PICTURE)
+        self.bar.close()
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def import_wandb():
