@@ -73,6 +73,11 @@ class Log:
         if not self.silent:
             self.bar.update()
 
+    def forget_pause(self) -> None:
+        """What has passed since the last step does not count on the bar."""
+        if not self.silent:
+            self.bar.unpause()
+
     def print(self, text: str) -> None:
         """A line that stays."""
         if not self.silent:

@@ -187,6 +187,8 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         elif self.steps:
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                print("\nfinishing this step, then saving; Ctrl-C again quits now", file=sys.stderr, flush=True)
             self.number = number
             signal.signal(signal.SIGINT, self.before[signal.SIGINT])
         elif number == signal.SIGINT:

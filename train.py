@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -27,6 +28,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 import data
 import resume
@@ -113,16 +115,19 @@ class Output(Options):
     eval_strategy: Literal["steps", "epoch", "no"] = "steps"
     """evaluate on the set's validation split, else its test split, else 5 % held out: the likelihood bound in nats per
     token and its perplexity, unbiased, with fixed noise"""
-    eval_steps: Annotated[Positive, "N"] = 0.1  # evaluate every so many optimizer steps; below 1, a part of the run
+    eval_steps: Annotated[Positive, "N"] = 0.1
+    """evaluate every so many optimizer steps; below 1, a part of the run (with --max_minutes, of the time too)"""
     stop_at_eval_loss: Annotated[float, "NATS"] | None = None  # end the run at this bound (default: never)
     save_steps: Annotated[NonNegative, "N"] = 0.1
-    """save every so many optimizer steps; below 1, a part of the run; 0: at the end only"""
+    """save every so many optimizer steps; below 1, a part of the run (with --max_minutes, of the time too); 0: at the
+    end only"""
     save_total_limit: Count | None = None  # keep the last N checkpoint-N (default: all)
     resume_from_checkpoint: Annotated[str, "auto|DIR"] | None = None
     """go on from a checkpoint-N, on any number of processes; auto: the newest in --output_dir, or from the start where
     there is none. A checkpoint-N is a model; the two newest also hold what resuming takes (default: begin anew)"""
     max_minutes: Annotated[Positive, "MINUTES"] | None = None
-    """end the run after that time; the learning rate's schedule ends with it (default: no limit)"""
+    """end the run after so much training, evaluations and saves not counted; the learning rate's schedule ends with it
+    (default: no limit)"""
     skip_nonfinite: Natural = 0
     """leave out up to N steps whose loss or gradient is not finite; one more ends the run"""
     logging_steps: Count = 10  # a line in metrics.jsonl every so many steps
@@ -283,7 +288,8 @@ def evaluate(engine, model: LanguageModel, rows: data.Rows, collate, *, batch_si
     begins = range(0, len(order), batch_size)
     model.eval()
     total, tokens = 0.0, 0
-    for turn in range(math.ceil(len(begins) / ranks.world_size)):
+    turns = range(math.ceil(len(begins) / ranks.world_size))
+    for turn in tqdm(turns, "evaluate", unit="batch", leave=False, disable=True if ranks.rank else None):
         n = turn * ranks.world_size + ranks.rank
         begin = begins[min(n, len(begins) - 1)]  # FSDP's ranks must run together: one without a batch repeats the last
         picked = [rows[i] for i in order[begin : begin + batch_size]]
@@ -367,8 +373,7 @@ class Run:
         if args.eval_strategy == "epoch" and epoch is None:
             raise ValueError("--eval_strategy epoch: --streaming has no epochs; pass --eval_strategy steps or no")
         self.steps = args.max_steps or math.ceil(args.num_train_epochs * epoch)
-        self.eval_every = epoch if args.eval_strategy == "epoch" else every(args.eval_steps, self.steps)
-        self.save_every = every(args.save_steps, self.steps) if args.save_steps else self.steps
+        self.eval_every = epoch if args.eval_strategy == "epoch" else args.eval_steps
 
     def _restore(self, begin_at: Path) -> None:
         progress = resume.load_training(begin_at, self.model, self.optimizers)
@@ -401,8 +406,27 @@ class Run:
 
     @property
     def minutes(self) -> float:
-        """Since the run began, without the time between a stop and a resumption."""
+        """Of training, without evaluations, saves, and the time between a stop and a resumption."""
         return (time.perf_counter() - self.began) / 60
+
+    @contextmanager
+    def clock_stopped(self):
+        """What is inside is no training: it counts neither for --max_minutes nor for the time that is left."""
+        stopped = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - stopped
+        self.log.forget_pause()
+
+    def progress(self, minutes: float, steps: int) -> float:
+        """How much of the run, 0 to 1, so many steps are, or that time is where --max_minutes ends the run earlier."""
+        return max(steps / self.steps, 0.0 if self.args.max_minutes is None else minutes / self.args.max_minutes)
+
+    def due(self, interval: float, before: float, now: float) -> bool:
+        """After a step, whether it is time again: every `interval` steps, or below 1 every such part of the run, whose
+        progress was `before` the step and is `now`."""
+        if interval >= 1 or self.args.max_minutes is None:
+            return self.step % every(interval, self.steps) == 0
+        return int(now / interval) > int(before / interval)
 
     def count(self, done: StepData, total: float, denominator: float, seconds: float) -> None:
         """Adds a step to the sums of the log's next line."""
@@ -441,7 +465,8 @@ class Run:
         """Logs the bound on the rows to evaluate on; True where it reaches --stop_at_eval_loss."""
         size, goal = self.args.per_device_eval_batch_size, self.args.stop_at_eval_loss
         rows, collate = self.loaders.eval_rows, self.loaders.collate
-        nats = evaluate(self.engine, self.model, rows, collate, batch_size=size, ranks=self.ranks)
+        with self.clock_stopped():
+            nats = evaluate(self.engine, self.model, rows, collate, batch_size=size, ranks=self.ranks)
         perplexity = math.exp(min(nats, 700))
         self.log.write(self.step, eval_loss=nats, eval_perplexity=perplexity, minutes=self.minutes)
         self.log.print(f"step {self.step}: evaluation {nats:.4f} nats per token, perplexity {perplexity:,.4g}")
@@ -450,7 +475,9 @@ class Run:
     def evaluation_is_due(self) -> bool:
         """Before the first step here: at the start of a run, or where a save was not followed by its evaluation."""
         evaluated = any(row["step"] == self.step and "eval_loss" in row for row in self.log.past)
-        due = self.step % self.eval_every == 0 and not evaluated
+        by_steps = self.eval_every >= 1 or self.args.max_minutes is None
+        due = self.step == 0 or (by_steps and self.step % every(self.eval_every, self.steps) == 0)
+        due = due and not evaluated
         return self.loaders.eval_rows is not None and self.ranks.gather(due)[0]  # rank 0 alone has the log
 
     def save(self, loader_state: dict) -> Path:
@@ -466,9 +493,10 @@ class Run:
             "sums": dict(zip(SUMS, self.ranks.sum(*(self.sums[name] for name in SUMS)))),
         }
         saved = {"dtype": self.save_dtype, "tokenizer": self.tokenizer}
-        resume.save_training(path, self.model, self.optimizers, progress, **saved)
-        if self.ranks.rank == 0:
-            resume.prune(self.output, self.step, self.args.save_total_limit)
+        with self.clock_stopped():
+            resume.save_training(path, self.model, self.optimizers, progress, **saved)
+            if self.ranks.rank == 0:
+                resume.prune(self.output, self.step, self.args.save_total_limit)
         return path
 
     def save_final(self) -> None:
@@ -503,6 +531,7 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
 
     # From here on a signal ends the run after its step, with a save. First evaluate the model as it came.
     signals.steps, ended, stopped = True, False, False
+    now = run.progress(run.minutes_before, run.step)
     if run.evaluation_is_due() and run.evaluate():
         run.end_early()
         ended = True
@@ -516,12 +545,10 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
         clock = run.minutes if ranks.rank == 0 else 0
         denominator, signalled, minutes = ranks.sum(batch.denominator, signals.number > 0, clock)
 
-        # The learning rate follows the steps or, where --max_minutes ends the run earlier, the time. Counted so that
-        # neither the first step nor the last has rate 0.
-        progress = (run.step + 1) / (run.steps + 1)
-        if args.max_minutes is not None:
-            progress = min(1.0, max(progress, minutes / args.max_minutes))
-        rate = learning_rate(progress, args)
+        # The learning rate follows the steps or, where --max_minutes ends the run earlier, the time; with steps counted
+        # so that neither the first nor the last has rate 0.
+        spent = 0.0 if args.max_minutes is None else minutes / args.max_minutes
+        rate = learning_rate(min(1.0, max((run.step + 1) / (run.steps + 1), spent)), args)
 
         # Forward, backward, update. A loss that is not finite on one rank makes the gradient not finite on all of them,
         # so that all leave the step out.
@@ -537,15 +564,16 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
         # Once in a while: log, save, evaluate. The last step does all three, and a signal saves.
         ended = run.step == run.steps or (args.max_minutes is not None and minutes >= args.max_minutes)
         stopped = signalled > 0 and not ended
+        before, now = now, run.progress(minutes, run.step)
         if run.step % args.logging_steps == 0 or ended:
             run.write_metrics(batch.epoch, rate, norm)
-        if (run.step % run.save_every == 0 and not ended) or stopped:
+        if (args.save_steps and run.due(args.save_steps, before, now) and not ended) or stopped:
             saved = run.save(batch.loader_state)
         if ended:
             run.save_final()
         if stopped:
             break
-        if run.loaders.eval_rows is not None and (run.step % run.eval_every == 0 or ended):
+        if run.loaders.eval_rows is not None and (run.due(run.eval_every, before, now) or ended):
             reached = run.evaluate()
             if reached and not ended:
                 run.end_early()

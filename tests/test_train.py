@@ -1,10 +1,12 @@
 """Training: the curve belongs to data and seed, not to how a batch is cut; what is saved is what was trained."""
 
 import functools
+import itertools
 import json
 import math
 import re
 import sys
+import time
 import types
 from collections import Counter
 
@@ -303,7 +305,7 @@ FLAGS = [
     "--eval_strategy epoch --num_train_epochs 1 --max_steps 9 --per_device_train_batch_size 16",
     "--eval_steps 1 --per_device_eval_batch_size 3 --save_steps 1 --save_total_limit 1 --logging_steps 1",
     "--stop_at_eval_loss 100 --eval_steps 1",
-    "--max_minutes 0.00001",
+    "--max_minutes 0.00000001",
     "--train_on last --packing True --objective ar",
     "--packing True --objective bd3lm --block_size 64 --max_length 64",
     "--streaming True --shuffle_buffer 30 --dataloader_num_workers 1",
@@ -382,6 +384,27 @@ def test_the_time_left_is_no_more_than_the_cap_on_the_time_leaves(source, tmp_pa
     rows = run(source, tmp_path, "--max_steps", "100000", "--max_minutes", "0.02", "--logging_steps", "1")
     rows = [row for row in rows if "loss" in row]
     assert all(row["minutes_left"] <= max(0, 0.02 - row["minutes"]) + 1e-4 for row in rows) and rows[0]["minutes_left"]
+
+
+def test_a_cap_on_the_time_counts_training_alone_and_spreads_evaluations_and_saves_over_it(
+    source, tmp_path, monkeypatch
+):
+    evaluate, began = train.evaluate, time.perf_counter()
+
+    def slow(*args, **options):
+        time.sleep(1.0)  # each evaluation takes longer than the whole training may
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(train, "evaluate", slow)
+    flags = ["--max_steps", "100000", "--max_minutes", "0.015", "--logging_steps", "1", "--warmup_ratio", "0.5"]
+    rows = run(source, tmp_path, *flags, "--eval_steps", "0.34", "--save_steps", "0.5")
+    steps, evaluated = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
+    assert len(evaluated) == 4 and time.perf_counter() - began > 4  # at the start, after a third, two thirds, the end
+    assert 0.3 < evaluated[1]["minutes"] / 0.015 < 0.67 and len(steps) > 5
+    assert steps[0]["learning_rate"] < 0.5e-4  # the first evaluation has not used up the warm-up
+    longest = max(b["minutes"] - a["minutes"] for a, b in itertools.pairwise(steps))
+    assert 0.015 <= steps[-1]["minutes"] <= 0.015 + 2 * longest + 0.002
+    assert len([path for path in tmp_path.glob("checkpoint-*") if path.name[11:].isdigit()]) == 1
 
 
 def test_the_memory_told_is_of_what_a_process_holds_and_of_all_that_it_feeds(monkeypatch):
