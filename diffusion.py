@@ -227,8 +227,9 @@ def _block_number(document: Tensor, block) -> Tensor:
 
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    # uint64 spelled out: NumPy would take a list that holds 2**64 - 1 through float64.
-    return np.random.Generator(np.random.Philox(key=np.array([(seed << 32) + epoch, stream], dtype=np.uint64)))
+    # uint64 spelled out: NumPy would take a list that holds 2**64 - 1 through float64. A seed may have 63 bits.
+    key = [((seed << 32) + epoch) % 2**64, stream ^ (seed >> 32)]
+    return np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
 
 
 def with_complement(batch: Batch, noise: Noise) -> tuple[Batch, Noise]:
@@ -683,9 +684,12 @@ def denoise(
     batch = Decoding(model, prompts, Sampling(**options), canvas_masks, end_ids, prefix, generator, static)
     yield batch.now(0)
     for forwards, _ in enumerate(static_steps(batch) if static else batch.steps(), 1):
+        if not static:
+            batch.check_finite()
         if prefix is not None:
             prefix.tokens = batch.tokens[0, : int(batch.filled)].tolist()
         yield batch.now(forwards)
+    batch.check_finite()
 
 
 class Window(NamedTuple):
@@ -798,6 +802,14 @@ class Decoding:
     def now(self, forwards: int) -> Step:
         tokens, masked, done, confidence = self.tokens, self.masked, self.done, self.confidence
         return Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence.clone())
+
+    def check_finite(self) -> None:
+        """ValueError where what was revealed had no probability, as of weights that hold NaN or overflow."""
+        if self.confidence.isnan().any():
+            raise ValueError(
+                f"the model's output is not a number, in {self.confidence.dtype} from {self.model.head_weight.dtype} "
+                "weights; use another --dtype, or another checkpoint"
+            )
 
     def steps(self) -> Iterator[None]:
         """Advances until every row is done."""

@@ -467,6 +467,11 @@ class Run:
         rows, collate = self.loaders.eval_rows, self.loaders.collate
         with self.clock_stopped():
             nats = evaluate(self.engine, self.model, rows, collate, batch_size=size, ranks=self.ranks)
+        if not math.isfinite(nats):
+            raise ValueError(
+                f"step {self.step}: the evaluated bound is {nats}; the weights are damaged, or --compute_dtype "
+                "too narrow for them"
+            )
         perplexity = math.exp(min(nats, 700))
         self.log.write(self.step, eval_loss=nats, eval_perplexity=perplexity, minutes=self.minutes)
         self.log.print(f"step {self.step}: evaluation {nats:.4f} nats per token, perplexity {perplexity:,.4g}")

@@ -763,3 +763,10 @@ def test_only_blocks_that_are_learned_have_a_noisy_copy(right_shift):
     full = bd3lm_example(whole, noise, mask_id=MASK, block_length=K, right_shift=right_shift)
     assert full.tokens.shape == (3, 2 * T)
     close(loss(model, example)[0], loss(model, full)[0], **EXACT)
+
+
+def test_noise_takes_every_seed_of_63_bits_and_no_two_alike():
+    batch = make_batch(2, 40)
+    seeds = (0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63 - 1)
+    masks = [draw_noise(batch, seed=seed).masked for seed in seeds]
+    assert not any(torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])

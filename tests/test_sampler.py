@@ -1079,3 +1079,14 @@ def test_an_undeclared_block_length_is_taken_from_block_size():
     given = tiny(objective="bd3lm", block_length=None)
     ours = list(denoise(given, PROMPTS, max_new_tokens=NEW, block_size=4))[-1].tokens
     assert torch.equal(ours, decode("bd3lm", a_model("bd3lm"), PROMPTS)[-1].tokens)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.9}, {"entropy": 0.1}, {"remasking": "random"}], ids=str)
+@pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
+def test_a_model_whose_output_is_no_number_is_refused(objective, options, static):
+    model = tiny(objective=objective, block_length=4)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="the model's output is not a number"):
+        list(denoise(model, [[1, 2, 3]], max_new_tokens=8, static=static, **options))

@@ -490,6 +490,15 @@ def test_a_run_computes_in_the_dtype_it_is_told(source, tmp_path):
         assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact
 
 
+def test_a_bound_that_is_not_finite_ends_the_run_in_one_line(source, tmp_path, capsys):
+    model, tokenizer = load_model(source), Tokenizer(source)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    save_model(model, tmp_path / "damaged", tokenizer=tokenizer)
+    said = refused(capsys, "--model_name_or_path", str(tmp_path / "damaged"), "--output_dir", str(tmp_path / "x"), *SFT)
+    assert "the evaluated bound is nan" in said
+
+
 def test_a_run_leaves_its_curves(source, tmp_path):
     run(source, tmp_path, "--logging_steps", "1")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
