@@ -10,19 +10,9 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from cli import (
-    Answers,
-    Opening,
-    canvas,
-    check_messages,
-    one_line_errors,
-    open_model,
-    sampler_options,
-    unused_steps,
-    uses_template,
-)
+from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Prefix, Sampling, denoise
-from display import MASKED, Rate, Stream, show, terminal
+from display import MASKED, Rate, Stream, shorten, show, terminal
 from files import replacing_file
 from model import LanguageModel
 from options import Options, Seed, flags, nearest
@@ -88,12 +78,11 @@ class Conversation:
     """A conversation: its messages, the options it is decoded with, and what of it is cached.
 
     Methods named in COMMANDS are what a line beginning with a slash calls, with the rest of the line. They raise
-    ValueError, and change nothing, where that cannot be done.
-    """
+    ValueError, and change nothing, where that cannot be done."""
 
     def __init__(self, args: Chat, model: LanguageModel, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.templated = uses_template(args, tokenizer)
+        self.templated = is_chat(args, tokenizer)
 
         # What commands may change.
         self.options = Talking(**args.only(Talking))
@@ -119,7 +108,7 @@ class Conversation:
         getattr(self, name)(rest.strip())
 
     def say(self, text: str) -> None:
-        """Answers a message."""
+        """Answers a message; at an error the conversation stays as it was."""
         if text or not self.templated:
             self._ask(text, otherwise=list(self.messages))
 
@@ -127,7 +116,7 @@ class Conversation:
 
     def help(self, rest: str) -> None:
         """list the commands"""
-        width = max(len(usage) for usage in COMMANDS.values())
+        width = max(map(len, COMMANDS.values()))
         for name, usage in COMMANDS.items():
             note(f"{usage:<{width}}  {getattr(self, name).__doc__}")
 
@@ -143,29 +132,30 @@ class Conversation:
         name, text = name.lstrip("-"), text.strip()
         if rest and name not in known:
             raise ValueError(f"unknown option {name}; {nearest(name, known, '/set lists them')}")
-        # The command line's parser reads the value; what contradicts the other options shows in _change.
+
         if text:
+            # The command line's parser reads the value. Errors, of it or of what contradicts the rest, name flags.
             try:
                 given = vars(Talking.parser().parse_args([] if text == "none" else [f"--{name}={text}"]))
-                self._change(name, given.get(name, known[name].default))
-            except ValueError as error:  # it names flags
+                changed = replace(self.options, **{name: given.get(name, known[name].default)})
+                self._check(changed)
+            except ValueError as error:
                 raise ValueError(str(error).replace("argument --", "").replace("--", "")) from error
+            self.options = changed
+            if name == "seed":
+                self.generator.manual_seed(changed.seed)
         for each in [name] if name else known:
             note(f"{each} {getattr(self.options, each)}")
 
     def undo(self, rest: str) -> None:
         """take the last exchange back"""
-        if not self.messages:
-            raise ValueError("nothing to undo; the conversation is empty")
-        note(f"took back: {_short(self._take_back())}")
+        note(f"took back: {one_line(self._take_back('undo'))}")
 
     def retry(self, rest: str) -> None:
         """answer the last message once more; at temperature 0 only other options change the answer"""
-        if not self.messages:
-            raise ValueError("nothing to retry; the conversation is empty")
         # If the new answer is stopped before it has a token, the old one comes back.
         before = list(self.messages)
-        self._ask(self._take_back(), otherwise=before)
+        self._ask(self._take_back("retry"), otherwise=before)
         if len(self.messages) < len(before):
             self.messages = before
             note("the earlier answer stays")
@@ -175,11 +165,11 @@ class Conversation:
         if not self.templated:
             raise ValueError("a system message needs a chat template, and here text is continued")
         self.system_message = rest or None
-        note(f"system message: {_short(rest)}" if rest else "no system message")
+        note(f"system message: {one_line(rest)}" if rest else "no system message")
 
     def save(self, rest: str) -> None:
         """write the conversation, a row of JSONL as train.py reads it"""
-        path = _path(rest, "/save")
+        path = named_file(rest, "/save")
         if path.exists() and path.resolve() not in self.files:
             raise ValueError(f"{path} exists and is not this conversation's; choose another name")
         row = {"messages": self._system() + self.messages}
@@ -190,7 +180,7 @@ class Conversation:
 
     def load(self, rest: str) -> None:
         """go on with a conversation that was saved"""
-        path = _path(rest, "/load")
+        path = named_file(rest, "/load")
         if not path.exists():
             raise ValueError(f"there is no file {path}")
         try:
@@ -199,7 +189,7 @@ class Conversation:
             raise ValueError(f"{path} holds no conversation ({error}); expected what /save writes") from error
 
         # At most one system message, then a user's turn and an answer, as often as you like.
-        messages = check_messages(row.get("messages") if isinstance(row, dict) else None, str(path))
+        messages = check_chat(row.get("messages") if isinstance(row, dict) else None, str(path))
         system = [message["content"] for message in messages if message["role"] == "system"]
         turns = messages[len(system) :]
         if len(system) > 1 or [m["role"] for m in turns] != ["user", "assistant"] * (len(turns) // 2):
@@ -211,15 +201,14 @@ class Conversation:
         self.messages, self.left_out = turns, 0
         self.files.add(path.resolve())
         for message in turns:
-            note(f"{message['role']}: {_short(message['content'])}")
+            note(f"{message['role']}: {one_line(message['content'])}")
 
     def infill(self, rest: str) -> None:
         """fill in each <|mask|> of a text, outside of the conversation"""
-        ids, holes = self._canvas(rest)
+        ids, holes = canvas(self.tokenizer, self.tokenizer.encode(rest), self.model)
         if not any(holes):
-            raise ValueError(
-                f"/infill {rest}: expected a text with {self.tokenizer.mask_token} where tokens are wanted"
-            )
+            mask = self.tokenizer.mask_token
+            raise ValueError(f"/infill {rest}: expected a text with {mask} where tokens are wanted")
         self._decode(ids, holes)
 
     def quit(self, rest: str) -> None:
@@ -237,15 +226,14 @@ class Conversation:
             self.messages = otherwise
             raise
         if stopped and not answer:
-            note(f"stopped before anything had settled; took back: {_short(self._take_back())}")
+            note(f"stopped before anything had settled; took back: {one_line(self._take_back())}")
         else:
             self.messages.append({"role": "assistant", "content": answer})
 
     def _prompt(self) -> list[int]:
         """The ids that the model is given: as much of the chat, its newest part, as its context has room for; or the
         text to continue."""
-        context, new = self.model.config.max_position_embeddings, self.options.max_new_tokens
-        first = 0
+        context, new, first = self.model.config.max_position_embeddings, self.options.max_new_tokens, 0
         if self.templated:
             # Leave out exchanges, the oldest first, until the rest has room.
             for first in range(0, len(self.messages), 2):
@@ -253,20 +241,17 @@ class Conversation:
                 if len(ids) + new <= context:
                     break
         else:
-            ids, holes = self._canvas(self.messages[-1]["content"])
+            ids, holes = canvas(self.tokenizer, self.tokenizer.encode(self.messages[-1]["content"]), self.model)
             if any(holes):
                 raise ValueError(f"{self.tokenizer.mask_token} in a text to continue; /infill fills it in")
         if len(ids) + new > context:
-            raise ValueError(
-                f"the message was not taken: its {len(ids)} tokens and max_new_tokens {new} exceed the context of "
-                f"{context}; shorten it or /set max_new_tokens lower"
-            )
+            parts = f"its {len(ids)} tokens and max_new_tokens {new} exceed the context of {context}"
+            raise ValueError(f"the message was not taken: {parts}; shorten it or /set max_new_tokens lower")
+
         # Mention it only when more is left out than at the turn before.
         if first > self.left_out:
-            note(
-                f"the context of {context} tokens is full: the model no longer sees the oldest {first // 2} of "
-                f"{len(self.messages) // 2 + 1} exchanges"
-            )
+            unseen = f"the oldest {first // 2} of {len(self.messages) // 2 + 1} exchanges"
+            note(f"the context of {context} tokens is full: the model no longer sees {unseen}")
         self.left_out = first
         return ids
 
@@ -278,26 +263,16 @@ class Conversation:
         # A cache of earlier turns is right only if their columns see the same as before. mdlm's see what comes after
         # them; guidance, and blocks that begin where the prompt ends, change what they see.
         reusable = objective != "mdlm" and not options["cfg_scale"] and options["block_align"] != "prompt"
-        prefix = self.prefix if reusable and not infilling else None
-        answers = Answers(
-            self.model,
-            self.tokenizer,
-            [ids],
-            [holes] if infilling else None,
-            options=options,
-            generator=self.generator,
-            prefix=prefix,
-        )
-        reused = 0
-        with (
-            noted_interrupts() as pressed,
-            Stream(live=self.options.visualize, revocable=options["remasking"] == "p2") as stream,
-        ):
+        how = {"generator": self.generator, "prefix": self.prefix if reusable and not infilling else None}
+        answers = Answers(self.model, self.tokenizer, [ids], [holes] if infilling else None, options=options, **how)
+
+        revocable, reused = options["remasking"] == "p2", 0
+        with noted_interrupts() as pressed, Stream(live=self.options.visualize, revocable=revocable) as stream:
             try:
                 for step in answers:
                     # Before the first forward the prefix is as long as what it has in common with this prompt.
-                    if prefix is not None and step.forwards == 0:
-                        reused = len(prefix.tokens)
+                    if how["prefix"] is not None and step.forwards == 0:
+                        reused = len(self.prefix.tokens)
                     stream.show(*answers.shown())
                     if pressed:
                         break
@@ -312,33 +287,22 @@ class Conversation:
         # What it took, in one line.
         notes = [str(Rate(answer.tokens, answers.seconds, answer.forwards))]
         notes += [f"{reused} of {len(ids)} prompt tokens kept"] if reused else []
-        notes += unused_steps(options, objective, sum(holes or []) + options["max_new_tokens"])
+        notes += idle_steps(options, objective, sum(holes or []) + options["max_new_tokens"])
         notes += ["stopped"] if pressed else []
-        note("[" + "; ".join(notes) + "]")
+        note(f"[{'; '.join(notes)}]")
         return answer.text, bool(pressed)
-
-    # Small parts
-
-    def _canvas(self, text: str) -> tuple[list[int], list[bool]]:
-        """The ids of a text and which of them are masks."""
-        return canvas(self.tokenizer, self.tokenizer.encode(text), predicted_from_before=self.model.config.right_shift)
 
     def _system(self) -> list[dict]:
         return [] if self.system_message is None else [{"role": "system", "content": self.system_message}]
-
-    def _change(self, name: str, value) -> None:
-        changed = replace(self.options, **{name: value})
-        self._check(changed)
-        self.options = changed
-        if name == "seed":
-            self.generator.manual_seed(value)
 
     def _check(self, options: Talking) -> None:
         """Raises the ValueError that the sampler would raise."""
         next(denoise(self.model, [[0]], **sampler_options(options, self.model.config.objective)))
 
-    def _take_back(self) -> str:
+    def _take_back(self, command: str = "undo") -> str:
         """Removes the last exchange; the user's text of it."""
+        if not self.messages:
+            raise ValueError(f"nothing to {command}; the conversation is empty")
         last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
         text = self.messages[last]["content"]
         self.messages = self.messages[:last]
@@ -368,15 +332,14 @@ def note(text: str) -> None:
     show([(text, MASKED)], sys.stdout if terminal(sys.stdout) else sys.stderr)
 
 
-def _path(rest: str, command: str) -> Path:
+def named_file(rest: str, command: str) -> Path:
     if not rest:
         raise ValueError(f"{command}: expected the name of a file")
     return Path(rest).expanduser()
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 70 else line[:69] + "…"
+def one_line(text: str) -> str:
+    return shorten(" ".join(text.split()), 70)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,9 +397,8 @@ def naming_history(path: Path):
     try:
         yield
     except OSError as error:
-        raise ValueError(
-            f"--history_file {path}: {error.strerror}; name another file, or '' to keep nothing"
-        ) from error
+        way_out = "name another file, or '' to keep nothing"
+        raise ValueError(f"--history_file {path}: {error.strerror}; {way_out}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
