@@ -18,8 +18,7 @@ from model import LanguageModel
 from options import Options, Seed, flags, nearest
 from tokenizer import Tokenizer
 
-PROMPT = "> "
-HISTORY = 1000  # lines
+HISTORY = 1000  # lines of it that are kept
 
 
 @dataclass(kw_only=True)
@@ -60,25 +59,14 @@ class Chat(Talking, Conversing, Opening):
     prog: ClassVar[str] = "chat.py"
 
 
-COMMANDS = {  # name, a method of Conversation whose docstring is its help: how it is called
-    "help": "/help",
-    "reset": "/reset",
-    "system": "/system [TEXT]",
-    "undo": "/undo",
-    "retry": "/retry",
-    "set": "/set [NAME [VALUE]]",
-    "infill": "/infill TEXT",
-    "save": "/save FILE",
-    "load": "/load FILE",
-    "quit": "/quit",
-}
+COMMANDS = "help", "reset", "system", "undo", "retry", "set", "infill", "save", "load", "quit"
 
 
 class Conversation:
     """A conversation: its messages, the options it is decoded with, and what of it is cached.
 
-    Methods named in COMMANDS are what a line beginning with a slash calls, with the rest of the line. They raise
-    ValueError, and change nothing, where that cannot be done."""
+    Methods named in COMMANDS are what a line beginning with a slash calls, with the rest of the line; their docstrings
+    are what /help prints. They raise ValueError, and change nothing, where that cannot be done."""
 
     def __init__(self, args: Chat, model: LanguageModel, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -99,7 +87,9 @@ class Conversation:
     def obey(self, line: str) -> None:
         """Does what a line says: a message, or a command; two slashes begin a message that begins with one."""
         if not line.startswith("/") or line.startswith("//"):
-            self.say(line.removeprefix("/"))
+            # Where text is continued, an empty line generates from scratch.
+            if line or not self.templated:
+                self.say(line.removeprefix("/"))
             return
         name, _, rest = line[1:].partition(" ")
         if name not in COMMANDS:
@@ -107,27 +97,23 @@ class Conversation:
             raise ValueError(f"unknown command /{name}; {way_out}")
         getattr(self, name)(rest.strip())
 
-    def say(self, text: str) -> None:
-        """Answers a message; at an error the conversation stays as it was."""
-        if text or not self.templated:
-            self._ask(text, otherwise=list(self.messages))
-
     # Commands
 
     def help(self, rest: str) -> None:
-        """list the commands"""
-        width = max(map(len, COMMANDS.values()))
-        for name, usage in COMMANDS.items():
-            note(f"{usage:<{width}}  {getattr(self, name).__doc__}")
+        """/help: list the commands"""
+        for name in COMMANDS:
+            usage, _, meaning = getattr(self, name).__doc__.partition(": ")
+            note(f"{usage:<21}{meaning}")
 
     def reset(self, rest: str) -> None:
-        """begin anew; the system message and the options stay"""
+        """/reset: begin anew; the system message and the options stay"""
         self.messages, self.left_out = [], 0
         note("a new conversation")
 
     def set(self, rest: str) -> None:
-        """change an option (VALUE none: its default); without a name, list them"""
+        """/set [NAME [VALUE]]: change an option (VALUE none: its default); without a name, list them"""
         known = flags(Talking)
+        # NAME VALUE, or NAME=VALUE, or as on the command line.
         name, _, text = rest.replace("=", " ", 1).partition(" ")
         name, text = name.lstrip("-"), text.strip()
         if rest and name not in known:
@@ -148,27 +134,28 @@ class Conversation:
             note(f"{each} {getattr(self.options, each)}")
 
     def undo(self, rest: str) -> None:
-        """take the last exchange back"""
-        note(f"took back: {one_line(self._take_back('undo'))}")
+        """/undo: take the last exchange back"""
+        self.messages, text = self._last_exchange("undo")
+        note(f"took back: {one_line(text)}")
 
     def retry(self, rest: str) -> None:
-        """answer the last message once more; at temperature 0 only other options change the answer"""
-        # If the new answer is stopped before it has a token, the old one comes back.
-        before = list(self.messages)
-        self._ask(self._take_back("retry"), otherwise=before)
-        if len(self.messages) < len(before):
-            self.messages = before
+        """/retry: answer the last message once more; at temperature 0 only other options change the answer"""
+        earlier = self.messages
+        before, text = self._last_exchange("retry")
+        self.say(text, before)
+        if self.messages is earlier:
             note("the earlier answer stays")
 
     def system(self, rest: str) -> None:
-        """set the system message; without a text, drop it"""
+        """/system [TEXT]: set the system message; without a text, drop it"""
         if not self.templated:
             raise ValueError("a system message needs a chat template, and here text is continued")
         self.system_message = rest or None
         note(f"system message: {one_line(rest)}" if rest else "no system message")
 
     def save(self, rest: str) -> None:
-        """write the conversation, a row of JSONL as train.py reads it"""
+        """/save FILE: write the conversation, a row of JSONL as train.py reads it"""
+        # Replace no file but this conversation's own.
         path = named_file(rest, "/save")
         if path.exists() and path.resolve() not in self.files:
             raise ValueError(f"{path} exists and is not this conversation's; choose another name")
@@ -179,7 +166,7 @@ class Conversation:
         note(f"saved {len(self.messages)} messages to {path}")
 
     def load(self, rest: str) -> None:
-        """go on with a conversation that was saved"""
+        """/load FILE: go on with a conversation that was saved"""
         path = named_file(rest, "/load")
         if not path.exists():
             raise ValueError(f"there is no file {path}")
@@ -204,7 +191,7 @@ class Conversation:
             note(f"{message['role']}: {one_line(message['content'])}")
 
     def infill(self, rest: str) -> None:
-        """fill in each <|mask|> of a text, outside of the conversation"""
+        """/infill TEXT: fill in each <|mask|> of a text, outside of the conversation"""
         ids, holes = canvas(self.tokenizer, self.tokenizer.encode(rest), self.model)
         if not any(holes):
             mask = self.tokenizer.mask_token
@@ -212,36 +199,32 @@ class Conversation:
         self._decode(ids, holes)
 
     def quit(self, rest: str) -> None:
-        """leave"""
+        """/quit: leave"""
         raise EOFError
 
     # How messages become answers
 
-    def _ask(self, text: str, otherwise: list[dict]) -> None:
-        """Answers `text`; where that cannot be done, the conversation is `otherwise`."""
-        self.messages.append({"role": "user", "content": text})
-        try:
-            answer, stopped = self._decode(self._prompt())
-        except (ValueError, KeyboardInterrupt):
-            self.messages = otherwise
-            raise
+    def say(self, text: str, before: list[dict] | None = None) -> None:
+        """Answers a message that follows the turns `before` (default: all). Where that cannot be done, or is stopped
+        before anything has settled, the conversation stays as it was."""
+        turns = [*(self.messages if before is None else before), {"role": "user", "content": text}]
+        answer, stopped = self._decode(self._prompt(turns))
         if stopped and not answer:
-            note(f"stopped before anything had settled; took back: {one_line(self._take_back())}")
+            note(f"stopped before anything had settled; took back: {one_line(text)}")
         else:
-            self.messages.append({"role": "assistant", "content": answer})
+            self.messages = [*turns, {"role": "assistant", "content": answer}]
 
-    def _prompt(self) -> list[int]:
-        """The ids that the model is given: as much of the chat, its newest part, as its context has room for; or the
-        text to continue."""
+    def _prompt(self, turns: list[dict]) -> list[int]:
+        """The ids that the model is given: as much of the chat as its context has room for, or the text to continue."""
         context, new, first = self.model.config.max_position_embeddings, self.options.max_new_tokens, 0
         if self.templated:
             # Leave out exchanges, the oldest first, until the rest has room.
-            for first in range(0, len(self.messages), 2):
-                ids, _ = self.tokenizer.render(self._system() + self.messages[first:], reply=True)
+            for first in range(0, len(turns), 2):
+                ids, _ = self.tokenizer.render(self._system() + turns[first:], reply=True)
                 if len(ids) + new <= context:
                     break
         else:
-            ids, holes = canvas(self.tokenizer, self.tokenizer.encode(self.messages[-1]["content"]), self.model)
+            ids, holes = canvas(self.tokenizer, self.tokenizer.encode(turns[-1]["content"]), self.model)
             if any(holes):
                 raise ValueError(f"{self.tokenizer.mask_token} in a text to continue; /infill fills it in")
         if len(ids) + new > context:
@@ -250,7 +233,7 @@ class Conversation:
 
         # Mention it only when more is left out than at the turn before.
         if first > self.left_out:
-            unseen = f"the oldest {first // 2} of {len(self.messages) // 2 + 1} exchanges"
+            unseen = f"the oldest {first // 2} of {len(turns) // 2 + 1} exchanges"
             note(f"the context of {context} tokens is full: the model no longer sees {unseen}")
         self.left_out = first
         return ids
@@ -260,6 +243,7 @@ class Conversation:
         in; None: the answer follows them."""
         objective, infilling = self.model.config.objective, holes is not None
         options = sampler_options(self.options, objective, **({"max_new_tokens": 0} if infilling else {}))
+
         # A cache of earlier turns is right only if their columns see the same as before. mdlm's see what comes after
         # them; guidance, and blocks that begin where the prompt ends, change what they see.
         reusable = objective != "mdlm" and not options["cfg_scale"] and options["block_align"] != "prompt"
@@ -278,8 +262,6 @@ class Conversation:
                         break
             except KeyboardInterrupt:
                 pressed.append(True)
-            finally:
-                answers.steps.close()
             # The whole answer, once more and for good.
             (answer,) = answers.final()
             stream.close(answer.shown)
@@ -299,23 +281,20 @@ class Conversation:
         """Raises the ValueError that the sampler would raise."""
         next(denoise(self.model, [[0]], **sampler_options(options, self.model.config.objective)))
 
-    def _take_back(self, command: str = "undo") -> str:
-        """Removes the last exchange; the user's text of it."""
+    def _last_exchange(self, command: str) -> tuple[list[dict], str]:
+        """The turns before the last exchange, and the user's text of it."""
         if not self.messages:
             raise ValueError(f"nothing to {command}; the conversation is empty")
-        last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
-        text = self.messages[last]["content"]
-        self.messages = self.messages[:last]
-        return text
+        return self.messages[:-2], self.messages[-2]["content"]
 
 
 @contextmanager
 def noted_interrupts():
-    """Inside, Ctrl-C is noted in a list, so that it does not end a forward, or a line that is drawn, in the middle. The
-    second one raises KeyboardInterrupt."""
+    """Inside, the first Ctrl-C is noted in a list, so that it ends neither a forward nor a line in the middle."""
     pressed = []
 
     def interrupt(number, frame):
+        # The second one raises KeyboardInterrupt.
         if pressed:
             raise KeyboardInterrupt
         pressed.append(True)
@@ -346,57 +325,35 @@ def one_line(text: str) -> str:
 # The program
 
 
-def talk(conversation: Conversation) -> None:
-    """Until the end of input. At a terminal an error is printed and the talk goes on; on a pipe it ends the program."""
-    interactive = sys.stdin.isatty()
+def talk(conversation: Conversation, interactive: bool) -> None:
+    """Until the end of input, which raises EOFError as /quit does."""
+    while not interactive:
+        # On a pipe an error ends the program. It is read as bytes: UTF-8, whatever the locale.
+        line = sys.stdin.buffer.readline().decode("utf-8")
+        conversation.obey(line.rstrip("\r\n") if line else "/quit")
     while True:
-        # `input` edits lines at a terminal. A pipe is read as bytes: UTF-8, whatever the locale.
         try:
-            if interactive:
-                line = input(PROMPT)
-            elif not (line := sys.stdin.buffer.readline().decode("utf-8")):
-                return
-            conversation.obey(line.rstrip("\r\n"))
-        except EOFError:
-            return
+            conversation.obey(input("> "))  # which edits lines
         except KeyboardInterrupt:
-            if not interactive:
-                raise
             print("\n(Ctrl-D or /quit leaves)")
         except (ValueError, OSError) as error:
-            if not interactive:
-                raise
             print(f"error: {' '.join(str(error).split())}")
 
 
-@contextmanager
-def history(file: str):
-    """Line editing for `input`, with what was typed before; `file` keeps it, if that is not empty."""
-    if not sys.stdin.isatty():
-        yield
-        return
+def recall(file: str, *, save: bool = False) -> None:
+    """Turns line editing on, with what was typed before, or saves what was typed; '' keeps nothing."""
     import readline  # changes how `input` reads, and Windows lacks it
 
     path = Path(file).expanduser()
-    if file and path.exists():
-        with naming_history(path):
-            readline.read_history_file(path)
     try:
-        yield
-    finally:
-        if file:
+        if file and save:
             readline.set_history_length(HISTORY)
-            with naming_history(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                readline.write_history_file(path)
-
-
-@contextmanager
-def naming_history(path: Path):
-    """readline's errors name no file."""
-    try:
-        yield
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+        elif file and path.exists():
+            readline.read_history_file(path)
     except OSError as error:
+        # readline's errors name no file.
         way_out = "name another file, or '' to keep nothing"
         raise ValueError(f"--history_file {path}: {error.strerror}; {way_out}") from error
 
@@ -405,17 +362,22 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("chat.py"):
         args = Chat.parse(argv)
         model, tokenizer = open_model(args, args.block_size)
-        conversation = Conversation(args, model, tokenizer)
-        if sys.stdin.isatty():
-            config = model.config
+        conversation, config = Conversation(args, model, tokenizer), model.config
+        interactive = sys.stdin.isatty()
+        if interactive:
             blocks = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
             print(f"{args.model_name_or_path}: {config.objective}{blocks}, context {config.max_position_embeddings}")
             print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+            recall(args.history_file)
         try:
-            with history(args.history_file):
-                talk(conversation)
+            talk(conversation, interactive)
+        except EOFError:
+            return
         except KeyboardInterrupt:
             sys.exit(130)
+        finally:
+            if interactive:
+                recall(args.history_file, save=True)
 
 
 if __name__ == "__main__":

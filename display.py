@@ -1,7 +1,6 @@
 """What the programs show of denoising: tokens as text, the end of a terminal that is redrawn, and pictures.
 
-Token ids and plain numbers come in; nothing here knows a model. A token is settled once it is no longer masked.
-"""
+Token ids and plain numbers come in; nothing here knows a model. A token is settled once it is no longer masked."""
 
 import html
 import io
@@ -87,7 +86,7 @@ def shorten(text: str, size: int) -> str:
 
 
 def terminal(stream) -> bool:
-    """Whether `stream` is a terminal that can move its cursor; only such a one is sent escape codes."""
+    """Whether `stream` is a terminal that understands escape codes; only such a one is sent any."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
@@ -102,13 +101,6 @@ def characters(shown: Spans) -> Spans:
 
 
 def write(text: str, stream) -> None:
-    """Writes `text` at once, in what the stream can encode."""
-    # Without block characters, a mask is an underscore.
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        text = text.replace(MASK, "_").replace(END, "|").encode(encoding, "replace").decode(encoding)
     stream.write(text)
     stream.flush()
 
@@ -116,8 +108,8 @@ def write(text: str, stream) -> None:
 def show(shown: Spans, stream=None, *, end: str = "\n") -> None:
     """Prints spans, with their attributes if the stream is a terminal."""
     stream = sys.stdout if stream is None else stream
-    safe = characters(shown)
-    write((coloured(safe) if terminal(stream) else plain(safe)) + end, stream)
+    text = coloured if terminal(stream) else plain
+    write(text(characters(shown)) + end, stream)
 
 
 def coloured(shown: Spans) -> str:
@@ -169,7 +161,8 @@ class Region:
 
     def __exit__(self, *_) -> None:
         if self.live:
-            write(self._erased() + "\033[?25h", self.stream)
+            self.draw([])
+            write("\033[?25h", self.stream)
 
     @property
     def width(self) -> int:
@@ -184,17 +177,14 @@ class Region:
             note = f"… {len(lines) - room + 1} more lines"
             lines = [*lines[: room - 1], [(note[: self.width], MASKED)]]
 
+        # Go up to the region's first row and clear the screen from there on. A window that was made narrower since has
+        # folded each line that was drawn into several rows.
+        up = sum(max(1, -(-cells // (self.width + 1))) for cells in self.drawn) - 1
+        erase = "\r" + (f"\033[{up}A" if up > 0 else "") + "\033[J"
         # The cursor ends at the left edge, where the ^C of an interruption does no harm.
         rows = [coloured(line).replace("\n", "") for line in [*above, *(lines or [[]])]]
-        write(self._erased() + "\r\n".join(rows) + "\r", self.stream)
+        write(erase + "\r\n".join(rows) + "\r", self.stream)
         self.drawn = [sum(map(cell_len, plain(line).replace("\n", ""))) for line in lines]
-
-    def _erased(self) -> str:
-        """What moves the cursor to the region's first row and clears the screen from there on."""
-        # A window that was made narrower since has folded each line that was drawn into several rows.
-        columns = self.width + 1
-        rows = sum(max(1, -(-cells // columns)) for cells in self.drawn)
-        return "\r" + (f"\033[{rows - 1}A" if rows > 1 else "") + "\033[J"
 
 
 class Stream(Region):
@@ -286,15 +276,16 @@ def _png(trace: Trace) -> bytes:
     axes.set(xlabel="token" if T <= 80 else "position", ylabel="forward")
     axes.set_title(trace.title, fontsize=9, loc="left")
     if T <= 80:
-        axes.set_xticks(range(T), map(_label, trace.texts), rotation=90, fontsize=7, family="monospace")
+        # White space is made visible, and no dollar sign begins a formula.
+        visible = str.maketrans({"\n": "\\n", " ": "␣", "$": r"\$"})
+        labels = [shorten(printable(text).translate(visible), 12) or "·" for text in trace.texts]
+        axes.set_xticks(range(T), labels, rotation=90, fontsize=7, family="monospace")
 
     # On the right what the colours mean.
     last = max(S, 1)
     key = np.array([[colour(s, c, S) for c in np.linspace(0, 1, 24)] for s in range(1, last + 1)], np.uint8)
     scale.imshow(key, aspect="auto", extent=(0, 1, last + 0.5, 0.5))
-    scale.set_xlabel("confidence", fontsize=8)
-    scale.set_ylabel("settled at forward", fontsize=8)
-    scale.tick_params(labelsize=7)
+    scale.set(xlabel="confidence", ylabel="settled at forward")
     for each in (axes, scale):
         each.yaxis.get_major_locator().set_params(integer=True)
 
@@ -306,19 +297,13 @@ def _png(trace: Trace) -> bytes:
     return buffer.getvalue()
 
 
-def _label(text: str) -> str:
-    """A token's text in a few characters, white space made visible; a dollar sign would begin a formula."""
-    return shorten(printable(text).replace("\n", "\\n").replace(" ", "␣").replace("$", r"\$"), 12) or "·"
-
-
 def page(trace: Trace) -> str:
     """A page that needs nothing else: the text coloured, below it position x forward; hovering tells the numbers."""
     S, words, bars = trace.forwards, [], []
     height = max(3, min(14, 600 // (S + 1)))  # pixels of a forward
     for t, (text, settled, confidence) in enumerate(zip(trace.texts, trace.settled, trace.confidence)):
         when = f"settled at forward {settled} of {S}, confidence {confidence:.3f}"
-        if settled < 1:
-            when = "still masked" if settled else "given"
+        when = {-1: "still masked", 0: "given"}.get(settled, when)
         tip = html.escape(f"position {t}: {text!r}\n{when}")
 
         # Each token twice: as text, in an ink that can be read on its colour ...
@@ -340,9 +325,7 @@ h1 {{ font-size: 1.1em }} pre {{ font: 15px/1.8 ui-monospace, monospace; white-s
 span {{ border-radius: 3px; padding: 1px 0 }} span:hover, g:hover {{ outline: 2px solid #d33 }}
 </style></head><body><h1>{title}</h1>
 <p>Colour: when a token settled, from violet (first forward) to yellow (last, {S}); pale: unsure; grey: masked or given.
-Hover for the numbers.</p>
-<pre>{"".join(words)}</pre>
-<div style="overflow-x: auto"><svg width="{14 * len(bars)}" height="{height * (S + 1)}" role="img"
-aria-label="position by forward">{"".join(bars)}</svg></div>
-<p>Across: position. Down: forward, 0 to {S}.</p></body></html>
+Hover for the numbers.</p><pre>{"".join(words)}</pre><div style="overflow-x: auto">
+<svg width="{14 * len(bars)}" height="{height * (S + 1)}" role="img" aria-label="tokens by forward">{"".join(bars)}</svg>
+</div><p>Across: position. Down: forward, 0 to {S}.</p></body></html>
 """

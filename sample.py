@@ -250,6 +250,7 @@ def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
 
 def traced(answers: Answers, objective: str) -> Trace:
     """How the first row of a batch was denoised, for a picture."""
+    # An answer may end before its last mask settles.
     last, forwards = answers.last, answers.forwards[0].item()
     ids, masked, settled, confidence = next(answers.rows(last.tokens, last.masked, answers.settled, last.confidence))
     texts = pieces(answers.tokenizer, ids, masked, skip_special_tokens=False)
@@ -290,7 +291,6 @@ def show_table(todo: list[Request], seconds: dict[str | None, float]) -> float:
         cost = rate(done, spent)
         speed, share = cost.tokens / max(spent, 1e-9), cost.tokens / max(cost.forwards, 1)
         print(f"{name:<{width}}  {score:13.1f}  {len(done):5}  {speed:8.1f}  {share:18.2f}")
-    print(cost)
     return score
 
 
@@ -303,7 +303,7 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
         "seed": args.seed,
         "batch_size": args.batch_size,
         **options,
-        "block_size": model.config.block_length if options["block_size"] is None else options["block_size"],
+        "block_size": options["block_size"] or model.config.block_length,
     }
     # The file takes its name when it is complete.
     with replacing_file(args.output) as file, file.open("w", encoding="utf-8") as lines:
@@ -311,8 +311,8 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
             text, _, tokens, forwards = request.answer
             row = {"prompt": request.prompt, "answer": text, "tokens": tokens, "forwards": forwards}
             if request.expected is not None:
-                row |= {name: getattr(request, name) for name in ("task", "expected", "correct")}
-            row |= {**settings, "max_new_tokens": request.new}
+                row |= {"task": request.task, "expected": request.expected, "correct": request.correct}
+            row |= settings | {"max_new_tokens": request.new}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -350,10 +350,8 @@ def sample(args: Sample) -> int:
     progress.close()
 
     # Then the score or the rate, a remark, and the files.
-    if args.dataset_args:
-        score = show_table(todo, seconds)
-    else:
-        print(rate(todo, sum(seconds.values())))
+    score = show_table(todo, seconds) if args.dataset_args else None
+    print(rate(todo, sum(seconds.values())))
     for remark in idle_steps(options, objective, max(sum(request.holes or []) + request.new for request in todo)):
         print(remark)
     if args.picture is not None:
