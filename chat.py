@@ -12,13 +12,11 @@ import torch
 
 from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Prefix, Sampling, denoise
-from display import MASKED, Rate, Stream, shorten, show, terminal
+from display import MASKED, Stream, cost, shorten, show, terminal
 from files import replacing_file
 from model import LanguageModel
 from options import Options, Seed, flags, nearest
 from tokenizer import Tokenizer
-
-HISTORY = 1000  # lines of it that are kept
 
 
 @dataclass(kw_only=True)
@@ -63,10 +61,7 @@ COMMANDS = "help", "reset", "system", "undo", "retry", "set", "infill", "save", 
 
 
 class Conversation:
-    """A conversation: its messages, the options it is decoded with, and what of it is cached.
-
-    Methods named in COMMANDS are what a line beginning with a slash calls, with the rest of the line; their docstrings
-    are what /help prints. They raise ValueError, and change nothing, where that cannot be done."""
+    """A conversation: its messages, the options it is decoded with, and what of it is cached."""
 
     def __init__(self, args: Chat, model: LanguageModel, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -95,9 +90,12 @@ class Conversation:
         if name not in COMMANDS:
             way_out = nearest(name, COMMANDS, "/help lists the commands").replace("mean ", "mean /")
             raise ValueError(f"unknown command /{name}; {way_out}")
+        if name in ("save", "load") and not rest.strip():
+            raise ValueError(f"/{name}: expected the name of a file")
         getattr(self, name)(rest.strip())
 
-    # Commands
+    # Commands: a line that begins with a slash calls the method of that name, with the rest of the line. Its docstring
+    # is what /help prints. It raises ValueError, and changes nothing, where that cannot be done.
 
     def help(self, rest: str) -> None:
         """/help: list the commands"""
@@ -156,7 +154,7 @@ class Conversation:
     def save(self, rest: str) -> None:
         """/save FILE: write the conversation, a row of JSONL as train.py reads it"""
         # Replace no file but this conversation's own.
-        path = named_file(rest, "/save")
+        path = Path(rest).expanduser()
         if path.exists() and path.resolve() not in self.files:
             raise ValueError(f"{path} exists and is not this conversation's; choose another name")
         row = {"messages": self._system() + self.messages}
@@ -167,7 +165,7 @@ class Conversation:
 
     def load(self, rest: str) -> None:
         """/load FILE: go on with a conversation that was saved"""
-        path = named_file(rest, "/load")
+        path = Path(rest).expanduser()
         if not path.exists():
             raise ValueError(f"there is no file {path}")
         try:
@@ -184,6 +182,7 @@ class Conversation:
         if system and not self.templated:
             raise ValueError(f"{path} has a system message, which needs a chat template; here text is continued")
 
+        # From here on nothing can fail.
         self.system_message = system[0] if system else None
         self.messages, self.left_out = turns, 0
         self.files.add(path.resolve())
@@ -194,8 +193,7 @@ class Conversation:
         """/infill TEXT: fill in each <|mask|> of a text, outside of the conversation"""
         ids, holes = canvas(self.tokenizer, self.tokenizer.encode(rest), self.model)
         if not any(holes):
-            mask = self.tokenizer.mask_token
-            raise ValueError(f"/infill {rest}: expected a text with {mask} where tokens are wanted")
+            raise ValueError(f"/infill {rest}: expected a text with {self.tokenizer.mask_token} where tokens go")
         self._decode(ids, holes)
 
     def quit(self, rest: str) -> None:
@@ -267,7 +265,7 @@ class Conversation:
             stream.close(answer.shown)
 
         # What it took, in one line.
-        notes = [str(Rate(answer.tokens, answers.seconds, answer.forwards))]
+        notes = [cost(answer.tokens, answers.seconds, answer.forwards)]
         notes += [f"{reused} of {len(ids)} prompt tokens kept"] if reused else []
         notes += idle_steps(options, objective, sum(holes or []) + options["max_new_tokens"])
         notes += ["stopped"] if pressed else []
@@ -311,12 +309,6 @@ def note(text: str) -> None:
     show([(text, MASKED)], sys.stdout if terminal(sys.stdout) else sys.stderr)
 
 
-def named_file(rest: str, command: str) -> Path:
-    if not rest:
-        raise ValueError(f"{command}: expected the name of a file")
-    return Path(rest).expanduser()
-
-
 def one_line(text: str) -> str:
     return shorten(" ".join(text.split()), 70)
 
@@ -347,7 +339,7 @@ def recall(file: str, *, save: bool = False) -> None:
     path = Path(file).expanduser()
     try:
         if file and save:
-            readline.set_history_length(HISTORY)
+            readline.set_history_length(1000)  # lines
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)
         elif file and path.exists():
@@ -363,6 +355,8 @@ def main(argv: list[str] | None = None) -> None:
         args = Chat.parse(argv)
         model, tokenizer = open_model(args, args.block_size)
         conversation, config = Conversation(args, model, tokenizer), model.config
+
+        # A terminal gets a banner and line editing, a pipe nothing but answers.
         interactive = sys.stdin.isatty()
         if interactive:
             blocks = f", block length {config.block_length}" if config.objective == "bd3lm" else ""

@@ -23,7 +23,7 @@ from tokenizer import ROLES, Tokenizer, why_invalid
 
 
 def end_quietly() -> None:
-    """Called in a process forked from this one, such as those that tokenise: Ctrl-C ends it without a traceback."""
+    """Called in processes forked from this one, such as those that tokenise: Ctrl-C ends them without tracebacks."""
     # Where a shell ignores Ctrl-C for a background job, or a caller handles it, it stays so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -210,10 +210,8 @@ class Answer(NamedTuple):
 
 
 class Answers:
-    """The answers to a batch of prompts, while they are denoised. Iterating over it takes the steps of `denoise`, in
-    `seconds`; `shown` is what there is after each, `final` what comes out.
-
-    prompts, canvas_masks, generator, prefix: as `denoise` takes them. options: of `sampler_options`."""
+    """The answers to a batch of prompts. Iterating over it takes the steps of `denoise`, whose arguments these are;
+    `shown` is what there is after each, `final` what comes out. options: of `sampler_options`."""
 
     def __init__(
         self, model, tokenizer, prompts, canvas_masks=None, *, options: dict, generator, prefix: Prefix | None = None

@@ -19,17 +19,11 @@ MASKED, FRESH, SETTLED, STRONG = "2", "1;32", "", "1"  # SGR attributes: dim; bo
 Spans = list[tuple[str, str]]  # texts, each with its attributes
 
 
-class Rate(NamedTuple):
-    """What decoding cost. tokens: of the answers, with their end tokens; forwards: model calls per row, added up."""
-
-    tokens: int
-    seconds: float
-    forwards: int
-
-    def __str__(self) -> str:
-        speed, share = self.tokens / max(self.seconds, 1e-9), self.tokens / max(self.forwards, 1)
-        cost = f"{self.tokens} tokens in {self.seconds:.2f} s, {speed:.1f} tokens/s"
-        return f"{cost}, {self.forwards} forwards, {share:.2f} tokens per forward"
+def cost(tokens: int, seconds: float, forwards: int) -> str:
+    """What decoding took. tokens: of the answers, with their end tokens; forwards: model calls per row, added up."""
+    speed, share = tokens / max(seconds, 1e-9), tokens / max(forwards, 1)
+    took = f"{tokens} tokens in {seconds:.2f} s, {speed:.1f} tokens/s"
+    return f"{took}, {forwards} forwards, {share:.2f} tokens per forward"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,9 +31,7 @@ class Rate(NamedTuple):
 
 
 def pieces(tokenizer, ids: list[int], masked: list[bool], *, skip_special_tokens: bool = True) -> list[str]:
-    """The text that each token adds to those before it, "" for a masked one. Joined, they are the text of the whole.
-
-    A character of several tokens belongs to the last of them."""
+    """The text that each token adds to those before it, "" for a masked one; together the text of the whole."""
     texts, before, begin = [], 0, 0  # ids[before:begin] are context, ids[begin:] have no text yet
     for i, hole in enumerate(masked):
         texts.append("")
@@ -49,7 +41,7 @@ def pieces(tokenizer, ids: list[int], masked: list[bool], *, skip_special_tokens
         # A token's text may depend on the one before it (a space between words): decode the two together.
         context = tokenizer.decode(ids[before:begin], skip_special_tokens=skip_special_tokens)
         text = tokenizer.decode(ids[before : i + 1], skip_special_tokens=skip_special_tokens)
-        # Half a character decodes to U+FFFD: wait for its other tokens, 4 at most, as UTF-8 takes 4 bytes at most.
+        # Half a character decodes to U+FFFD: it belongs to the last of its tokens, 4 at most, as UTF-8 takes 4 bytes.
         last = i + 1 == len(ids) or masked[i + 1]
         if not text.endswith("\ufffd") or last or i - begin >= 3:
             texts[i] = text[len(context) :]
@@ -119,9 +111,8 @@ def coloured(shown: Spans) -> str:
 
 
 def wrap(shown: Spans, width: int) -> list[Spans]:
-    """Lines of at most `width` cells, each a list of (character, style), broken after spaces and masks if possible.
-
-    Together they hold every character, which `Stream` counts; rich's Text.wrap drops the space at a line's end."""
+    """Lines of at most `width` cells, a span for each character, broken after spaces and masks if possible."""
+    # No character is lost, as `Stream` counts them; rich's Text.wrap drops the space at a line's end.
     lines, line, cells, breakable = [], [], 0, 0  # cells of the line, and how much of it may stand alone
     for character, style in characters(shown):
         # Where the character has no room, break the line. One space may hang over the edge, so that the next line does
@@ -144,9 +135,7 @@ def wrap(shown: Spans, width: int) -> list[Spans]:
 
 
 class Region:
-    """The last lines of a terminal, redrawn in place; what is printed above them stays. A context manager.
-
-    live: whether the stream is a terminal, to which alone anything may be drawn."""
+    """The last lines of a terminal, redrawn in place; what is above them stays. Draw only where it is `live`."""
 
     def __init__(self, stream=None, *, live: bool = True):
         self.stream = sys.stdout if stream is None else stream
@@ -188,10 +177,8 @@ class Region:
 
 
 class Stream(Region):
-    """An answer while it is denoised: `show` it at each step, `close` it at the end.
-
-    On a terminal, lines that are certain scroll away and the rest is redrawn in place. Elsewhere text is written once
-    nothing before it is masked. revocable: settled tokens may be masked again, so nothing is certain before the end."""
+    """An answer while it is denoised: `show` it at each step, `close` it at the end. revocable: settled tokens may be
+    masked again, so nothing is certain before the end."""
 
     def __init__(self, stream=None, *, live: bool = True, revocable: bool = False):
         super().__init__(stream, live=live)
@@ -204,6 +191,7 @@ class Stream(Region):
         first = next((i for i, (_, style) in enumerate(shown) if style == MASKED), len(shown))
         settled = "" if self.revocable else plain(shown[:first])
 
+        # Where nothing can be taken back, write the settled text.
         if not self.live:
             # A character whose last tokens are still masked ends in U+FFFD: it has to wait for them.
             settled = settled.rstrip("\ufffd") if first < len(shown) else settled
@@ -211,7 +199,8 @@ class Stream(Region):
             self.written = max(self.written, len(settled))
             return
 
-        # Lines of settled text alone are certain, but for the last: the word after it may get shorter, and move up.
+        # On a terminal, lines of settled text alone scroll away, and the rest is redrawn in place. The last of them is
+        # not certain: the word after it may get shorter, and move up.
         lines = wrap(characters(shown)[self.written :], self.width)
         complete = sum(self.written + end <= len(settled) for end in accumulate(map(len, lines)))
         certain = lines[: max(complete - 1, 0)]
@@ -326,6 +315,6 @@ span {{ border-radius: 3px; padding: 1px 0 }} span:hover, g:hover {{ outline: 2p
 </style></head><body><h1>{title}</h1>
 <p>Colour: when a token settled, from violet (first forward) to yellow (last, {S}); pale: unsure; grey: masked or given.
 Hover for the numbers.</p><pre>{"".join(words)}</pre><div style="overflow-x: auto">
-<svg width="{14 * len(bars)}" height="{height * (S + 1)}" role="img" aria-label="tokens by forward">{"".join(bars)}</svg>
+<svg width="{14 * len(bars)}" height="{height * (S + 1)}" role="img" aria-label="token x forward">{"".join(bars)}</svg>
 </div><p>Across: position. Down: forward, 0 to {S}.</p></body></html>
 """

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import data
 from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Sampling
-from display import STRONG, Rate, Region, Spans, Trace, picture, pieces, plain, show, wrap
+from display import STRONG, Region, Spans, Trace, cost, picture, pieces, plain, show, wrap
 from files import check_file, replacing_file
 from model import LanguageModel
 from options import Bound, Natural, Options, Rows, Words
@@ -109,6 +109,11 @@ class Request:
     answer: tuple = None  # a cli.Answer; of a prompt that was filled in, all of it
 
     @property
+    def kind(self) -> tuple:
+        # A task is timed by itself, and a batch is either filled in or answered.
+        return self.task or "", self.holes is not None
+
+    @property
     def correct(self) -> bool:
         return self.answer.text.strip() == self.expected.strip()
 
@@ -121,6 +126,8 @@ def requests(args: Sample) -> list[Request]:
         raise ValueError(f"prompts come from {' and '.join(given)}; expected one source")
     if args.min_exact_match is not None and not args.dataset_args:
         raise ValueError("--min_exact_match needs answers to compare with; add --dataset_args")
+
+    # A data set, or arguments; "-" alone stands for standard input.
     if args.dataset_args:
         return [to_score(row, args.dataset_args) for row in data.raw(args.dataset_args, args.split)]
     if args.prompts and list(args.prompts) != ["-"]:
@@ -168,6 +175,7 @@ def to_score(row: dict, source: str) -> Request:
 def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokenizer: Tokenizer, chat: bool) -> None:
     """Sets `ids`, `holes` and `new` of the n-th request. chat: text is a turn of a chat, not continued."""
     prompt, text = request.prompt, isinstance(request.prompt, str)
+    # A text is a chat of one turn, or free: to continue or to fill in.
     messages = [{"role": "user", "content": prompt}] if text else prompt
     infilling = any(tokenizer.mask_token in message["content"] for message in messages)
     if not text and not chat:
@@ -176,24 +184,21 @@ def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokeniz
         flag = "--system" if args.system is not None else "--chat_template True"
         raise ValueError(f"prompt {n} has masks and is filled in as plain text; leave {flag} out, or give messages")
 
-    # A text to continue or to fill in, else a chat: up to where its answer begins, or all of one to fill in, which may
-    # end in an answer.
+    # A chat is rendered up to where its answer begins; one to fill in may end in an answer, and is rendered whole.
     if text and (infilling or prompt == "" or not chat):
         ids = tokenizer.encode(prompt)
     else:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         answered = messages[-1]["role"] == "assistant"
         if answered and not infilling:
-            mask = tokenizer.mask_token
-            raise ValueError(f"prompt {n} ends in the assistant's turn; leave that out, or put {mask} in it")
+            raise ValueError(f"prompt {n} ends in the assistant's turn; leave that out, or add {tokenizer.mask_token}")
         ids, _ = tokenizer.render(system + messages, reply=not answered)
     request.ids, holes = canvas(tokenizer, ids, model)
     request.holes = holes if infilling else None
 
     # How much follows, and whether the model's context has room for it.
-    request.new = args.max_new_tokens
-    if request.new is None:
-        request.new = 0 if infilling else Sampling.max_new_tokens
+    default = 0 if infilling else Sampling.max_new_tokens
+    request.new = default if args.max_new_tokens is None else args.max_new_tokens
     room, length = model.config.max_position_embeddings, len(request.ids)
     if length + request.new > room:
         parts = f"its {length} tokens and {request.new} new ones exceed the model's context of {room}"
@@ -225,6 +230,7 @@ def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, 
     prompts, holes = [request.ids for request in batch], [request.holes for request in batch]
     options = options | {"max_new_tokens": batch[0].new}
     holes = None if None in holes else holes
+    # Only the steps are timed, not what is shown of them.
     answers = Answers(model, tokenizer, prompts, holes, options=options, generator=generator)
     with Watch(live=watch) as screen:
         for step in answers:
@@ -237,20 +243,14 @@ def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, 
 
 def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
     """The requests in batches of one kind, those of a kind in their order."""
-
-    # A task is timed by itself, and a batch is either filled in or answered.
-    def kind(request: Request) -> tuple:
-        return request.task or "", request.holes is not None
-
-    for each in sorted(set(map(kind, todo))):
-        same = [request for request in todo if kind(request) == each]
+    for kind in sorted({request.kind for request in todo}):
+        same = [request for request in todo if request.kind == kind]
         for begin in range(0, len(same), size):
             yield same[begin : begin + size]
 
 
 def traced(answers: Answers, objective: str) -> Trace:
     """How the first row of a batch was denoised, for a picture."""
-    # An answer may end before its last mask settles.
     last, forwards = answers.last, answers.forwards[0].item()
     ids, masked, settled, confidence = next(answers.rows(last.tokens, last.masked, answers.settled, last.confidence))
     texts = pieces(answers.tokenizer, ids, masked, skip_special_tokens=False)
@@ -264,6 +264,7 @@ def traced(answers: Answers, objective: str) -> Trace:
 
 def show_answer(request: Request, number: str, tokenizer: Tokenizer) -> None:
     """Prints prompt and answer; what was filled in stands out."""
+    # A chat as it would be told, and an empty prompt with the token that the text began with.
     prompt = request.prompt
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
@@ -273,23 +274,23 @@ def show_answer(request: Request, number: str, tokenizer: Tokenizer) -> None:
     show([(f"[{number}] {prompt}\n", STRONG), *request.answer.shown], end="\n\n")
 
 
-def rate(done: list[Request], seconds: float) -> Rate:
-    answers = [request.answer for request in done]
-    return Rate(sum(answer.tokens for answer in answers), seconds, sum(answer.forwards for answer in answers))
+def totals(done: list[Request]) -> tuple[int, int]:
+    """Tokens and forwards of the answers."""
+    return sum(request.answer.tokens for request in done), sum(request.answer.forwards for request in done)
 
 
 def show_table(todo: list[Request], seconds: dict[str | None, float]) -> float:
     """Prints exact match by task and pooled, the answer against the expected one; returns the pooled percentage."""
     # A row for each task if there are several, and one for all.
-    tasks = [task for task in seconds if task is not None] if len(seconds) > 1 else []
-    rows = [(task, [request for request in todo if request.task == task], seconds[task]) for task in tasks]
+    several = {task: spent for task, spent in seconds.items() if task is not None and len(seconds) > 1}
+    rows = [(task, [request for request in todo if request.task == task], spent) for task, spent in several.items()]
     rows.append(("all", todo, sum(seconds.values())))
     width = max(len("task"), *(len(name) for name, *_ in rows))
     print(f"{'task':<{width}}  exact match %      n  tokens/s  tokens per forward")
     for name, done, spent in rows:
         score = 100 * sum(request.correct for request in done) / len(done)
-        cost = rate(done, spent)
-        speed, share = cost.tokens / max(spent, 1e-9), cost.tokens / max(cost.forwards, 1)
+        tokens, forwards = totals(done)
+        speed, share = tokens / max(spent, 1e-9), tokens / max(forwards, 1)
         print(f"{name:<{width}}  {score:13.1f}  {len(done):5}  {speed:8.1f}  {share:18.2f}")
     return score
 
@@ -351,7 +352,8 @@ def sample(args: Sample) -> int:
 
     # Then the score or the rate, a remark, and the files.
     score = show_table(todo, seconds) if args.dataset_args else None
-    print(rate(todo, sum(seconds.values())))
+    tokens, forwards = totals(todo)
+    print(cost(tokens, sum(seconds.values()), forwards))
     for remark in idle_steps(options, objective, max(sum(request.holes or []) + request.new for request in todo)):
         print(remark)
     if args.picture is not None:
@@ -359,6 +361,8 @@ def sample(args: Sample) -> int:
             file.write_bytes(picture(trace, args.picture))
     if args.output is not None:
         write_rows(args, todo, model, options)
+
+    # Below the least score the status is 1, for a script to see.
     least = args.min_exact_match
     if least is not None and score < least:
         print(f"sample.py: exact match {score:.1f} % is below --min_exact_match {least}", file=sys.stderr)
