@@ -41,10 +41,11 @@ def one_line_errors(prog: str):
     if getattr(sys.stdout, "encoding", None) and "utf" not in sys.stdout.encoding.lower():
         sys.stdout.reconfigure(errors="replace")
 
-    # Of torchrun's processes the first reports, and when it has ended torchrun ends the others: so they wait for that.
-    first = os.environ.get("RANK", "0") == "0"
     if hasattr(os, "register_at_fork"):  # Windows lacks it
         os.register_at_fork(after_in_child=end_quietly)
+
+    # Of torchrun's processes the first reports. Once it has ended, torchrun ends the others, so they wait for that.
+    first = os.environ.get("RANK", "0") == "0"
     try:
         yield
         sys.stdout.flush()  # else a full disk or a closed pipe shows only when Python ends
@@ -223,7 +224,7 @@ class Answers:
         new = options["max_new_tokens"]
         self.columns = [slice(0 if self.infilling else len(ids), len(ids) + new) for ids in prompts]
 
-        self.seconds, self.last = 0.0, None  # the newest step
+        self.seconds, self.last = 0.0, None  # what the steps took, and the newest one
         how = {"canvas_masks": canvas_masks, "end_ids": self.end_ids, "prefix": prefix, "generator": generator}
         self.steps = denoise(model, prompts, **how, **options)
 

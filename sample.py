@@ -214,10 +214,10 @@ class Watch(Region):
 
     def show(self, rows: list[Spans], forwards: int) -> None:
         if self.live:
-            lines = wrap([(f"forward {forwards}", STRONG)], self.width)
+            shown = [(f"forward {forwards}", STRONG)]
             for n, row in enumerate(rows, 1):
-                lines += wrap([(f"{n} ", STRONG), *row], self.width)
-            self.draw(lines)
+                shown += [(f"\n{n} ", STRONG), *row]
+            self.draw(wrap(shown, self.width))
             time.sleep(FRAME)  # not counted in the time that decoding took
         elif forwards % PLAIN_EVERY == 0:
             for n, row in enumerate(rows, 1):
@@ -264,7 +264,7 @@ def traced(answers: Answers, objective: str) -> Trace:
 
 def show_answer(request: Request, number: str, tokenizer: Tokenizer) -> None:
     """Prints prompt and answer; what was filled in stands out."""
-    # A chat as it would be told, and an empty prompt with the token that the text began with.
+    # A chat is shown turn by turn, an empty prompt by the token that the text began with.
     prompt = request.prompt
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
