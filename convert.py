@@ -124,8 +124,8 @@ def prepare_mask(tensors: dict, config: Config, tokenizer: Tokenizer, *, untrain
 
 
 @torch.no_grad()
-def convert(args: Convert) -> list[tuple[str, str]]:
-    """Writes the new checkpoint; returns what was done, as (what, value)."""
+def convert(args: Convert) -> dict[str, str]:
+    """Writes the new checkpoint; returns what was done."""
     # Whatever is wrong with the options shows before the weights are read.
     output = Path(args.output_dir)
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
@@ -135,11 +135,10 @@ def convert(args: Convert) -> list[tuple[str, str]]:
     source = resolve(args.model_name_or_path)
     tokenizer = Tokenizer(source, args.mask_token)
 
+    # The weights: random ones, or the source's.
+    model = LanguageModel(load_config(source)) if args.random_init else load_model(source)
     if args.random_init:
-        model = LanguageModel(load_config(source))
         model.init_weights(torch.Generator().manual_seed(args.seed))
-    else:
-        model = load_model(source)
     config, tensors = model.config, model.state_dict()
     tokenizer.fit(config.vocab_size, mask=False)
     stored, rows = config.dtype, config.vocab_size
@@ -153,20 +152,20 @@ def convert(args: Convert) -> list[tuple[str, str]]:
         mask = f"{tokenizer.mask_token}, id {tokenizer.mask_id}; its row {done}"
     dtype = args.save_dtype or stored
     save_model(model, output, dtype=getattr(torch, dtype), tokenizer=tokenizer, state_dict=tensors)
-    return [
-        ("family", config.model_type),
-        ("objective", config.objective or f"{args.to}, none declared"),
-        ("mask token", mask),
-        ("embedding rows", str(rows) if config.vocab_size == rows else f"{rows} -> {config.vocab_size}"),
-        ("parameters", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
-        ("dtype", stored if dtype == stored else f"{stored} -> {dtype}"),
-        ("written", str(output)),
-    ]
+    return {
+        "family": config.model_type,
+        "objective": config.objective or f"{args.to}, none declared",
+        "mask token": mask,
+        "embedding rows": str(rows) if config.vocab_size == rows else f"{rows} -> {config.vocab_size}",
+        "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
+        "dtype": stored if dtype == stored else f"{stored} -> {dtype}",
+        "written": str(output),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors("convert.py"):
-        for what, value in convert(Convert.parse(argv)):
+        for what, value in convert(Convert.parse(argv)).items():
             print(f"{what:<15} {value}")
 
 
