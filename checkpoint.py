@@ -67,6 +67,7 @@ def resolve(path: str | Path) -> Path:
 def load_config(path: str | Path) -> Config:
     file = resolve(path) / "config.json"
     if not file.is_file():
+        # Perhaps a run's directory, whose checkpoints have one.
         found = sorted(inner.parent.name for inner in file.parent.glob("*/config.json"))
         hint = f"did you mean {file.parent / found[-1]}?" if found else "expected a Hugging Face checkpoint's directory"
         raise FileNotFoundError(f"{file.parent} holds no config.json; {hint}")
@@ -77,10 +78,7 @@ def load_config(path: str | Path) -> Config:
 
 
 def read_config(raw: dict) -> Config:
-    """A Config of config.json's fields, in the flat dialect or the nested one (rope_parameters, dtype).
-
-    Raises ValueError, naming the field, for whatever would change the computation and is not implemented here.
-    """
+    """A Config of config.json's fields, in either dialect; ValueError for what is not implemented."""
     _check_fields(raw)
     theta, scaling = _read_rope(raw)
     if missing := [name for name in REQUIRED if raw.get(name) is None]:
@@ -152,21 +150,22 @@ def is_diffusion(config: Config) -> bool:
 
 
 def config_dict(config: Config) -> dict:
-    """The fields of config.json, flat dialect; the family is dLLM's a2d-* for diffusion, else the plain causal one."""
+    """The fields of config.json, in the flat dialect."""
+    # The family is dLLM's a2d-* for diffusion, else the plain causal one.
     name, diffusion = config.family.name, is_diffusion(config)
     out = {field.name: getattr(config, field.name) for field in fields(Config) if field.name != "extra"}
     out |= {"architectures": [f"A2D{name}LMHeadModel" if diffusion else f"{name}ForCausalLM"], **config.extra}
     out["model_type"] = f"a2d-{config.model_type}" if diffusion else config.model_type
+
+    # Left out are biases where the family decides, and what is not declared.
     if config.family.qkv_bias is not None:
-        del out["attention_bias"]  # the family decides, not a field
+        del out["attention_bias"]
     return dict(sorted((key, value) for key, value in out.items() if value is not None or key not in DECLARED))
 
 
 def declare(config: Config, *, objective=None, block_length=None, right_shift=None, mask_token_id=None) -> Config:
-    """`config`, with what it does not declare filled in: by the arguments, else mdlm, and a shift for ar alone.
-
-    Raises ValueError where an argument contradicts what the checkpoint declares or what its objective needs.
-    """
+    """`config`, with what it does not declare filled in; ValueError where an argument contradicts what it does."""
+    # Without anything said it is mdlm, and only ar has a shift.
     objective = objective or config.objective or "mdlm"
     diffusion = objective != "ar"
     if objective not in OBJECTIVES:
@@ -292,9 +291,9 @@ def _check_weights(path: Path, config: Config, expected: dict[str, list[int]], s
 def save_model(model: LanguageModel, path: str | Path, *, dtype=None, tokenizer=None, state_dict=None) -> None:
     """Writes config.json, the weights and the tokenizer's files, all at once or not at all.
 
-    dtype: a torch.dtype; None: `config.dtype`, that of the source. state_dict: the whole tensors, where the model's own
-    are sharded. Only a checkpoint is replaced, and an empty directory; ValueError where anything else is at `path`.
+    dtype: a torch.dtype; None: the source's. state_dict: the whole tensors, where the model's own are sharded.
     """
+    # Only a checkpoint is replaced, or an empty directory.
     path = Path(path)
     files = [] if not path.exists() else list(path.iterdir()) if path.is_dir() else [path]
     if files and (not (path / "config.json").is_file() or any(file.is_dir() for file in files)):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def check_directory(flag: str, directory: str | Path) -> None:
-    """ValueError where nothing can be written into `directory`, which need not exist. Call it before the work."""
-    # The nearest directory above that exists decides.
+    """ValueError where nothing can be written into `directory`. Call it before the work."""
+    # It need not exist: the nearest directory above that does decides.
     whole = Path(directory).absolute()
     there = next(path for path in (whole, *whole.parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
@@ -29,7 +29,8 @@ def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwri
 
 @contextmanager
 def naming_file(path: str | Path):
-    """Adds `path` to an OSError raised inside that names no file, as that of a full disk does not."""
+    """Adds `path` to an OSError raised inside that names no file."""
+    # That of a full disk does not.
     try:
         yield
     except OSError as error:
@@ -87,7 +88,8 @@ def replacing(path: str | Path):
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint. It loses its name first, so that what has that name is always whole."""
+    """Removes a checkpoint."""
+    # It loses its name first, so that what has that name is always whole.
     shutil.rmtree(path.rename(beside(path)))
 
 

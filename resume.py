@@ -39,7 +39,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def prune(output: Path, step: int, limit: int | None) -> None:
-    """Of the checkpoints up to `step` the two newest can be resumed from, and the last `limit` stay (None: all)."""
+    """Removes all but the last `limit` checkpoints up to `step` (None: none), and the state of all but the last two."""
     written = [path for path in checkpoints(output) if number_of(path) <= step]
     for old in written[:-2]:
         drop_training(old)
@@ -64,7 +64,8 @@ def check_ranks_agree(args, ranks: Ranks) -> None:
 
 
 def is_complete(args, output: Path, ranks: Ranks) -> bool:
-    """Whether a run that is resumed has its last checkpoint already. First puts in order what a killed one left."""
+    """Whether a run that is resumed has its last checkpoint already."""
+    # First put in order what a killed one left.
     if args.resume_from_checkpoint is not None and ranks.rank == 0:
         recover(output)
     barrier()
@@ -181,7 +182,8 @@ def read_progress(path: Path) -> dict:
 
 
 def drop_training(path: Path) -> None:
-    """Removes the training state from a checkpoint, which remains a model; first the file that marks it as whole."""
+    """Removes the training state from a checkpoint, which remains a model."""
+    # First the file that marks it as whole.
     (path / STATE / PROGRESS).unlink(missing_ok=True)
     shutil.rmtree(path / STATE, ignore_errors=True)
 

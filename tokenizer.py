@@ -19,7 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MASK = "<|mask|>"
 END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")  # ends of a turn or a text, in Qwen and Llama
 ROLES = ("system", "user", "assistant", "tool")
-JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+CONFIG, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 SPLIT = (  # Qwen's: contractions, words, single digits, punctuation, line ends, spaces
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -33,9 +34,10 @@ CHATML = (
 @contextmanager
 def reading(file: Path):
     """Turns whatever is raised while a file is read into a ValueError that names the file."""
+    # Whatever it is, since `tokenizers` raises nothing more specific.
     try:
         yield
-    except Exception as error:  # `tokenizers` raises nothing more specific
+    except Exception as error:
         raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; fetch it again") from error
 
 
@@ -86,41 +88,39 @@ class Tokenizer:
         found = (self.core.token_to_id(self.special[name]) if name in self.special else None for name in names)
         self.mask_id, self.eos_id, self.bos_id, pad_id = found
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.end_ids = self._find_ends()
+
+        # What ends a turn or a text: EOS, the families' end tokens, and those that generation_config.json declares.
+        added = self.core.get_added_tokens_decoder()
+        specials = {token.content: i for i, token in added.items() if token.special}
+        declared = self.files.get(GENERATION, {}).get("eos_token_id")
+        declared = declared if isinstance(declared, list) else [declared]
+        ends = {self.eos_id, *(specials.get(token) for token in END), *(i for i in declared if i in added)}
+        self.end_ids = sorted(ends - {None})
 
     def _read_files(self, path: Path) -> None:
-        """Sets `files` (JSON by name), `template`, `template_file` (its text) and `special` (bos_token and so on)."""
-        self.files, self.template_file = {}, None
-        for file in (path / name for name in JSON_FILES if (path / name).is_file()):
+        """Sets `files` (a dict or, of the template, text by name), `template` and `special` (bos_token and so on)."""
+        self.files = {}
+        for file in (path / name for name in (CONFIG, SPECIAL, GENERATION, TEMPLATE) if (path / name).is_file()):
             with reading(file):
-                self.files[file.name] = json.loads(file.read_bytes())
-                if not isinstance(self.files[file.name], dict):
-                    raise ValueError(f"{json.dumps(self.files[file.name])[:40]}, expected an object")
-        if (file := path / "chat_template.jinja").is_file():
-            with reading(file):
-                self.template_file = file.read_text(encoding="utf-8")
+                content = file.read_text(encoding="utf-8")
+                if file.name != TEMPLATE:
+                    content = json.loads(content)
+                    if not isinstance(content, dict):
+                        raise ValueError(f"{json.dumps(content)[:40]}, expected an object")
+                self.files[file.name] = content
 
         # A template is a file, or a field: a text, or a list of named ones.
-        config = self.files.setdefault("tokenizer_config.json", {})
-        self.template = self.template_file or config.get("chat_template")
+        config = self.files.setdefault(CONFIG, {})
+        self.template = self.files.get(TEMPLATE) or config.get("chat_template")
         if isinstance(self.template, list):
             self.template = {named["name"]: named["template"] for named in self.template}.get("default")
 
         # Special tokens are texts, or objects with a text as content.
         self.special = {}
-        for name, token in {**self.files.get("special_tokens_map.json", {}), **config}.items():
+        for name, token in {**self.files.get(SPECIAL, {}), **config}.items():
             token = token["content"] if isinstance(token, dict) and "content" in token else token
             if name.endswith("_token") and isinstance(token, str):
                 self.special[name] = token
-
-    def _find_ends(self) -> list[int]:
-        """Ids that end a turn or a text: EOS, the known end tokens, and those that generation_config.json declares."""
-        added = self.core.get_added_tokens_decoder()
-        specials = {token.content: i for i, token in added.items() if token.special}
-        declared = self.files.get("generation_config.json", {}).get("eos_token_id")
-        declared = declared if isinstance(declared, list) else [declared]
-        found = [self.eos_id, *(specials.get(token) for token in END), *(i for i in declared if i in added)]
-        return sorted({i for i in found if i is not None})
 
     @property
     def ids(self) -> list[int]:
@@ -154,19 +154,19 @@ class Tokenizer:
         added = [token for token in core["added_tokens"] if self.mask_added and token["id"] == self.mask_id]
         if mask:
             # Declare it wherever special tokens are declared. tokenizer.json has it already.
-            for name in files.keys() & {"tokenizer_config.json", "special_tokens_map.json"}:
+            for name in files.keys() & {CONFIG, SPECIAL}:
                 files[name]["mask_token"] = self.mask_token
-            listed = files["tokenizer_config.json"].get("added_tokens_decoder", {})
+            listed = files[CONFIG].get("added_tokens_decoder", {})
             listed |= {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
         else:
             # An AR checkpoint has none: a later conversion would take its row for a trained one.
             core["added_tokens"] = [token for token in core["added_tokens"] if token not in added]
-        text = {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in files.items()}
-        text["tokenizer.json"] = json.dumps(core, ensure_ascii=False)
-        if self.template_file is not None:
-            text["chat_template.jinja"] = self.template_file
-        for name, content in text.items():
-            Path(directory, name).write_text(content, encoding="utf-8")
+
+        # JSON, but for the template.
+        Path(directory, "tokenizer.json").write_text(json.dumps(core, ensure_ascii=False), encoding="utf-8")
+        for name, content in files.items():
+            text = content if name == TEMPLATE else json.dumps(content, indent=2, ensure_ascii=False)
+            Path(directory, name).write_text(text, encoding="utf-8")
 
     def render(self, messages: list[dict], *, reply=False, thinking=False, train_on="last") -> tuple[list, list]:
         """(ids, whether each is learnt) of a chat, by the checkpoint's template.
@@ -211,13 +211,14 @@ class Tokenizer:
         return ids, supervised
 
     def fill(self, messages: list[dict], *, reply: bool, thinking: bool) -> str:
-        """The chat as text, by the template; ValueError where there is none, or it fails."""
+        """The chat as text; ValueError where there is no template, or it fails."""
         if self.template is None:
             raise ValueError("the tokenizer has no chat template; use plain text (--stage pt, --chat_template False)")
         options = {"add_generation_prompt": reply, "enable_thinking": thinking, **self.special}
         try:
             return compiled(self.template).render(messages=messages, **options)
-        except Exception as error:  # a template is a program, which can fail in any way
+        except Exception as error:
+            # A template is a program, which can fail in any way.
             reason = error if isinstance(error, TemplateError) else repr(error)
             raise ValueError(f"the chat template refuses these messages: {reason}") from error
 
@@ -250,7 +251,7 @@ class Tokenizer:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         with tempfile.TemporaryDirectory() as directory:
             core.save(str(Path(directory, "tokenizer.json")))
-            Path(directory, "tokenizer_config.json").write_text(json.dumps(config))
+            Path(directory, CONFIG).write_text(json.dumps(config))
             return cls(directory)
 
 
