@@ -86,6 +86,8 @@ Words = tuple[str, ...]  # arguments without a flag
 
 
 class Flag(NamedTuple):
+    """What a command line must know of a field."""
+
     read: Callable[[str], Any]  # a value from its text
     several: bool  # any number of values, as a tuple
     choices: tuple
@@ -95,14 +97,10 @@ class Flag(NamedTuple):
     help: str
     group: str  # the first line of the class that declares it
 
-    @property
-    def positional(self) -> bool:
-        return self.several and self.read is str
-
 
 @functools.cache
 def flags(cls: type) -> dict[str, Flag]:
-    """What a command line must know of each field, by name, group by group in the order that `cls` inherits them."""
+    """The fields by name, group by group in the order that `cls` inherits them."""
     found, hints = {}, get_type_hints(cls, include_extras=True)
     defaults = {field.name: field.default for field in fields(cls)}  # without ClassVars
     for name, (help, group) in _manual(cls).items():
@@ -228,7 +226,7 @@ class Parser(argparse.ArgumentParser):
         # A group for each class that `cls` inherits, after argparse's own with --help.
         groups = {"options": self._optionals}
         for name, flag in flags(cls).items():
-            help, required = flag.help, flag.default is MISSING
+            help, required, positional = flag.help, flag.default is MISSING, flag.several and flag.read is str
             if flag.default not in (None, MISSING, (), "") and "default" not in help:
                 shown = " ".join(map(str, flag.default)) if flag.several else flag.default
                 help += f" (default: {shown})"
@@ -240,8 +238,8 @@ class Parser(argparse.ArgumentParser):
             if flag.read is boolean:
                 how |= {"nargs": "?", "const": True, "metavar": "True|False"}  # alone it means True
             if flag.several:
-                how["nargs"] = "*" if flag.positional and not required else "+"
-            if not flag.positional:
+                how["nargs"] = "*" if positional and not required else "+"
+            if not positional:
                 name, how["required"] = f"--{name}", required
             if flag.group not in groups:
                 groups[flag.group] = self.add_argument_group(flag.group)
