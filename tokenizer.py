@@ -92,9 +92,9 @@ class Tokenizer:
         # What ends a turn or a text: EOS, the families' end tokens, and those that generation_config.json declares.
         added = self.core.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
-        declared = self.files.get(GENERATION, {}).get("eos_token_id")
-        declared = declared if isinstance(declared, list) else [declared]
-        ends = {self.eos_id, *(specials.get(token) for token in END), *(i for i in declared if i in added)}
+        more = self.files.get(GENERATION, {}).get("eos_token_id")
+        more = more if isinstance(more, list) else [more]
+        ends = {self.eos_id, *(specials.get(token) for token in END), *(i for i in more if i in added)}
         self.end_ids = sorted(ends - {None})
 
     def _read_files(self, path: Path) -> None:
@@ -102,11 +102,10 @@ class Tokenizer:
         self.files = {}
         for file in (path / name for name in (CONFIG, SPECIAL, GENERATION, TEMPLATE) if (path / name).is_file()):
             with reading(file):
-                content = file.read_text(encoding="utf-8")
-                if file.name != TEMPLATE:
-                    content = json.loads(content)
-                    if not isinstance(content, dict):
-                        raise ValueError(f"{json.dumps(content)[:40]}, expected an object")
+                text = file.name == TEMPLATE
+                content = file.read_text(encoding="utf-8") if text else json.loads(file.read_bytes())
+                if not (text or isinstance(content, dict)):
+                    raise ValueError(f"{json.dumps(content)[:40]}, expected an object")
                 self.files[file.name] = content
 
         # A template is a file, or a field: a text, or a list of named ones.
