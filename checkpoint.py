@@ -188,9 +188,7 @@ def declare(config: Config, *, objective=None, block_length=None, right_shift=No
     if not diffusion and not shift:
         raise ValueError("--right_shift_logits False: an ar model predicts the next token; leave the flag out")
     if objective == "bd3lm" and (K is None or K < 1):
-        raise ValueError(
-            f"--block_size {K}: expected at least 1, bd3lm needs a block length; pass --block_size, 32 say"
-        )
+        raise ValueError(f"--block_size {K}: expected at least 1, bd3lm needs a block length; pass --block_size 32")
     if objective != "bd3lm" and block_length is not None:
         raise ValueError(f"--block_size {block_length}: only bd3lm has a block length, the objective is {objective}")
     if diffusion and mask_id is None:
