@@ -10,26 +10,13 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from cli import (
-    Answers,
-    Opening,
-    canvas,
-    check_messages,
-    one_line_errors,
-    open_model,
-    sampler_options,
-    unused_steps,
-    uses_template,
-)
+from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Prefix, Sampling, denoise
-from display import MASKED, Rate, Stream, show, terminal
+from display import MASKED, Stream, cost, shorten, show, terminal
 from files import replacing_file
 from model import LanguageModel
 from options import Options, Seed, flags, nearest
 from tokenizer import Tokenizer
-
-PROMPT = "> "
-HISTORY = 1000  # lines
 
 
 @dataclass(kw_only=True)
@@ -70,30 +57,15 @@ class Chat(Talking, Conversing, Opening):
     prog: ClassVar[str] = "chat.py"
 
 
-COMMANDS = {  # name, a method of Conversation whose docstring is its help: how it is called
-    "help": "/help",
-    "reset": "/reset",
-    "system": "/system [TEXT]",
-    "undo": "/undo",
-    "retry": "/retry",
-    "set": "/set [NAME [VALUE]]",
-    "infill": "/infill TEXT",
-    "save": "/save FILE",
-    "load": "/load FILE",
-    "quit": "/quit",
-}
+COMMANDS = "help", "reset", "system", "undo", "retry", "set", "infill", "save", "load", "quit"
 
 
 class Conversation:
-    """A conversation: its messages, the options it is decoded with, and what of it is cached.
-
-    Methods named in COMMANDS are what a line beginning with a slash calls, with the rest of the line. They raise
-    ValueError, and change nothing, where that cannot be done.
-    """
+    """A conversation: its messages, the options it is decoded with, and what of it is cached."""
 
     def __init__(self, args: Chat, model: LanguageModel, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.templated = uses_template(args, tokenizer)
+        self.templated = is_chat(args, tokenizer)
 
         # What commands may change.
         self.options = Talking(**args.only(Talking))
@@ -110,76 +82,79 @@ class Conversation:
     def obey(self, line: str) -> None:
         """Does what a line says: a message, or a command; two slashes begin a message that begins with one."""
         if not line.startswith("/") or line.startswith("//"):
-            self.say(line.removeprefix("/"))
+            # Where text is continued, an empty line generates from scratch.
+            if line or not self.templated:
+                self.say(line.removeprefix("/"))
             return
         name, _, rest = line[1:].partition(" ")
         if name not in COMMANDS:
             way_out = nearest(name, COMMANDS, "/help lists the commands").replace("mean ", "mean /")
             raise ValueError(f"unknown command /{name}; {way_out}")
+        if name in ("save", "load") and not rest.strip():
+            raise ValueError(f"/{name}: expected the name of a file")
         getattr(self, name)(rest.strip())
 
-    def say(self, text: str) -> None:
-        """Answers a message."""
-        if text or not self.templated:
-            self._ask(text, otherwise=list(self.messages))
-
-    # Commands
+    # Commands: a line that begins with a slash calls the method of that name, with the rest of the line. Its docstring
+    # is what /help prints. It raises ValueError, and changes nothing, where that cannot be done.
 
     def help(self, rest: str) -> None:
-        """list the commands"""
-        width = max(len(usage) for usage in COMMANDS.values())
-        for name, usage in COMMANDS.items():
-            note(f"{usage:<{width}}  {getattr(self, name).__doc__}")
+        """/help: list the commands"""
+        for name in COMMANDS:
+            usage, _, meaning = getattr(self, name).__doc__.partition(": ")
+            note(f"{usage:<21}{meaning}")
 
     def reset(self, rest: str) -> None:
-        """begin anew; the system message and the options stay"""
+        """/reset: begin anew; the system message and the options stay"""
         self.messages, self.left_out = [], 0
         note("a new conversation")
 
     def set(self, rest: str) -> None:
-        """change an option (VALUE none: its default); without a name, list them"""
+        """/set [NAME [VALUE]]: change an option (VALUE none: its default); without a name, list them"""
         known = flags(Talking)
+        # NAME VALUE, or NAME=VALUE, or as on the command line.
         name, _, text = rest.replace("=", " ", 1).partition(" ")
         name, text = name.lstrip("-"), text.strip()
         if rest and name not in known:
             raise ValueError(f"unknown option {name}; {nearest(name, known, '/set lists them')}")
-        # The command line's parser reads the value; what contradicts the other options shows in _change.
+
         if text:
+            # The command line's parser reads the value. Errors, of it or of what contradicts the rest, name flags.
             try:
                 given = vars(Talking.parser().parse_args([] if text == "none" else [f"--{name}={text}"]))
-                self._change(name, given.get(name, known[name].default))
-            except ValueError as error:  # it names flags
+                changed = replace(self.options, **{name: given.get(name, known[name].default)})
+                self._check(changed)
+            except ValueError as error:
                 raise ValueError(str(error).replace("argument --", "").replace("--", "")) from error
+            self.options = changed
+            if name == "seed":
+                self.generator.manual_seed(changed.seed)
         for each in [name] if name else known:
             note(f"{each} {getattr(self.options, each)}")
 
     def undo(self, rest: str) -> None:
-        """take the last exchange back"""
-        if not self.messages:
-            raise ValueError("nothing to undo; the conversation is empty")
-        note(f"took back: {_short(self._take_back())}")
+        """/undo: take the last exchange back"""
+        self.messages, text = self._last_exchange("undo")
+        note(f"took back: {one_line(text)}")
 
     def retry(self, rest: str) -> None:
-        """answer the last message once more; at temperature 0 only other options change the answer"""
-        if not self.messages:
-            raise ValueError("nothing to retry; the conversation is empty")
-        # If the new answer is stopped before it has a token, the old one comes back.
-        before = list(self.messages)
-        self._ask(self._take_back(), otherwise=before)
-        if len(self.messages) < len(before):
-            self.messages = before
+        """/retry: answer the last message once more; at temperature 0 only other options change the answer"""
+        earlier = self.messages
+        before, text = self._last_exchange("retry")
+        self.say(text, before)
+        if self.messages is earlier:
             note("the earlier answer stays")
 
     def system(self, rest: str) -> None:
-        """set the system message; without a text, drop it"""
+        """/system [TEXT]: set the system message; without a text, drop it"""
         if not self.templated:
             raise ValueError("a system message needs a chat template, and here text is continued")
         self.system_message = rest or None
-        note(f"system message: {_short(rest)}" if rest else "no system message")
+        note(f"system message: {one_line(rest)}" if rest else "no system message")
 
     def save(self, rest: str) -> None:
-        """write the conversation, a row of JSONL as train.py reads it"""
-        path = _path(rest, "/save")
+        """/save FILE: write the conversation, a row of JSONL as train.py reads it"""
+        # Replace no file but this conversation's own.
+        path = Path(rest).expanduser()
         if path.exists() and path.resolve() not in self.files:
             raise ValueError(f"{path} exists and is not this conversation's; choose another name")
         row = {"messages": self._system() + self.messages}
@@ -189,8 +164,8 @@ class Conversation:
         note(f"saved {len(self.messages)} messages to {path}")
 
     def load(self, rest: str) -> None:
-        """go on with a conversation that was saved"""
-        path = _path(rest, "/load")
+        """/load FILE: go on with a conversation that was saved"""
+        path = Path(rest).expanduser()
         if not path.exists():
             raise ValueError(f"there is no file {path}")
         try:
@@ -199,7 +174,7 @@ class Conversation:
             raise ValueError(f"{path} holds no conversation ({error}); expected what /save writes") from error
 
         # At most one system message, then a user's turn and an answer, as often as you like.
-        messages = check_messages(row.get("messages") if isinstance(row, dict) else None, str(path))
+        messages = check_chat(row.get("messages") if isinstance(row, dict) else None, str(path))
         system = [message["content"] for message in messages if message["role"] == "system"]
         turns = messages[len(system) :]
         if len(system) > 1 or [m["role"] for m in turns] != ["user", "assistant"] * (len(turns) // 2):
@@ -207,66 +182,57 @@ class Conversation:
         if system and not self.templated:
             raise ValueError(f"{path} has a system message, which needs a chat template; here text is continued")
 
+        # From here on nothing can fail.
         self.system_message = system[0] if system else None
         self.messages, self.left_out = turns, 0
         self.files.add(path.resolve())
         for message in turns:
-            note(f"{message['role']}: {_short(message['content'])}")
+            note(f"{message['role']}: {one_line(message['content'])}")
 
     def infill(self, rest: str) -> None:
-        """fill in each <|mask|> of a text, outside of the conversation"""
-        ids, holes = self._canvas(rest)
+        """/infill TEXT: fill in each <|mask|> of a text, outside of the conversation"""
+        ids, holes = canvas(self.tokenizer, self.tokenizer.encode(rest), self.model)
         if not any(holes):
-            raise ValueError(
-                f"/infill {rest}: expected a text with {self.tokenizer.mask_token} where tokens are wanted"
-            )
+            raise ValueError(f"/infill {rest}: expected a text with {self.tokenizer.mask_token} where tokens go")
         self._decode(ids, holes)
 
     def quit(self, rest: str) -> None:
-        """leave"""
+        """/quit: leave"""
         raise EOFError
 
     # How messages become answers
 
-    def _ask(self, text: str, otherwise: list[dict]) -> None:
-        """Answers `text`; where that cannot be done, the conversation is `otherwise`."""
-        self.messages.append({"role": "user", "content": text})
-        try:
-            answer, stopped = self._decode(self._prompt())
-        except (ValueError, KeyboardInterrupt):
-            self.messages = otherwise
-            raise
+    def say(self, text: str, before: list[dict] | None = None) -> None:
+        """Answers a message that follows the turns `before` (default: all). Where that cannot be done, or is stopped
+        before anything has settled, the conversation stays as it was."""
+        turns = [*(self.messages if before is None else before), {"role": "user", "content": text}]
+        answer, stopped = self._decode(self._prompt(turns))
         if stopped and not answer:
-            note(f"stopped before anything had settled; took back: {_short(self._take_back())}")
+            note(f"stopped before anything had settled; took back: {one_line(text)}")
         else:
-            self.messages.append({"role": "assistant", "content": answer})
+            self.messages = [*turns, {"role": "assistant", "content": answer}]
 
-    def _prompt(self) -> list[int]:
-        """The ids that the model is given: as much of the chat, its newest part, as its context has room for; or the
-        text to continue."""
-        context, new = self.model.config.max_position_embeddings, self.options.max_new_tokens
-        first = 0
+    def _prompt(self, turns: list[dict]) -> list[int]:
+        """The ids that the model is given: as much of the chat as its context has room for, or the text to continue."""
+        context, new, first = self.model.config.max_position_embeddings, self.options.max_new_tokens, 0
         if self.templated:
             # Leave out exchanges, the oldest first, until the rest has room.
-            for first in range(0, len(self.messages), 2):
-                ids, _ = self.tokenizer.render(self._system() + self.messages[first:], reply=True)
+            for first in range(0, len(turns), 2):
+                ids, _ = self.tokenizer.render(self._system() + turns[first:], reply=True)
                 if len(ids) + new <= context:
                     break
         else:
-            ids, holes = self._canvas(self.messages[-1]["content"])
+            ids, holes = canvas(self.tokenizer, self.tokenizer.encode(turns[-1]["content"]), self.model)
             if any(holes):
                 raise ValueError(f"{self.tokenizer.mask_token} in a text to continue; /infill fills it in")
         if len(ids) + new > context:
-            raise ValueError(
-                f"the message was not taken: its {len(ids)} tokens and max_new_tokens {new} exceed the context of "
-                f"{context}; shorten it or /set max_new_tokens lower"
-            )
+            parts = f"its {len(ids)} tokens and max_new_tokens {new} exceed the context of {context}"
+            raise ValueError(f"the message was not taken: {parts}; shorten it or /set max_new_tokens lower")
+
         # Mention it only when more is left out than at the turn before.
         if first > self.left_out:
-            note(
-                f"the context of {context} tokens is full: the model no longer sees the oldest {first // 2} of "
-                f"{len(self.messages) // 2 + 1} exchanges"
-            )
+            unseen = f"the oldest {first // 2} of {len(turns) // 2 + 1} exchanges"
+            note(f"the context of {context} tokens is full: the model no longer sees {unseen}")
         self.left_out = first
         return ids
 
@@ -275,83 +241,58 @@ class Conversation:
         in; None: the answer follows them."""
         objective, infilling = self.model.config.objective, holes is not None
         options = sampler_options(self.options, objective, **({"max_new_tokens": 0} if infilling else {}))
+
         # A cache of earlier turns is right only if their columns see the same as before. mdlm's see what comes after
         # them; guidance, and blocks that begin where the prompt ends, change what they see.
         reusable = objective != "mdlm" and not options["cfg_scale"] and options["block_align"] != "prompt"
-        prefix = self.prefix if reusable and not infilling else None
-        answers = Answers(
-            self.model,
-            self.tokenizer,
-            [ids],
-            [holes] if infilling else None,
-            options=options,
-            generator=self.generator,
-            prefix=prefix,
-        )
-        reused = 0
-        with (
-            noted_interrupts() as pressed,
-            Stream(live=self.options.visualize, revocable=options["remasking"] == "p2") as stream,
-        ):
+        how = {"generator": self.generator, "prefix": self.prefix if reusable and not infilling else None}
+        answers = Answers(self.model, self.tokenizer, [ids], [holes] if infilling else None, options=options, **how)
+
+        revocable, reused = options["remasking"] == "p2", 0
+        with noted_interrupts() as pressed, Stream(live=self.options.visualize, revocable=revocable) as stream:
             try:
                 for step in answers:
                     # Before the first forward the prefix is as long as what it has in common with this prompt.
-                    if prefix is not None and step.forwards == 0:
-                        reused = len(prefix.tokens)
+                    if how["prefix"] is not None and step.forwards == 0:
+                        reused = len(self.prefix.tokens)
                     stream.show(*answers.shown())
                     if pressed:
                         break
             except KeyboardInterrupt:
                 pressed.append(True)
-            finally:
-                answers.steps.close()
             # The whole answer, once more and for good.
             (answer,) = answers.final()
             stream.close(answer.shown)
 
         # What it took, in one line.
-        notes = [str(Rate(answer.tokens, answers.seconds, answer.forwards))]
+        notes = [cost(answer.tokens, answers.seconds, answer.forwards)]
         notes += [f"{reused} of {len(ids)} prompt tokens kept"] if reused else []
-        notes += unused_steps(options, objective, sum(holes or []) + options["max_new_tokens"])
+        notes += idle_steps(options, objective, sum(holes or []) + options["max_new_tokens"])
         notes += ["stopped"] if pressed else []
-        note("[" + "; ".join(notes) + "]")
+        note(f"[{'; '.join(notes)}]")
         return answer.text, bool(pressed)
-
-    # Small parts
-
-    def _canvas(self, text: str) -> tuple[list[int], list[bool]]:
-        """The ids of a text and which of them are masks."""
-        return canvas(self.tokenizer, self.tokenizer.encode(text), predicted_from_before=self.model.config.right_shift)
 
     def _system(self) -> list[dict]:
         return [] if self.system_message is None else [{"role": "system", "content": self.system_message}]
-
-    def _change(self, name: str, value) -> None:
-        changed = replace(self.options, **{name: value})
-        self._check(changed)
-        self.options = changed
-        if name == "seed":
-            self.generator.manual_seed(value)
 
     def _check(self, options: Talking) -> None:
         """Raises the ValueError that the sampler would raise."""
         next(denoise(self.model, [[0]], **sampler_options(options, self.model.config.objective)))
 
-    def _take_back(self) -> str:
-        """Removes the last exchange; the user's text of it."""
-        last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
-        text = self.messages[last]["content"]
-        self.messages = self.messages[:last]
-        return text
+    def _last_exchange(self, command: str) -> tuple[list[dict], str]:
+        """The turns before the last exchange, and the user's text of it."""
+        if not self.messages:
+            raise ValueError(f"nothing to {command}; the conversation is empty")
+        return self.messages[:-2], self.messages[-2]["content"]
 
 
 @contextmanager
 def noted_interrupts():
-    """Inside, Ctrl-C is noted in a list, so that it does not end a forward, or a line that is drawn, in the middle. The
-    second one raises KeyboardInterrupt."""
+    """Inside, the first Ctrl-C is noted in a list, so that it ends neither a forward nor a line in the middle."""
     pressed = []
 
     def interrupt(number, frame):
+        # The second one raises KeyboardInterrupt.
         if pressed:
             raise KeyboardInterrupt
         pressed.append(True)
@@ -368,92 +309,69 @@ def note(text: str) -> None:
     show([(text, MASKED)], sys.stdout if terminal(sys.stdout) else sys.stderr)
 
 
-def _path(rest: str, command: str) -> Path:
-    if not rest:
-        raise ValueError(f"{command}: expected the name of a file")
-    return Path(rest).expanduser()
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 70 else line[:69] + "…"
+def one_line(text: str) -> str:
+    return shorten(" ".join(text.split()), 70)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
 
-def talk(conversation: Conversation) -> None:
-    """Until the end of input. At a terminal an error is printed and the talk goes on; on a pipe it ends the program."""
-    interactive = sys.stdin.isatty()
+def talk(conversation: Conversation, interactive: bool) -> None:
+    """Until the end of input, which raises EOFError as /quit does."""
+    while not interactive:
+        # On a pipe an error ends the program. It is read as bytes: UTF-8, whatever the locale.
+        line = sys.stdin.buffer.readline().decode("utf-8")
+        conversation.obey(line.rstrip("\r\n") if line else "/quit")
     while True:
-        # `input` edits lines at a terminal. A pipe is read as bytes: UTF-8, whatever the locale.
         try:
-            if interactive:
-                line = input(PROMPT)
-            elif not (line := sys.stdin.buffer.readline().decode("utf-8")):
-                return
-            conversation.obey(line.rstrip("\r\n"))
-        except EOFError:
-            return
+            conversation.obey(input("> "))  # which edits lines
         except KeyboardInterrupt:
-            if not interactive:
-                raise
             print("\n(Ctrl-D or /quit leaves)")
         except (ValueError, OSError) as error:
-            if not interactive:
-                raise
             print(f"error: {' '.join(str(error).split())}")
 
 
-@contextmanager
-def history(file: str):
-    """Line editing for `input`, with what was typed before; `file` keeps it, if that is not empty."""
-    if not sys.stdin.isatty():
-        yield
-        return
+def recall(file: str, *, save: bool = False) -> None:
+    """Turns line editing on, with what was typed before, or saves what was typed; '' keeps nothing."""
     import readline  # changes how `input` reads, and Windows lacks it
 
     path = Path(file).expanduser()
-    if file and path.exists():
-        with naming_history(path):
+    try:
+        if file and save:
+            readline.set_history_length(1000)  # lines
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+        elif file and path.exists():
             readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        if file:
-            readline.set_history_length(HISTORY)
-            with naming_history(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                readline.write_history_file(path)
-
-
-@contextmanager
-def naming_history(path: Path):
-    """readline's errors name no file."""
-    try:
-        yield
     except OSError as error:
-        raise ValueError(
-            f"--history_file {path}: {error.strerror}; name another file, or '' to keep nothing"
-        ) from error
+        # readline's errors name no file.
+        way_out = "name another file, or '' to keep nothing"
+        raise ValueError(f"--history_file {path}: {error.strerror}; {way_out}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors("chat.py"):
         args = Chat.parse(argv)
         model, tokenizer = open_model(args, args.block_size)
-        conversation = Conversation(args, model, tokenizer)
-        if sys.stdin.isatty():
-            config = model.config
+        conversation, config = Conversation(args, model, tokenizer), model.config
+
+        # A terminal gets a banner and line editing, a pipe nothing but answers.
+        interactive = sys.stdin.isatty()
+        if interactive:
             blocks = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
             print(f"{args.model_name_or_path}: {config.objective}{blocks}, context {config.max_position_embeddings}")
             print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+            recall(args.history_file)
         try:
-            with history(args.history_file):
-                talk(conversation)
+            talk(conversation, interactive)
+        except EOFError:
+            return
         except KeyboardInterrupt:
             sys.exit(130)
+        finally:
+            if interactive:
+                recall(args.history_file, save=True)
 
 
 if __name__ == "__main__":

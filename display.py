@@ -1,14 +1,13 @@
 """What the programs show of denoising: tokens as text, the end of a terminal that is redrawn, and pictures.
 
-Token ids and plain numbers come in; nothing here knows a model. A token is settled once it is no longer masked.
-"""
+Token ids and plain numbers come in; nothing here knows a model. A token is settled once it is no longer masked."""
 
 import html
 import io
 import os
 import sys
 import warnings
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,18 +19,11 @@ MASKED, FRESH, SETTLED, STRONG = "2", "1;32", "", "1"  # SGR attributes: dim; bo
 Spans = list[tuple[str, str]]  # texts, each with its attributes
 
 
-class Rate(NamedTuple):
-    """What decoding cost. tokens: of the answers, with their end tokens; forwards: model calls per row, added up."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    forwards: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tokens} tokens in {self.seconds:.2f} s, {self.tokens / max(self.seconds, 1e-9):.1f} tokens/s, "
-            f"{self.forwards} forwards, {self.tokens / max(self.forwards, 1):.2f} tokens per forward"
-        )
+def cost(tokens: int, seconds: float, forwards: int) -> str:
+    """What decoding took. tokens: of the answers, with their end tokens; forwards: model calls per row, added up."""
+    speed, share = tokens / max(seconds, 1e-9), tokens / max(forwards, 1)
+    took = f"{tokens} tokens in {seconds:.2f} s, {speed:.1f} tokens/s"
+    return f"{took}, {forwards} forwards, {share:.2f} tokens per forward"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,21 +31,17 @@ class Rate(NamedTuple):
 
 
 def pieces(tokenizer, ids: list[int], masked: list[bool], *, skip_special_tokens: bool = True) -> list[str]:
-    """The text that each token adds to those before it, "" for a masked one. Joined, they are the text of the whole.
-
-    A character of several tokens belongs to the last of them. Because a token's text may depend on the one before it (a
-    space between words), each is decoded together with that one.
-    """
-    assert len(ids) == len(masked)
+    """The text that each token adds to those before it, "" for a masked one; together the text of the whole."""
     texts, before, begin = [], 0, 0  # ids[before:begin] are context, ids[begin:] have no text yet
     for i, hole in enumerate(masked):
         texts.append("")
         if hole:
             before = begin = i + 1
             continue
+        # A token's text may depend on the one before it (a space between words): decode the two together.
         context = tokenizer.decode(ids[before:begin], skip_special_tokens=skip_special_tokens)
         text = tokenizer.decode(ids[before : i + 1], skip_special_tokens=skip_special_tokens)
-        # Half a character decodes to U+FFFD: wait for its other tokens, 4 at most, as UTF-8 takes 4 bytes at most.
+        # Half a character decodes to U+FFFD: it belongs to the last of its tokens, 4 at most, as UTF-8 takes 4 bytes.
         last = i + 1 == len(ids) or masked[i + 1]
         if not text.endswith("\ufffd") or last or i - begin >= 3:
             texts[i] = text[len(context) :]
@@ -62,15 +50,13 @@ def pieces(tokenizer, ids: list[int], masked: list[bool], *, skip_special_tokens
 
 
 def spans(tokenizer, ids: list[int], masked: list[bool], fresh: list[bool], end_ids=()) -> Spans:
-    """Each token of an answer as text: masked, just settled (`fresh`) or settled; up to its end token.
-
-    An end token with masks before it does not end the answer yet, and is shown as a sign.
-    """
+    """Each token of an answer as text: masked, just settled (`fresh`) or settled; up to its end token."""
     shown = []
     for token, text, hole, new in zip(ids, pieces(tokenizer, ids, masked), masked, fresh):
         if hole:
             shown.append((MASK, MASKED))
         elif token in end_ids:
+            # With masks before it, it does not end the answer yet, and is shown as a sign.
             if not any(style == MASKED for _, style in shown):
                 break
             shown.append((END, FRESH if new else MASKED))
@@ -83,12 +69,16 @@ def plain(shown: Spans) -> str:
     return "".join(text for text, _ in shown)
 
 
+def shorten(text: str, size: int) -> str:
+    return text if len(text) <= size else text[: size - 1] + "…"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The terminal
 
 
 def terminal(stream) -> bool:
-    """Whether `stream` is a terminal that can move its cursor; only such a one is sent escape codes."""
+    """Whether `stream` is a terminal that understands escape codes; only such a one is sent any."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
@@ -97,13 +87,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\ufffd" for c in text)
 
 
+def characters(shown: Spans) -> Spans:
+    """The same, printable, with a span for each character: a line may end within a token."""
+    return [(character, style) for text, style in shown for character in printable(text)]
+
+
 def write(text: str, stream) -> None:
-    """Writes `text` at once, in what the stream can encode: without block characters, a mask is an underscore."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        text = text.replace(MASK, "_").replace(END, "|").encode(encoding, "replace").decode(encoding)
     stream.write(text)
     stream.flush()
 
@@ -111,8 +100,8 @@ def write(text: str, stream) -> None:
 def show(shown: Spans, stream=None, *, end: str = "\n") -> None:
     """Prints spans, with their attributes if the stream is a terminal."""
     stream = sys.stdout if stream is None else stream
-    safe = [(printable(text), style) for text, style in shown]
-    write((coloured(safe) if terminal(stream) else plain(safe)) + end, stream)
+    text = coloured if terminal(stream) else plain
+    write(text(characters(shown)) + end, stream)
 
 
 def coloured(shown: Spans) -> str:
@@ -122,47 +111,37 @@ def coloured(shown: Spans) -> str:
 
 
 def wrap(shown: Spans, width: int) -> list[Spans]:
-    """Lines of at most `width` cells, each a list of (character, style), broken after spaces and masks if possible.
+    """Lines of at most `width` cells, a span for each character, broken after spaces and masks if possible."""
+    # No character is lost, as `Stream` counts them; rich's Text.wrap drops the space at a line's end.
+    lines, line, cells, breakable = [], [], 0, 0  # cells of the line, and how much of it may stand alone
+    for character, style in characters(shown):
+        # Where the character has no room, break the line. One space may hang over the edge, so that the next line does
+        # not begin with it.
+        size = cell_len(character)
+        while line and character != "\n" and cells + size > width and (character != " " or cells > width):
+            end = breakable or len(line)
+            lines.append(line[:end])
+            line, breakable = line[end:], 0
+            cells = sum(map(cell_len, plain(line)))
 
-    Together they hold every character: the space or line end at which a line was broken is the line's last. (rich's
-    Text.wrap drops that space. `Stream` counts characters, so none may get lost.)
-    """
-    characters = [(character, style) for text, style in shown for character in printable(text)]
-    lines, begin = [], 0
-    while begin < len(characters):
-        end = _line_end(characters, begin, width)
-        lines.append(characters[begin:end])
-        begin = end
-    return lines
-
-
-def _line_end(characters: Spans, begin: int, width: int) -> int:
-    """Where the line that starts at `begin` ends: at a line end, or before what exceeds the width."""
-    cells, breakable = 0, begin  # cells so far, as some characters take two; the last place to break the line at
-    for i in range(begin, len(characters)):
-        character, _ = characters[i]
+        line.append((character, style))
+        cells += size
         if character == "\n":
-            return i + 1
-        # One space may hang over the edge, so that the next line does not begin with it.
-        if cells + cell_len(character) > width and i > begin and (character != " " or cells > width):
-            return breakable if breakable > begin else i
-        cells += cell_len(character)
-        if character in (" ", MASK, END):
-            breakable = i + 1
-    return len(characters)
+            lines.append(line)
+            line, cells, breakable = [], 0, 0
+        elif character in (" ", MASK, END):
+            breakable = len(line)
+    return [*lines, line] if line else lines
 
 
 class Region:
-    """The last lines of a terminal, redrawn in place; what is printed above them stays. A context manager.
-
-    live: whether the stream is a terminal, to which alone anything may be drawn. (rich.live.Live counts the lines that
-    it drew, and so leaves some behind in a window that was made narrower.)
-    """
+    """The last lines of a terminal, redrawn in place; what is above them stays. Draw only where it is `live`."""
 
     def __init__(self, stream=None, *, live: bool = True):
         self.stream = sys.stdout if stream is None else stream
         self.live = live and terminal(self.stream)
-        self.drawn = []  # cells of each line on the screen
+        # Remember cells of each line: rich.live.Live counts lines, and leaves some behind in a window made narrower.
+        self.drawn = []
 
     def __enter__(self):
         if self.live:
@@ -171,7 +150,8 @@ class Region:
 
     def __exit__(self, *_) -> None:
         if self.live:
-            write(self._erased() + "\033[?25h", self.stream)
+            self.draw([])
+            write("\033[?25h", self.stream)
 
     @property
     def width(self) -> int:
@@ -185,26 +165,20 @@ class Region:
         if len(lines) > room:
             note = f"… {len(lines) - room + 1} more lines"
             lines = [*lines[: room - 1], [(note[: self.width], MASKED)]]
+
+        # Go up to the region's first row and clear the screen from there on. A window that was made narrower since has
+        # folded each line that was drawn into several rows.
+        up = sum(max(1, -(-cells // (self.width + 1))) for cells in self.drawn) - 1
+        erase = "\r" + (f"\033[{up}A" if up > 0 else "") + "\033[J"
         # The cursor ends at the left edge, where the ^C of an interruption does no harm.
         rows = [coloured(line).replace("\n", "") for line in [*above, *(lines or [[]])]]
-        write(self._erased() + "\r\n".join(rows) + "\r", self.stream)
-        self.drawn = [sum(cell_len(each) for each in plain(line) if each != "\n") for line in lines]
-
-    def _erased(self) -> str:
-        """What moves the cursor to the region's first row and clears the screen from there on."""
-        # A window that was made narrower since has folded each line that was drawn into several rows.
-        columns = self.width + 1
-        rows = sum(max(1, -(-cells // columns)) for cells in self.drawn)
-        return "\r" + (f"\033[{rows - 1}A" if rows > 1 else "") + "\033[J"
+        write(erase + "\r\n".join(rows) + "\r", self.stream)
+        self.drawn = [sum(map(cell_len, plain(line).replace("\n", ""))) for line in lines]
 
 
 class Stream(Region):
-    """An answer while it is denoised: `show` it at each step, `close` it at the end.
-
-    On a terminal, lines that are certain scroll away and the rest is redrawn in place. Elsewhere text is written once
-    nothing before it is masked, and nothing is taken back. revocable: settled tokens may be masked again, so nothing is
-    certain before the end.
-    """
+    """An answer while it is denoised: `show` it at each step, `close` it at the end. revocable: settled tokens may be
+    masked again, so nothing is certain before the end."""
 
     def __init__(self, stream=None, *, live: bool = True, revocable: bool = False):
         super().__init__(stream, live=live)
@@ -212,11 +186,12 @@ class Stream(Region):
         self.written = 0  # characters of the answer that were written for good
 
     def show(self, shown: Spans) -> None:
-        # Spans are tokens, but a line may end within a token: so count in characters. The text up to the first mask is
-        # settled; a mask may become a text of any length, so nothing is known of what comes after it.
+        # The text up to the first mask is settled; a mask may become a text of any length, so nothing is known of what
+        # comes after it.
         first = next((i for i, (_, style) in enumerate(shown) if style == MASKED), len(shown))
         settled = "" if self.revocable else plain(shown[:first])
 
+        # Where nothing can be taken back, write the settled text.
         if not self.live:
             # A character whose last tokens are still masked ends in U+FFFD: it has to wait for them.
             settled = settled.rstrip("\ufffd") if first < len(shown) else settled
@@ -224,33 +199,21 @@ class Stream(Region):
             self.written = max(self.written, len(settled))
             return
 
-        # Count the lines that hold settled text alone ...
-        lines = wrap(_skip(shown, self.written), self.width)
-        complete, characters = 0, self.written
-        while complete < len(lines) and characters + len(lines[complete]) <= len(settled):
-            characters += len(lines[complete])
-            complete += 1
-        # ... but the last of them is not certain: the word after it may get shorter, and move up.
+        # On a terminal, lines of settled text alone scroll away, and the rest is redrawn in place. The last of them is
+        # not certain: the word after it may get shorter, and move up.
+        lines = wrap(characters(shown)[self.written :], self.width)
+        complete = sum(self.written + end <= len(settled) for end in accumulate(map(len, lines)))
         certain = lines[: max(complete - 1, 0)]
         self.written += sum(map(len, certain))
         self.draw(lines[len(certain) :], above=certain)
 
     def close(self, shown: Spans) -> None:
         """Writes what is missing of the whole answer."""
-        rest = _skip(shown, self.written)
+        rest = characters(shown)[self.written :]
         if self.live:
             self.draw([], above=wrap(rest, self.width) or [[]])
         else:
-            write(printable(plain(rest)) + "\n", self.stream)
-
-
-def _skip(shown: Spans, characters: int) -> Spans:
-    """The spans without that many characters at their start."""
-    rest = []
-    for text, style in shown:
-        rest.append((text[characters:], style))
-        characters = max(0, characters - len(text))
-    return rest
+            write(plain(rest) + "\n", self.stream)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,8 +241,7 @@ def colour(settled: int, confidence: float, forwards: int) -> tuple[int, int, in
         return HOLE if settled else GIVEN
     # Between the two nearest anchors, then towards white.
     position = (settled - 1) / max(forwards - 1, 1) * (len(ANCHORS) - 1)
-    i = min(int(position), len(ANCHORS) - 2)
-    hue = (a + (b - a) * (position - i) for a, b in zip(ANCHORS[i], ANCHORS[i + 1]))
+    hue = [np.interp(position, range(len(ANCHORS)), channel) for channel in zip(*ANCHORS)]
     strength = 0.15 + 0.85 * min(max(confidence, 0.0), 1.0)
     return tuple(round(255 + (channel - 255) * strength) for channel in hue)
 
@@ -301,66 +263,58 @@ def _png(trace: Trace) -> bytes:
     axes, scale = figure.subplots(1, 2, width_ratios=(max(0.2 * T, 4), 1.1))
     axes.imshow(image, aspect="auto", interpolation="nearest", extent=(-0.5, T - 0.5, S + 0.5, -0.5))
     axes.set(xlabel="token" if T <= 80 else "position", ylabel="forward")
-    if T <= 80:
-        axes.set_xticks(range(T), map(_label, trace.texts), rotation=90, fontsize=7, family="monospace")
     axes.set_title(trace.title, fontsize=9, loc="left")
+    if T <= 80:
+        # White space is made visible, and no dollar sign begins a formula.
+        visible = str.maketrans({"\n": "\\n", " ": "␣", "$": r"\$"})
+        labels = [shorten(printable(text).translate(visible), 12) or "·" for text in trace.texts]
+        axes.set_xticks(range(T), labels, rotation=90, fontsize=7, family="monospace")
 
     # On the right what the colours mean.
-    key = np.array([[colour(s, c, S) for c in np.linspace(0, 1, 24)] for s in range(1, max(S, 1) + 1)], np.uint8)
-    scale.imshow(key, aspect="auto", extent=(0, 1, max(S, 1) + 0.5, 0.5))
-    scale.set_xlabel("confidence", fontsize=8)
-    scale.set_ylabel("settled at forward", fontsize=8)
-    scale.tick_params(labelsize=7)
+    last = max(S, 1)
+    key = np.array([[colour(s, c, S) for c in np.linspace(0, 1, 24)] for s in range(1, last + 1)], np.uint8)
+    scale.imshow(key, aspect="auto", extent=(0, 1, last + 0.5, 0.5))
+    scale.set(xlabel="confidence", ylabel="settled at forward")
     for each in (axes, scale):
         each.yaxis.get_major_locator().set_params(integer=True)
 
+    # The font lacks some scripts; a box stands for a character of those.
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some scripts; a box stands for a character
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 
-def _label(text: str) -> str:
-    """A token's text in a few characters, white space made visible; a dollar sign would begin a formula."""
-    text = printable(text).replace("\n", "\\n").replace(" ", "␣").replace("$", r"\$")
-    return (text[:11] + "…" if len(text) > 12 else text) or "·"
-
-
 def page(trace: Trace) -> str:
     """A page that needs nothing else: the text coloured, below it position x forward; hovering tells the numbers."""
-    T, S = len(trace.texts), trace.forwards
-    width, height = 14, max(3, min(14, 600 // (S + 1)))
-    # Each token twice: as coloured text, and as a column that is grey above the forward which settled it.
-    words, bars = [], []
+    S, words, bars = trace.forwards, [], []
+    height = max(3, min(14, 600 // (S + 1)))  # pixels of a forward
     for t, (text, settled, confidence) in enumerate(zip(trace.texts, trace.settled, trace.confidence)):
-        red, green, blue = colour(settled, confidence, S)
         when = f"settled at forward {settled} of {S}, confidence {confidence:.3f}"
-        if settled < 1:
-            when, settled = "still masked" if settled else "given", 0
+        when = {-1: "still masked", 0: "given"}.get(settled, when)
         tip = html.escape(f"position {t}: {text!r}\n{when}")
+
+        # Each token twice: as text, in an ink that can be read on its colour ...
+        red, green, blue = rgb = colour(settled, confidence, S)
         ink = "#fff" if red * 0.3 + green * 0.59 + blue * 0.11 < 130 else "#000"
         shown = html.escape(text or "·").replace("\n", "↵\n")
-        words.append(f'<span style="background:rgb({red},{green},{blue});color:{ink}" title="{tip}">{shown}</span>')
+        words.append(f'<span style="background:rgb{rgb};color:{ink}" title="{tip}">{shown}</span>')
+        # ... and as a column that is grey above the forward which settled it.
+        top = height * max(settled, 0)
         bars.append(
-            f'<g><title>{tip}</title><rect x="{t * width}" y="0" width="{width - 1}" height="{settled * height}" '
-            f'fill="rgb{HOLE}"/><rect x="{t * width}" y="{settled * height}" width="{width - 1}" '
-            f'height="{(S + 1 - settled) * height}" fill="rgb({red},{green},{blue})"/></g>'
+            f'<g transform="translate({14 * t})"><title>{tip}</title><rect width="13" height="{top}" fill="rgb{HOLE}"/>'
+            f'<rect y="{top}" width="13" height="{height * (S + 1) - top}" fill="rgb{rgb}"/></g>'
         )
+    title = html.escape(trace.title)
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(trace.title)}</title>
-<style>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.7 system-ui, sans-serif; margin: 2em; color: #222; background: #fff }}
-pre {{ font: 15px/1.8 ui-monospace, monospace; white-space: pre-wrap }}
+h1 {{ font-size: 1.1em }} pre {{ font: 15px/1.8 ui-monospace, monospace; white-space: pre-wrap }}
 span {{ border-radius: 3px; padding: 1px 0 }} span:hover, g:hover {{ outline: 2px solid #d33 }}
-.scroll {{ overflow-x: auto }}
-</style></head><body>
-<h1 style="font-size:1.1em">{html.escape(trace.title)}</h1>
+</style></head><body><h1>{title}</h1>
 <p>Colour: when a token settled, from violet (first forward) to yellow (last, {S}); pale: unsure; grey: masked or given.
-Hover for the numbers.</p>
-<pre>{"".join(words)}</pre>
-<div class="scroll"><svg width="{T * width}" height="{(S + 1) * height}" role="img"
-aria-label="position by forward">{"".join(bars)}</svg></div>
-<p>Across: position. Down: forward, 0 to {S}.</p>
-</body></html>
+Hover for the numbers.</p><pre>{"".join(words)}</pre><div style="overflow-x: auto">
+<svg width="{14 * len(bars)}" height="{height * (S + 1)}" role="img" aria-label="token x forward">{"".join(bars)}</svg>
+</div><p>Across: position. Down: forward, 0 to {S}.</p></body></html>
 """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def check_directory(flag: str, directory: str | Path) -> None:
-    """ValueError where nothing can be written into `directory`, which need not exist. Call it before the work."""
-    # The nearest directory above that exists decides.
+    """ValueError where nothing can be written into `directory`. Call it before the work."""
+    # It need not exist: the nearest directory above that does decides.
     whole = Path(directory).absolute()
     there = next(path for path in (whole, *whole.parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
@@ -29,7 +29,8 @@ def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwri
 
 @contextmanager
 def naming_file(path: str | Path):
-    """Adds `path` to an OSError raised inside that names no file, as that of a full disk does not."""
+    """Adds `path` to an OSError raised inside that names no file."""
+    # That of a full disk does not.
     try:
         yield
     except OSError as error:
@@ -38,13 +39,17 @@ def naming_file(path: str | Path):
         raise OSError(error.errno, f"{error.strerror}; make room there", str(path)) from error
 
 
+def beside(path: Path) -> Path:
+    """The name, in the same directory, under which is written what will be `path`."""
+    return path.with_name(f".{path.name}.writing")
+
+
 @contextmanager
 def replacing_file(path: str | Path):
-    """Gives a temporary path beside `path` to write to. The file is renamed to `path` at the end of the block, so that
-    it is whole or not there; after an error it is removed."""
+    """A path to write a file to, which becomes `path` when the block is left; on an exception it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.writing")
+    new = beside(path)
     try:
         with naming_file(path):
             yield new
@@ -53,53 +58,43 @@ def replacing_file(path: str | Path):
         new.unlink(missing_ok=True)
 
 
-def beside(path: Path) -> Path:
-    """The name, in the same directory, under which `replacing` writes what will be `path`."""
-    path = Path(path).resolve()
-    return path.with_name(f".{path.name}.writing")
-
-
 @contextmanager
 def replacing(path: str | Path):
-    """A new directory to write into, which becomes `path` when the block is left; on an exception it is removed.
-
-    A process killed inside leaves `.NAME.writing` behind; one killed between the two renames that replace a directory,
-    the old one as `.NAME.old`. `recover` cleans up after both.
-    """
+    """A new directory to write into, which becomes `path` when the block is left; on an exception it is removed."""
+    # A process killed in here leaves these two behind, for the next one or for `recover`.
     path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
     new, old = beside(path), path.with_name(f".{path.name}.old")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    new.mkdir(parents=True)
     try:
         with naming_file(path):
             yield new
+
         # On the disk before it takes the name: else a power cut could leave the name with empty files.
         for written in (*new.rglob("*"), new):
             _sync(written)
+
+        # No directory can be renamed onto another: the old one steps aside, and comes back where the new one fails.
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
+        new.rename(path)
+    finally:
+        if old.exists() and not path.exists():
             old.rename(path)
-            raise
-    except BaseException:
         shutil.rmtree(new, ignore_errors=True)
-        raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint. It loses its name first, so that what has that name is always whole."""
+    """Removes a checkpoint."""
+    # It loses its name first, so that what has that name is always whole.
     shutil.rmtree(path.rename(beside(path)))
 
 
 def recover(directory: Path) -> None:
-    """Cleans up after a process killed in `replacing`: puts back a checkpoint it was about to replace, and removes what
-    it had not finished."""
+    """Puts back the checkpoint that a process killed in `replacing` was about to replace, and removes its new one."""
     for old in directory.glob(".checkpoint-*.old"):
         path = directory / old.name[1:].removesuffix(".old")
         shutil.rmtree(old) if path.exists() else old.rename(path)
@@ -108,6 +103,7 @@ def recover(directory: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    # Waits until the disk has it.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,8 +9,7 @@
         \"\"\"or, where a line is too short, a string below the field\"\"\"
 
 A program inherits its groups, and adds its manual as a docstring and its name as `prog`; `parse` then reads a command
-line. --help lists the groups in the order in which they are inherited. The same classes are keyword arguments in
-Python: a bad value is a ValueError of one line in both.
+line. In Python the same fields are keyword arguments, with the same checks: a bad value is a ValueError of one line.
 """
 
 import argparse
@@ -87,6 +86,8 @@ Words = tuple[str, ...]  # arguments without a flag
 
 
 class Flag(NamedTuple):
+    """What a command line must know of a field."""
+
     read: Callable[[str], Any]  # a value from its text
     several: bool  # any number of values, as a tuple
     choices: tuple
@@ -96,59 +97,53 @@ class Flag(NamedTuple):
     help: str
     group: str  # the first line of the class that declares it
 
-    @property
-    def positional(self) -> bool:
-        return self.several and self.read is str
-
 
 @functools.cache
 def flags(cls: type) -> dict[str, Flag]:
-    """What a command line must know of each field, by name, group by group in the order that `cls` inherits them."""
+    """The fields by name, group by group in the order that `cls` inherits them."""
     found, hints = {}, get_type_hints(cls, include_extras=True)
-    defaults = {field.name: field.default for field in fields(cls)}
+    defaults = {field.name: field.default for field in fields(cls)}  # without ClassVars
     for name, (help, group) in _manual(cls).items():
         if name not in defaults:
-            continue  # a ClassVar
+            continue
+
+        # The type of one value, and its marks: of X | None those of X, of a tuple those of its items.
         hint = hints[name]
-        if get_origin(hint) in (Union, UnionType):  # X | None
+        if get_origin(hint) in (Union, UnionType):
             (hint,) = (part for part in get_args(hint) if part is not NoneType)
         kind, marks = _unpacked(hint)
-        reader = next((mark for mark in marks if inspect.isfunction(mark)), None)
-        several = get_origin(kind) is tuple and reader is None
+        read = next((mark for mark in marks if inspect.isfunction(mark)), None)
+        several = get_origin(kind) is tuple and read is None
         if several:
             kind, of_each = _unpacked(get_args(kind)[0])
             marks = (*of_each, *marks)
+
+        # How it is read and checked. The last name wins: Annotated[Count, "ROWS"] has two.
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        found[name] = Flag(
-            read=reader or (type(choices[0]) if choices else boolean if kind is bool else kind),
-            several=several,
-            choices=choices,
-            bounds=tuple(mark for mark in marks if isinstance(mark, Bound)),
-            metavar=next((mark for mark in reversed(marks) if isinstance(mark, str)), None),
-            default=defaults[name],
-            help=help,
-            group=group,
-        )
+        read = read or (type(choices[0]) if choices else boolean if kind is bool else kind)
+        bounds = tuple(mark for mark in marks if isinstance(mark, Bound))
+        metavar = next((mark for mark in reversed(marks) if isinstance(mark, str)), None)
+        found[name] = Flag(read, several, choices, bounds, metavar, defaults[name], help, group)
     return found
 
 
 def _manual(cls: type) -> dict[str, tuple[str, str]]:
-    """(help, group) of each name that `cls` and the classes it inherits annotate.
-
-    Comments and the strings below fields are in the source alone, so that is what we read. A field that a subclass
-    declares again, with another default say, stays in its group, and keeps its help unless it gets a new one.
-    """
+    """(help, group) of each name that `cls` and the classes it inherits annotate."""
     found = {}
     for owner in cls.__mro__[:-1]:
         lines, classes = _source(owner.__module__)
         tree = classes[owner.__name__]
         title = None if "prog" in vars(owner) else ast.get_docstring(tree)
         group = title.splitlines()[0] if title else "options"
+
+        # Comments and the strings below fields are in the source alone, so that is what we read.
         for statement, after in zip(tree.body, [*tree.body[1:], None]):
             if isinstance(statement, ast.AnnAssign):
                 line = lines[statement.end_lineno - 1].encode()  # columns count bytes
                 comment = line[statement.end_col_offset :].decode().partition("# ")[2]
                 string = " ".join(after.value.value.split()) if isinstance(after, ast.Expr) else None
+
+                # A field that a subclass declares again stays in its group, and keeps its help if it gets no other.
                 help, _ = found.pop(statement.target.id, ("", None))
                 found[statement.target.id] = help or string or comment, group
     return found
@@ -206,18 +201,11 @@ class Options:
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-ELSEWHERE = {  # what other programs call a flag: what it is called here
-    "--model": "--model_name_or_path",
-    "--lr": "--learning_rate",
-    "--batch_size": "--per_device_train_batch_size",
-    "--epochs": "--num_train_epochs",
-    "--dataset": "--dataset_args",
-    "--grad_accum": "--gradient_accumulation_steps",
-    "--gen_length": "--max_new_tokens",
-    "--max_tokens": "--max_new_tokens",
-    "--block_length": "--block_size",
-    "--prompt": "PROMPT",
-}
+# What other programs call a flag: what it is called here.
+ELSEWHERE = {"--model": "--model_name_or_path", "--dataset": "--dataset_args", "--prompt": "PROMPT"}
+ELSEWHERE |= {"--lr": "--learning_rate", "--epochs": "--num_train_epochs", "--block_length": "--block_size"}
+ELSEWHERE |= {"--batch_size": "--per_device_train_batch_size", "--grad_accum": "--gradient_accumulation_steps"}
+ELSEWHERE |= dict.fromkeys(["--gen_length", "--max_tokens"], "--max_new_tokens")
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
@@ -229,53 +217,53 @@ def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for a class of options: a group of flags for each class that it inherits.
-
-    Flags are spelled out whole; a flag that does not exist is answered by the nearest name; what is wrong is raised as
-    ValueError. Flags that are not given are left out of the result.
-    """
+    """argparse for a class of options; whatever is wrong is a ValueError. What is not given, the result lacks."""
 
     def __init__(self, cls: type):
-        manual = inspect.getdoc(cls) if "prog" in vars(cls) else None
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=cls.prog, description=manual, formatter_class=form, allow_abbrev=False)
-        groups = {"options": self._optionals}  # argparse's own, with --help
+        form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(prog=cls.prog, description=inspect.getdoc(cls) if "prog" in vars(cls) else None, **form)
+
+        # A group for each class that `cls` inherits, after argparse's own with --help.
+        groups = {"options": self._optionals}
         for name, flag in flags(cls).items():
-            help, required = flag.help, flag.default is MISSING
+            help, required, positional = flag.help, flag.default is MISSING, flag.several and flag.read is str
             if flag.default not in (None, MISSING, (), "") and "default" not in help:
                 shown = " ".join(map(str, flag.default)) if flag.several else flag.default
                 help += f" (default: {shown})"
+
+            # What argparse wants to know of it.
             how = {"type": flag.read, "metavar": flag.metavar, "help": help.replace("%", "%%")}
             if flag.choices:
                 how["choices"] = flag.choices
             if flag.read is boolean:
                 how |= {"nargs": "?", "const": True, "metavar": "True|False"}  # alone it means True
             if flag.several:
-                how["nargs"] = "*" if flag.positional and not required else "+"
+                how["nargs"] = "*" if positional and not required else "+"
+            if not positional:
+                name, how["required"] = f"--{name}", required
             if flag.group not in groups:
                 groups[flag.group] = self.add_argument_group(flag.group)
-            if flag.positional:
-                groups[flag.group].add_argument(name, default=argparse.SUPPRESS, **how)
-            else:
-                groups[flag.group].add_argument(f"--{name}", required=required, default=argparse.SUPPRESS, **how)
+            groups[flag.group].add_argument(name, default=argparse.SUPPRESS, **how)
 
     def error(self, message: str):
         raise ValueError(message)
 
     def parse_args(self, args=None, namespace=None):
+        # A flag that does not exist has a nearest one that does.
         args = list(sys.argv[1:] if args is None else args)
         before = list(itertools.takewhile(lambda argument: argument != "--", args))
         positional = [action.metavar for action in self._get_positional_actions()]
         for flag in (argument.partition("=")[0] for argument in before if argument.startswith("--")):
             if flag not in self._option_string_actions:
+                way_out = f"python {self.prog} --help lists them"
                 known = [*self._option_string_actions, *positional]
-                raise ValueError(
-                    f"unknown flag {flag}; {nearest(flag, known, f'python {self.prog} --help lists them')}"
-                )
+                raise ValueError(f"unknown flag {flag}; {nearest(flag, known, way_out)}")
+
+        # A boolean that stands alone does not take the argument after it, a prompt say, for its value.
         if not positional:
             return super().parse_args(args, namespace)
         for i, (flag, after) in enumerate(itertools.zip_longest(before, before[1:], fillvalue="")):
             action = self._option_string_actions.get(flag)
             if action is not None and action.type is boolean and after.lower() not in ("true", "false"):
-                args[i] = f"{flag}=True"  # alone, and not with the prompt that follows for its value
+                args[i] = f"{flag}=True"
         return self.parse_intermixed_args(args, namespace)

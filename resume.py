@@ -39,7 +39,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def prune(output: Path, step: int, limit: int | None) -> None:
-    """Of the checkpoints up to `step` the two newest can be resumed from, and the last `limit` stay (None: all)."""
+    """Removes all but the last `limit` checkpoints up to `step` (None: none), and the state of all but the last two."""
     written = [path for path in checkpoints(output) if number_of(path) <= step]
     for old in written[:-2]:
         drop_training(old)
@@ -49,9 +49,7 @@ def prune(output: Path, step: int, limit: int | None) -> None:
 
 def save_whole(model: LanguageModel, path: Path, dtype: torch.dtype, tokenizer: Tokenizer, ranks: Ranks) -> None:
     """The model alone, gathered from all ranks, as a Hugging Face directory."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = _gathered(model)
     if ranks.rank == 0:
         save_model(model, path, dtype=dtype, tokenizer=tokenizer, state_dict=whole)
     barrier()
@@ -66,10 +64,13 @@ def check_ranks_agree(args, ranks: Ranks) -> None:
 
 
 def is_complete(args, output: Path, ranks: Ranks) -> bool:
-    """Whether a run that is resumed has its last checkpoint already. First puts in order what a killed one left."""
+    """Whether a run that is resumed has its last checkpoint already."""
+    # First put in order what a killed one left.
     if args.resume_from_checkpoint is not None and ranks.rank == 0:
         recover(output)
     barrier()
+
+    # Rank 0 looks, for all.
     complete = args.resume_from_checkpoint == "auto" and ranks.gather((output / FINAL).is_dir())[0]
     if complete and ranks.rank == 0:
         print(f"{output / FINAL} is there: the run is complete")
@@ -78,37 +79,29 @@ def is_complete(args, output: Path, ranks: Ranks) -> bool:
 
 def resume_point(args, output: Path, ranks: Ranks) -> Path | None:
     """The checkpoint to go on from; None: from the start. ValueError or FileNotFoundError where that cannot be."""
-    found = _resume_point(args, output)
+    check_directory("--output_dir", output)
+    found, wanted = None, args.resume_from_checkpoint
+    if wanted is not None and args.overwrite:
+        raise ValueError("--overwrite and --resume_from_checkpoint contradict each other; leave one out")
+
+    # A new run, which replaces another only on request; or this one, from its newest checkpoint with a state; or a
+    # checkpoint by name, which may begin a run in another directory.
+    if wanted is None:
+        existing_files(output, args.overwrite)
+    elif wanted == "auto":
+        written = checkpoints(output)
+        found = next((path for path in reversed(written) if has_training(path)), None)
+        if written and found is None:
+            raise ValueError(f"{written[-1]} holds no training state to resume from; take another --output_dir")
+    else:
+        found = Path(wanted)
+        read_progress(found)
+        if found.resolve().parent != output.resolve():
+            existing_files(output, overwrite=False)
+
     if len(set(ranks.gather(found))) > 1:
         raise ValueError(f"processes see different checkpoints in {output}; choose a directory that all nodes share")
     return found
-
-
-def _resume_point(args, output: Path) -> Path | None:
-    check_directory("--output_dir", output)
-    if args.resume_from_checkpoint is None:
-        existing_files(output, args.overwrite)
-        return None
-    if args.overwrite:
-        raise ValueError("--overwrite and --resume_from_checkpoint contradict each other; leave one out")
-    if args.resume_from_checkpoint != "auto":
-        path = Path(args.resume_from_checkpoint)
-        read_progress(path)
-        if path.resolve().parent != output.resolve():
-            existing_files(output, overwrite=False)
-        return path
-    written = checkpoints(output)
-    for path in reversed(written):
-        try:
-            read_progress(path)
-        except FileNotFoundError:
-            continue
-        return path
-    if written:
-        raise ValueError(
-            f"{written[-1]} holds no training state to resume from; choose another directory, or --overwrite"
-        )
-    return None
 
 
 def check_resumed(path: Path, args, config: Config, processes: int) -> None:
@@ -117,19 +110,16 @@ def check_resumed(path: Path, args, config: Config, processes: int) -> None:
     for name, value in args.learned.items():
         before = progress["settings"].get(name)
         if before != value:
-            raise ValueError(
-                f"--{name} {value} contradicts {path}, of a run with {before}; resume with that, or start another run "
-                "in a directory of its own"
-            )
+            raise ValueError(f"--{name} {value} contradicts {path}, of a run with {before}; resume with that")
     if progress["config"] != config_dict(config):
         raise ValueError(f"{path} is a checkpoint of another model; resume with the one it was trained from")
+
+    # The loader goes on by steps, so that all must have the same number of rows.
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     before = progress["loader"][0]["global_batch_size"]
     if before != rows:
-        raise ValueError(
-            f"--per_device_train_batch_size x --gradient_accumulation_steps x {processes} processes are {rows} rows a "
-            f"step, but {before} in the run of {path}; choose the first two so that the product is that"
-        )
+        product = f"--per_device_train_batch_size x --gradient_accumulation_steps x {processes} processes"
+        raise ValueError(f"{product} are {rows} rows a step, but {before} in {path}; resume with as many")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,23 +127,21 @@ def check_resumed(path: Path, args, config: Config, processes: int) -> None:
 
 
 def save_training(path: Path, model: LanguageModel, optimizers: list, progress: dict, *, dtype, tokenizer) -> None:
-    """Writes a checkpoint that training can be resumed from; called by all ranks, whose `progress` is the same.
-
-    It is a Hugging Face directory with a directory `state` inside: the float32 weights and the optimizers as
-    torch.distributed.checkpoint stores them, sharded or not, and progress.json.
-    """
+    """Writes a checkpoint that training can be resumed from; called by all ranks, whose `progress` is the same."""
+    # A Hugging Face directory, and in it a directory with what torch.distributed.checkpoint stores, sharded or not: the
+    # float32 weights and the optimizers.
     dcp, states = _distributed_checkpoint()
     rank = dist.get_rank() if dist.is_initialized() else 0
 
     # The model, by rank 0 alone, which alone has all of it in memory.
-    whole = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
-    with replacing(path) if rank == 0 else nullcontext(beside(path)) as directory:
+    whole = _gathered(model)
+    with replacing(path) if rank == 0 else nullcontext(beside(path.resolve())) as directory:
         if rank == 0:
             write_model(model, directory, dtype=dtype, tokenizer=tokenizer, state_dict=whole)
         del whole
         barrier()
 
-        # The state, of which every rank writes its own shards.
+        # The state, of which every rank writes its own shards. What marks it as whole comes last.
         weights, moments = states.get_state_dict(model, optimizers)
         try:
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=directory / STATE)
@@ -179,27 +167,37 @@ def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
     return read_progress(path)
 
 
+def has_training(path: Path) -> bool:
+    return (path / STATE / PROGRESS).is_file() and (path / STATE / ".metadata").is_file()
+
+
 def read_progress(path: Path) -> dict:
     """The progress that save_training stored; FileNotFoundError where `path` is no checkpoint to resume from."""
-    file = path / STATE / PROGRESS
     if not path.is_dir():
         there = ", ".join(sorted(other.name for other in path.parent.glob("checkpoint-*"))) or "no checkpoint"
         raise FileNotFoundError(f"there is no directory {path} to resume from; {path.parent} holds {there}")
-    if not (file.is_file() and (path / STATE / ".metadata").is_file()):
+    if not has_training(path):
         raise FileNotFoundError(f"{path} holds no training state; it can be loaded as a model, but not resumed")
-    return json.loads(file.read_text())
+    return json.loads((path / STATE / PROGRESS).read_text())
 
 
 def drop_training(path: Path) -> None:
-    """Removes the training state from a checkpoint, which remains a model; first the file that marks it as whole."""
+    """Removes the training state from a checkpoint, which remains a model."""
+    # First the file that marks it as whole.
     (path / STATE / PROGRESS).unlink(missing_ok=True)
     shutil.rmtree(path / STATE, ignore_errors=True)
 
 
+def _gathered(model: LanguageModel) -> dict:
+    """All tensors of a model whose ranks may have a part of each, on rank 0's CPU."""
+    _, states = _distributed_checkpoint()
+    return states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 def _distributed_checkpoint():
-    """(torch.distributed.checkpoint, its state_dict), imported late: they take 0.7 s, and only training needs them."""
+    # Imported late: it takes 0.7 s, in a refused run and in each worker, too. One process is no reason to warn.
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint import state_dict
 
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what we mean there
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
     return checkpoint, state_dict

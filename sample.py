@@ -12,19 +12,9 @@ import torch
 from tqdm import tqdm
 
 import data
-from cli import (
-    Answers,
-    Opening,
-    canvas,
-    check_messages,
-    one_line_errors,
-    open_model,
-    sampler_options,
-    unused_steps,
-    uses_template,
-)
+from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Sampling
-from display import STRONG, Rate, Region, Spans, Trace, picture, pieces, plain, show, wrap
+from display import STRONG, Region, Spans, Trace, cost, picture, pieces, plain, show, wrap
 from files import check_file, replacing_file
 from model import LanguageModel
 from options import Bound, Natural, Options, Rows, Words
@@ -33,9 +23,6 @@ from tokenizer import Tokenizer
 Percent = Annotated[float, Bound(lambda score: 0 <= score <= 100, "a percentage, 0 to 100"), "PERCENT"]
 FRAME = 0.04  # seconds that a frame of --show lasts at least
 PLAIN_EVERY = 8  # forwards from one line of --show to the next where there is no terminal
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
 
 
 @dataclass(kw_only=True)
@@ -80,13 +67,7 @@ class Scoring(Options):
 
 
 @dataclass(kw_only=True)
-class Answering(Sampling):
-    max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
-    """masks that follow each prompt (default: 128, or 0 after a prompt that has masks)"""
-
-
-@dataclass(kw_only=True)
-class Sample(Answering, Scoring, Output, Prompts, Opening):
+class Sample(Sampling, Scoring, Output, Prompts, Opening):
     """Answer prompts with an ar, mdlm or bd3lm checkpoint, fill in masks, or score a chat data set.
 
       python sample.py "What is 17 + 25?" "Reverse the word ABC." --model_name_or_path runs/mdlm/checkpoint-final --show
@@ -107,6 +88,8 @@ class Sample(Answering, Scoring, Output, Prompts, Opening):
     of one batch share calls. ar decodes 1 token per forward."""
 
     prog: ClassVar[str] = "sample.py"
+    max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
+    """masks that follow each prompt (default: 128, or 0 after a prompt that has masks)"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,19 +106,16 @@ class Request:
     ids: list[int] = None
     holes: list[bool] | None = None  # which ids are masks to fill in; None: there is none, and the answer follows
     new: int = 0  # masks that follow the prompt
-    answer: str = None  # of a prompt that was filled in, all of it
-    shown: Spans = None
-    tokens: int = 0
-    forwards: int = 0
+    answer: tuple = None  # a cli.Answer; of a prompt that was filled in, all of it
 
     @property
     def kind(self) -> tuple:
-        """Requests of one kind can share a batch: a task is timed by itself, and prompts are filled in or answered."""
+        # A task is timed by itself, and a batch is either filled in or answered.
         return self.task or "", self.holes is not None
 
     @property
     def correct(self) -> bool:
-        return self.answer.strip() == self.expected.strip()
+        return self.answer.text.strip() == self.expected.strip()
 
 
 def requests(args: Sample) -> list[Request]:
@@ -146,36 +126,28 @@ def requests(args: Sample) -> list[Request]:
         raise ValueError(f"prompts come from {' and '.join(given)}; expected one source")
     if args.min_exact_match is not None and not args.dataset_args:
         raise ValueError("--min_exact_match needs answers to compare with; add --dataset_args")
+
+    # A data set, or arguments; "-" alone stands for standard input.
     if args.dataset_args:
         return [to_score(row, args.dataset_args) for row in data.raw(args.dataset_args, args.split)]
     if args.prompts and list(args.prompts) != ["-"]:
         return [Request(prompt) for prompt in args.prompts]
-    return from_lines("-" if args.prompts else args.input)
-
-
-def from_lines(source: str | None) -> list[Request]:
-    """The prompts of a file, a line each; of standard input where `source` is - or None."""
-    if source is None and sys.stdin.isatty():
+    if not args.prompts and args.input is None and sys.stdin.isatty():
         raise ValueError("no prompt; give some as arguments (an empty one, '', generates from scratch) or by --input")
-    if source in (None, "-"):
-        name, content = "standard input", sys.stdin.buffer.read()
-    else:
-        name, content = source, Path(source).read_bytes()
 
-    # Decode by hand, for an error that names the file and the byte.
+    # A line each, of a file or standard input. Decode by hand, for an error that names the file and the byte.
+    name = "standard input" if args.input in (None, "-") else args.input
+    content = sys.stdin.buffer.read() if args.input in (None, "-") else Path(name).read_bytes()
     try:
         lines = content.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it, iconv -t utf-8 say") from error
-    jsonl = name.endswith((".jsonl", ".json"))
-    found = [
-        from_json(line, f"{name}, line {n}") if jsonl else Request(line)
-        for n, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not found:
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise ValueError(f"{name} holds no prompt; expected one a line")
-    return found
+    if not name.endswith((".jsonl", ".json")):
+        return [Request(line) for _, line in numbered]
+    return [from_json(line, f"{name}, line {n}") for n, line in numbered]
 
 
 def from_json(line: str, where: str) -> Request:
@@ -185,18 +157,16 @@ def from_json(line: str, where: str) -> Request:
         raise ValueError(f"{where} is no JSON ({error}); expected an object a line") from error
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError(f'{where}: expected an object with either "prompt" or "messages"')
-    if "messages" in row:
-        return Request(check_messages(row["messages"], where))
-    if not isinstance(row["prompt"], str):
+    if not isinstance(row.get("prompt", ""), str):
         raise ValueError(f"{where}: the prompt is a {type(row['prompt']).__name__}; expected a string")
-    return Request(row["prompt"])
+    return Request(row["prompt"] if "prompt" in row else check_chat(row["messages"], where))
 
 
 def to_score(row: dict, source: str) -> Request:
     """A row of a chat data set: its last turn is what the answer to the others must be."""
     if "messages" not in row:
         raise ValueError(f"{source} is no chat (it has {', '.join(row)}); scoring compares with an assistant's turn")
-    messages = check_messages(row["messages"], source, answered=True)
+    messages = check_chat(row["messages"], source, answered=True)
     if len(messages) < 2:
         raise ValueError(f"{source}: a chat of an answer alone, {messages}; scoring needs a turn before it")
     return Request(messages[:-1], task=row.get("task"), expected=messages[-1]["content"])
@@ -204,46 +174,35 @@ def to_score(row: dict, source: str) -> Request:
 
 def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokenizer: Tokenizer, chat: bool) -> None:
     """Sets `ids`, `holes` and `new` of the n-th request. chat: text is a turn of a chat, not continued."""
-    # Which of the three ways is it: a turn of a chat, a text to continue, or a text with masks to fill in?
-    prompt, is_text = request.prompt, isinstance(request.prompt, str)
-    texts = [prompt] if is_text else [message["content"] for message in prompt]
-    infilling = any(tokenizer.mask_token in text for text in texts)
-    if not is_text and not chat:
+    prompt, text = request.prompt, isinstance(request.prompt, str)
+    # A text is a chat of one turn, or free: to continue or to fill in.
+    messages = [{"role": "user", "content": prompt}] if text else prompt
+    infilling = any(tokenizer.mask_token in message["content"] for message in messages)
+    if not text and not chat:
         raise ValueError(f"prompt {n} is a chat, which needs a chat template; leave --chat_template False out")
-    if is_text and infilling and (args.chat_template or args.system is not None):
+    if text and infilling and (args.chat_template or args.system is not None):
         flag = "--system" if args.system is not None else "--chat_template True"
         raise ValueError(f"prompt {n} has masks and is filled in as plain text; leave {flag} out, or give messages")
 
-    if is_text and (infilling or prompt == "" or not chat):
+    # A chat is rendered up to where its answer begins; one to fill in may end in an answer, and is rendered whole.
+    if text and (infilling or prompt == "" or not chat):
         ids = tokenizer.encode(prompt)
     else:
-        ids = render(prompt, n, args, tokenizer, infilling)
-    request.ids, holes = canvas(tokenizer, ids, predicted_from_before=model.config.right_shift)
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        answered = messages[-1]["role"] == "assistant"
+        if answered and not infilling:
+            raise ValueError(f"prompt {n} ends in the assistant's turn; leave that out, or add {tokenizer.mask_token}")
+        ids, _ = tokenizer.render(system + messages, reply=not answered)
+    request.ids, holes = canvas(tokenizer, ids, model)
     request.holes = holes if infilling else None
 
     # How much follows, and whether the model's context has room for it.
-    request.new = args.max_new_tokens
-    if request.new is None:
-        request.new = 0 if infilling else Sampling.max_new_tokens
-    context = model.config.max_position_embeddings
-    if len(request.ids) + request.new > context:
-        raise ValueError(
-            f"prompt {n}: its {len(request.ids)} tokens and {request.new} new ones exceed the model's "
-            f"context of {context}; shorten it or lower --max_new_tokens"
-        )
-
-
-def render(prompt: str | list[dict], n: int, args: Sample, tokenizer: Tokenizer, infilling: bool) -> list[int]:
-    """The ids of a chat, up to where its answer begins; of one to fill in, which may end in an answer, all of it."""
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    answered = messages[-1]["role"] == "assistant"
-    if answered and not infilling:
-        raise ValueError(
-            f"prompt {n} ends in the assistant's turn; leave that out, or put {tokenizer.mask_token} in it"
-        )
-    ids, _ = tokenizer.render(system + messages, reply=not answered)
-    return ids
+    default = 0 if infilling else Sampling.max_new_tokens
+    request.new = default if args.max_new_tokens is None else args.max_new_tokens
+    room, length = model.config.max_position_embeddings, len(request.ids)
+    if length + request.new > room:
+        parts = f"its {length} tokens and {request.new} new ones exceed the model's context of {room}"
+        raise ValueError(f"prompt {n}: {parts}; shorten it or lower --max_new_tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,10 +214,10 @@ class Watch(Region):
 
     def show(self, rows: list[Spans], forwards: int) -> None:
         if self.live:
-            lines = wrap([(f"forward {forwards}", STRONG)], self.width)
+            shown = [(f"forward {forwards}", STRONG)]
             for n, row in enumerate(rows, 1):
-                lines += wrap([(f"{n} ", STRONG), *row], self.width)
-            self.draw(lines)
+                shown += [(f"\n{n} ", STRONG), *row]
+            self.draw(wrap(shown, self.width))
             time.sleep(FRAME)  # not counted in the time that decoding took
         elif forwards % PLAIN_EVERY == 0:
             for n, row in enumerate(rows, 1):
@@ -266,25 +225,19 @@ class Watch(Region):
                 show([(f"forward {forwards}, row {n}: {text}", "")])
 
 
-def decode(
-    model: LanguageModel, tokenizer: Tokenizer, batch: list[Request], *, options: dict, generator, watch: bool
-) -> Answers:
+def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, watch: bool) -> Answers:
     """Answers the requests of a batch, which are of one kind. watch: show each step."""
-    holes = [request.holes for request in batch]
-    answers = Answers(
-        model,
-        tokenizer,
-        [request.ids for request in batch],
-        None if None in holes else holes,
-        options=options | {"max_new_tokens": batch[0].new},
-        generator=generator,
-    )
+    prompts, holes = [request.ids for request in batch], [request.holes for request in batch]
+    options = options | {"max_new_tokens": batch[0].new}
+    holes = None if None in holes else holes
+    # Only the steps are timed, not what is shown of them.
+    answers = Answers(model, tokenizer, prompts, holes, options=options, generator=generator)
     with Watch(live=watch) as screen:
         for step in answers:
             if watch:
                 screen.show(answers.shown(), step.forwards)
     for request, answer in zip(batch, answers.final()):
-        request.answer, request.shown, request.tokens, request.forwards = answer
+        request.answer = answer
     return answers
 
 
@@ -298,17 +251,11 @@ def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
 
 def traced(answers: Answers, objective: str) -> Trace:
     """How the first row of a batch was denoised, for a picture."""
-    columns, last = answers.columns[0], answers.last
-    ids, masked, settled = (field[0, columns].tolist() for field in (last.tokens, last.masked, answers.settled))
-    forwards = answers.forwards[0].item()
-    when = [-1 if hole else forward for hole, forward in zip(masked, settled)]
-    return Trace(
-        pieces(answers.tokenizer, ids, masked, skip_special_tokens=False),
-        when,
-        last.confidence[0, columns].tolist(),
-        forwards,
-        f"{objective}, {sum(forward > 0 for forward in when)} tokens in {forwards} forwards",
-    )
+    last, forwards = answers.last, answers.forwards[0].item()
+    ids, masked, settled, confidence = next(answers.rows(last.tokens, last.masked, answers.settled, last.confidence))
+    texts = pieces(answers.tokenizer, ids, masked, skip_special_tokens=False)
+    title = f"{objective}, {sum(forward > 0 for forward in settled)} tokens in {forwards} forwards"
+    return Trace(texts, settled, confidence, forwards, title)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,36 +264,34 @@ def traced(answers: Answers, objective: str) -> Trace:
 
 def show_answer(request: Request, number: str, tokenizer: Tokenizer) -> None:
     """Prints prompt and answer; what was filled in stands out."""
-    if not isinstance(request.prompt, str):
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in request.prompt)
-    elif request.prompt == "":
+    # A chat is shown turn by turn, an empty prompt by the token that the text began with.
+    prompt = request.prompt
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    elif prompt == "":
         after = f", after {tokenizer.decode(request.ids, skip_special_tokens=False)}" if request.ids else ""
         prompt = f"(from scratch{after})"
-    else:
-        prompt = request.prompt
-    show([(f"[{number}] {prompt}\n", STRONG), *request.shown], end="\n\n")
+    show([(f"[{number}] {prompt}\n", STRONG), *request.answer.shown], end="\n\n")
 
 
-def rate(done: list[Request], seconds: float) -> Rate:
-    return Rate(sum(request.tokens for request in done), seconds, sum(request.forwards for request in done))
+def totals(done: list[Request]) -> tuple[int, int]:
+    """Tokens and forwards of the answers."""
+    return sum(request.answer.tokens for request in done), sum(request.answer.forwards for request in done)
 
 
 def show_table(todo: list[Request], seconds: dict[str | None, float]) -> float:
     """Prints exact match by task and pooled, the answer against the expected one; returns the pooled percentage."""
     # A row for each task if there are several, and one for all.
-    tasks = [task for task in seconds if task is not None] if len(seconds) > 1 else []
-    rows = [(task, [request for request in todo if request.task == task], seconds[task]) for task in tasks]
+    several = {task: spent for task, spent in seconds.items() if task is not None and len(seconds) > 1}
+    rows = [(task, [request for request in todo if request.task == task], spent) for task, spent in several.items()]
     rows.append(("all", todo, sum(seconds.values())))
     width = max(len("task"), *(len(name) for name, *_ in rows))
     print(f"{'task':<{width}}  exact match %      n  tokens/s  tokens per forward")
     for name, done, spent in rows:
         score = 100 * sum(request.correct for request in done) / len(done)
-        cost = rate(done, spent)
-        print(
-            f"{name:<{width}}  {score:13.1f}  {len(done):5}  {cost.tokens / max(cost.seconds, 1e-9):8.1f}  "
-            f"{cost.tokens / max(cost.forwards, 1):18.2f}"
-        )
-    print(cost)
+        tokens, forwards = totals(done)
+        speed, share = tokens / max(spent, 1e-9), tokens / max(forwards, 1)
+        print(f"{name:<{width}}  {score:13.1f}  {len(done):5}  {speed:8.1f}  {share:18.2f}")
     return score
 
 
@@ -359,15 +304,16 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
         "seed": args.seed,
         "batch_size": args.batch_size,
         **options,
-        "block_size": model.config.block_length if options["block_size"] is None else options["block_size"],
+        "block_size": options["block_size"] or model.config.block_length,
     }
     # The file takes its name when it is complete.
     with replacing_file(args.output) as file, file.open("w", encoding="utf-8") as lines:
         for request in todo:
-            row = {name: getattr(request, name) for name in ("prompt", "answer", "tokens", "forwards")}
+            text, _, tokens, forwards = request.answer
+            row = {"prompt": request.prompt, "answer": text, "tokens": tokens, "forwards": forwards}
             if request.expected is not None:
-                row |= {name: getattr(request, name) for name in ("task", "expected", "correct")}
-            row |= {**settings, "max_new_tokens": request.new}
+                row |= {"task": request.task, "expected": request.expected, "correct": request.correct}
+            row |= settings | {"max_new_tokens": request.new}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -375,30 +321,22 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
 # The program
 
 
-def prepare(args: Sample) -> tuple[list[Request], LanguageModel, Tokenizer, dict]:
-    """The encoded prompts, the model, its tokenizer and the sampler's options. What is wrong is found here."""
-    # Names of files first, as they cost nothing; then the prompts; then the model.
+def sample(args: Sample) -> int:
+    """Does what the options say; returns the exit status."""
+    # What is wrong is found before the work: names of files first, as they cost nothing; then prompts, then the model.
     for flag, path, endings in (("--output", args.output, (".jsonl",)), ("--picture", args.picture, (".png", ".html"))):
         if path is not None:
             check_file(flag, path, endings, overwrite=args.overwrite)
     todo = requests(args)
     model, tokenizer = open_model(args, args.block_size)
-    chat = uses_template(args, tokenizer)
-
+    chat, objective = is_chat(args, tokenizer), model.config.objective
+    options = sampler_options(args, objective)
     # Encode all before the first is decoded: the last may be too long, and that should not show after an hour.
-    options = sampler_options(args, model.config.objective)
     for n, request in enumerate(todo, 1):
         encode(request, n, args, model, tokenizer, chat)
-    return todo, model, tokenizer, options
-
-
-def sample(args: Sample) -> int:
-    """Does what the options say; returns the exit status."""
-    todo, model, tokenizer, options = prepare(args)
-    objective = model.config.objective
-    generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)
 
     # Decode batch by batch, and print each answer as soon as those before it are printed.
+    generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)
     seconds, trace, printed = {}, None, 0
     progress = tqdm(total=len(todo), unit="row", disable=None if args.dataset_args else True)
     for batch in batches(todo, args.batch_size):
@@ -413,21 +351,21 @@ def sample(args: Sample) -> int:
     progress.close()
 
     # Then the score or the rate, a remark, and the files.
-    if args.dataset_args:
-        score = show_table(todo, seconds)
-    else:
-        print(rate(todo, sum(seconds.values())))
-    for remark in unused_steps(options, objective, max(sum(request.holes or []) + request.new for request in todo)):
+    score = show_table(todo, seconds) if args.dataset_args else None
+    tokens, forwards = totals(todo)
+    print(cost(tokens, sum(seconds.values()), forwards))
+    for remark in idle_steps(options, objective, max(sum(request.holes or []) + request.new for request in todo)):
         print(remark)
     if args.picture is not None:
         with replacing_file(args.picture) as file:
             file.write_bytes(picture(trace, args.picture))
     if args.output is not None:
         write_rows(args, todo, model, options)
-    if args.min_exact_match is not None and score < args.min_exact_match:
-        print(
-            f"sample.py: exact match {score:.1f} % is below --min_exact_match {args.min_exact_match}", file=sys.stderr
-        )
+
+    # Below the least score the status is 1, for a script to see.
+    least = args.min_exact_match
+    if least is not None and score < least:
+        print(f"sample.py: exact match {score:.1f} % is below --min_exact_match {least}", file=sys.stderr)
         return 1
     return 0
 

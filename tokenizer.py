@@ -1,7 +1,6 @@
 """Text to ids and back, and a chat to ids with a mark on those that are learnt, by the checkpoint's own chat template.
 
-Built on `tokenizers` and `jinja2`. Reads and writes the files of a Hugging Face directory; no tensors, no Hub, no
-transformers.
+Reads and writes the files of a Hugging Face directory, by `tokenizers` and `jinja2`, without transformers.
 """
 
 import functools
@@ -20,7 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MASK = "<|mask|>"
 END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")  # ends of a turn or a text, in Qwen and Llama
 ROLES = ("system", "user", "assistant", "tool")
-JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+CONFIG, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 SPLIT = (  # Qwen's: contractions, words, single digits, punctuation, line ends, spaces
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -34,17 +34,15 @@ CHATML = (
 @contextmanager
 def reading(file: Path):
     """Turns whatever is raised while a file is read into a ValueError that names the file."""
+    # Whatever it is, since `tokenizers` raises nothing more specific.
     try:
         yield
-    except Exception as error:  # `tokenizers` raises nothing more specific
+    except Exception as error:
         raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; fetch it again") from error
 
 
 def why_invalid(messages, *, answered: bool = False) -> str | None:
-    """Why `messages` are no valid chat, or None: a list of dicts, each with a role and a string as content.
-
-    answered: it must end with an assistant's turn, as a chat to learn from does.
-    """
+    """Why `messages` are no valid chat, or None. answered: it must end with an assistant's turn, to be learnt."""
     if not isinstance(messages, list) or not messages:
         return "no messages"
     for message in messages:
@@ -59,75 +57,69 @@ def why_invalid(messages, *, answered: bool = False) -> str | None:
 class Tokenizer:
     """The tokenizer of a directory.
 
-    The mask token is `mask_token`, which must be in the vocabulary (a reserved token, say); else the one that
-    tokenizer_config.json names; else `<|mask|>`. Where the vocabulary lacks that one it is added under the next free id
-    (`mask_added`), which may lie beyond the model's embedding, see convert.py. `mask_untrained`: it was added, or it is
-    a `mask_token` that these files do not declare as the mask.
+    mask_token: a token of the vocabulary to be the mask (default: what tokenizer_config.json names, else <|mask|>).
+    `mask_added`: it was missing and got the next free id, maybe beyond the model's embedding, see convert.py.
+    `mask_untrained`: no model was trained with it, as it was added, or chosen against what the files declare.
     """
 
     def __init__(self, path: str | Path, mask_token: str | None = None):
-        path = Path(path)
-        if not (path / "tokenizer.json").is_file():
-            raise FileNotFoundError(
-                f"{path} holds no tokenizer.json; transformers writes one: "
-                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            )
-        self._read_files(path)
-        with reading(path / "tokenizer.json"):
-            self.core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        file = Path(path, "tokenizer.json")
+        if not file.is_file():
+            way_out = "transformers writes one: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            raise FileNotFoundError(f"{path} holds no tokenizer.json; {way_out}")
+        self._read_files(Path(path))
+        with reading(file):
+            self.core = tokenizers.Tokenizer.from_file(str(file))
         self.core.no_truncation()
         self.core.no_padding()
-        self._choose_mask(mask_token)
-        self.eos_id, self.bos_id, pad_id = (self._id(name) for name in ("eos_token", "bos_token", "pad_token"))
-        self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.end_ids = self._find_ends()
 
-    def _read_files(self, path: Path) -> None:
-        """Sets `files` (JSON by name), `template`, `template_file` (its text) and `special` (bos_token and so on)."""
-        self.files, self.template_file = {}, None
-        for file in (path / name for name in JSON_FILES if (path / name).is_file()):
-            with reading(file):
-                self.files[file.name] = json.loads(file.read_bytes())
-                if not isinstance(self.files[file.name], dict):
-                    raise ValueError(f"{json.dumps(self.files[file.name])[:40]}, expected an object")
-        file = path / "chat_template.jinja"
-        if file.is_file():
-            with reading(file):
-                self.template_file = file.read_text(encoding="utf-8")
-
-        config = self.files.setdefault("tokenizer_config.json", {})
-        self.template = self.template_file or config.get("chat_template")
-        if isinstance(self.template, list):
-            self.template = {named["name"]: named["template"] for named in self.template}.get("default")
-        self.special = {}
-        for name, token in {**self.files.get("special_tokens_map.json", {}), **config}.items():
-            token = token["content"] if isinstance(token, dict) and "content" in token else token
-            if name.endswith("_token") and isinstance(token, str):
-                self.special[name] = token
-
-    def _id(self, name: str) -> int | None:
-        return self.core.token_to_id(self.special[name]) if name in self.special else None
-
-    def _choose_mask(self, token: str | None) -> None:
-        if token is not None and self.core.token_to_id(token) is None:
-            raise ValueError(f"mask token {token!r} is not in the vocabulary; name one that is, or none to add {MASK}")
+        # The mask token, added where it is missing.
         declared = self.special.get("mask_token")
-        self.mask_token = token or declared or MASK
+        if mask_token is not None and self.core.token_to_id(mask_token) is None:
+            raise ValueError(f"mask token {mask_token!r} is not in the vocabulary; name one that is, or leave it out")
+        self.mask_token = self.special["mask_token"] = mask_token or declared or MASK
         self.mask_added = self.core.token_to_id(self.mask_token) is None
         if self.mask_added:
             self.core.add_special_tokens([tokenizers.AddedToken(self.mask_token, special=True, normalized=False)])
-        self.mask_untrained = self.mask_added or token not in (None, declared)
-        self.special["mask_token"] = self.mask_token
-        self.mask_id = self.core.token_to_id(self.mask_token)
+        self.mask_untrained = self.mask_added or mask_token not in (None, declared)
 
-    def _find_ends(self) -> list[int]:
-        """Ids that end a turn or a text: EOS, the known end tokens, and those that generation_config.json declares."""
+        # The other special tokens, as far as the files name them.
+        names = ("mask_token", "eos_token", "bos_token", "pad_token")
+        found = (self.core.token_to_id(self.special[name]) if name in self.special else None for name in names)
+        self.mask_id, self.eos_id, self.bos_id, pad_id = found
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+
+        # What ends a turn or a text: EOS, the families' end tokens, and those that generation_config.json declares.
         added = self.core.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
-        declared = self.files.get("generation_config.json", {}).get("eos_token_id")
-        declared = declared if isinstance(declared, list) else [declared]
-        found = [self.eos_id, *(specials.get(token) for token in END), *(i for i in declared if i in added)]
-        return sorted({i for i in found if i is not None})
+        more = self.files.get(GENERATION, {}).get("eos_token_id")
+        more = more if isinstance(more, list) else [more]
+        ends = {self.eos_id, *(specials.get(token) for token in END), *(i for i in more if i in added)}
+        self.end_ids = sorted(ends - {None})
+
+    def _read_files(self, path: Path) -> None:
+        """Sets `files` (a dict or, of the template, text by name), `template` and `special` (bos_token and so on)."""
+        self.files = {}
+        for file in (path / name for name in (CONFIG, SPECIAL, GENERATION, TEMPLATE) if (path / name).is_file()):
+            with reading(file):
+                text = file.name == TEMPLATE
+                content = file.read_text(encoding="utf-8") if text else json.loads(file.read_bytes())
+                if not (text or isinstance(content, dict)):
+                    raise ValueError(f"{json.dumps(content)[:40]}, expected an object")
+                self.files[file.name] = content
+
+        # A template is a file, or a field: a text, or a list of named ones.
+        config = self.files.setdefault(CONFIG, {})
+        self.template = self.files.get(TEMPLATE) or config.get("chat_template")
+        if isinstance(self.template, list):
+            self.template = {named["name"]: named["template"] for named in self.template}.get("default")
+
+        # Special tokens are texts, or objects with a text as content.
+        self.special = {}
+        for name, token in {**self.files.get(SPECIAL, {}), **config}.items():
+            token = token["content"] if isinstance(token, dict) and "content" in token else token
+            if name.endswith("_token") and isinstance(token, str):
+                self.special[name] = token
 
     @property
     def ids(self) -> list[int]:
@@ -138,10 +130,8 @@ class Tokenizer:
         """Raises ValueError unless an embedding of `rows` rows has one for each id (mask False: but the mask's)."""
         last = max(i for i in self.ids if mask or i != self.mask_id)
         if last >= rows:
-            raise ValueError(
-                f"the tokenizer has token id {last} and the embedding {rows} rows, so they are not of one model; fetch "
-                "both from one place"
-            )
+            conflict = f"the tokenizer has token id {last} and the embedding {rows} rows"
+            raise ValueError(f"{conflict}, so they are not of one model; fetch both from one place")
 
     def __len__(self) -> int:
         return self.core.get_vocab_size()
@@ -158,52 +148,58 @@ class Tokenizer:
         return self.core.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def save(self, directory: str | Path, *, mask: bool = True) -> None:
-        """Writes the files that were read, with the mask token in them; mask False: without one that was added here.
-
-        An AR checkpoint is saved without it: a later conversion would take its row for a trained one.
-        """
+        """Writes the files that were read, with the mask token in them; mask False: without one that was added here."""
         core, files = json.loads(self.core.to_str()), json.loads(json.dumps(self.files))  # copies
-        if self.mask_added and not mask:
-            core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] != self.mask_id]
-        elif mask:
+        added = [token for token in core["added_tokens"] if self.mask_added and token["id"] == self.mask_id]
+        if mask:
             # Declare it wherever special tokens are declared. tokenizer.json has it already.
-            config = files["tokenizer_config.json"]
-            for name in files.keys() & {"tokenizer_config.json", "special_tokens_map.json"}:
+            for name in files.keys() & {CONFIG, SPECIAL}:
                 files[name]["mask_token"] = self.mask_token
-            if self.mask_added and "added_tokens_decoder" in config:
-                token = next(token for token in core["added_tokens"] if token["id"] == self.mask_id)
-                config["added_tokens_decoder"][str(self.mask_id)] = {k: v for k, v in token.items() if k != "id"}
-        text = {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in files.items()}
-        text["tokenizer.json"] = json.dumps(core, ensure_ascii=False)
-        if self.template_file is not None:
-            text["chat_template.jinja"] = self.template_file
-        for name, content in text.items():
-            Path(directory, name).write_text(content, encoding="utf-8")
+            listed = files[CONFIG].get("added_tokens_decoder", {})
+            listed |= {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
+        else:
+            # An AR checkpoint has none: a later conversion would take its row for a trained one.
+            core["added_tokens"] = [token for token in core["added_tokens"] if token not in added]
 
-    def render(
-        self, messages: list[dict], *, reply: bool = False, thinking: bool = False, train_on: str = "last"
-    ) -> tuple[list[int], list[bool]]:
+        # JSON, but for the template.
+        Path(directory, "tokenizer.json").write_text(json.dumps(core, ensure_ascii=False), encoding="utf-8")
+        for name, content in files.items():
+            text = content if name == TEMPLATE else json.dumps(content, indent=2, ensure_ascii=False)
+            Path(directory, name).write_text(text, encoding="utf-8")
+
+    def render(self, messages: list[dict], *, reply=False, thinking=False, train_on="last") -> tuple[list, list]:
         """(ids, whether each is learnt) of a chat, by the checkpoint's template.
 
         reply: end with the prompt for the assistant's next turn (nothing is learnt then). thinking: the template's
-        `enable_thinking`. train_on: the "last" assistant turn or "all"; a turn begins where its prompt ends and
-        includes its end token. Raises ValueError where the template rewrites earlier turns, so that their text is no
-        prefix of the whole chat's (Qwen3 drops their thinking, so "all" is impossible there).
+        `enable_thinking`. train_on: the "last" assistant turn or "all", each from the end of its prompt through its end
+        token; ValueError where the template rewrites earlier turns (Qwen3 drops their thinking).
         """
         if train_on not in ("last", "all"):
             raise ValueError(f"train_on {train_on!r}: expected last or all")
         whole = self.fill(messages, reply=reply, thinking=thinking)
+        ids = self.encode(whole)
         if reply:
-            ids = self.encode(whole)
             return ids, [False] * len(ids)
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("the messages do not end with an assistant turn; nothing in them is learnt")
 
-        # A learnt turn lies between two lengths: of the chat's ids up to its prompt's end, and up to its own end.
-        texts = self._turn_prefixes(messages, whole, thinking=thinking, train_on=train_on)
-        ids, prefixes = self.encode(whole), [self.encode(text) for text in texts]
+        # Of each learnt turn two prefixes of the whole text: up to its prompt's end, and up to its own.
+        last, texts = len(messages) - 1, []
+        for i, message in enumerate(messages):
+            if i < last and (train_on == "last" or message["role"] != "assistant"):
+                continue
+            prompt = self.fill(messages[:i], reply=True, thinking=thinking)
+            turn = whole if i == last else self.fill(messages[: i + 1], reply=False, thinking=thinking)
+            if not (whole.startswith(prompt) and whole.startswith(turn)):
+                rewritten = f"the chat template renders turn {i + 1} otherwise inside the whole chat"
+                way_out = "train on the last turn only" if i < last else "is the answer for the other `thinking`?"
+                raise ValueError(f"{rewritten} (its prompt ends in {prompt[-40:]!r}); {way_out}")
+            texts += [prompt, turn]
+
+        # The turn's ids lie between the lengths of the two. Where a token spans the border of a turn, encode the parts
+        # one by one: in sampling the prompt is encoded alone, too.
+        prefixes = [self.encode(text) for text in texts]
         if any(ids[: len(prefix)] != prefix for prefix in prefixes):
-            # A token spans the border of a turn. Encode the parts apart: in sampling the prompt is encoded alone, too.
             ids, prefixes = [], []
             for a, b in pairwise([0, *map(len, texts)]):
                 ids = ids + self.encode(whole[a:b])
@@ -213,34 +209,15 @@ class Tokenizer:
             supervised[len(prompt) : len(turn)] = [True] * (len(turn) - len(prompt))
         return ids, supervised
 
-    def _turn_prefixes(self, messages: list[dict], whole: str, *, thinking: bool, train_on: str) -> list[str]:
-        """Of each learnt turn two prefixes of `whole`, the chat as text: up to its prompt's end, and up to its own."""
-        last, prefixes = len(messages) - 1, []
-        turns = [i for i in range(last) if messages[i]["role"] == "assistant"] if train_on == "all" else []
-        for i in [*turns, last]:
-            prompt, turn = self.fill(messages[:i], reply=True, thinking=thinking), whole
-            if i < last:
-                turn = self.fill(messages[: i + 1], reply=False, thinking=thinking)
-            if not (whole.startswith(prompt) and whole.startswith(turn)):
-                way_out = (
-                    "train on the last turn only" if i < last else "is the answer written for the other `thinking`?"
-                )
-                raise ValueError(
-                    f"the chat template renders turn {i + 1} otherwise inside the whole chat (its prompt ends in "
-                    f"{prompt[-40:]!r}); {way_out}"
-                )
-            prefixes += [prompt, turn]
-        return prefixes
-
     def fill(self, messages: list[dict], *, reply: bool, thinking: bool) -> str:
-        """The chat as text, by the template; ValueError where there is none, or it fails."""
+        """The chat as text; ValueError where there is no template, or it fails."""
         if self.template is None:
             raise ValueError("the tokenizer has no chat template; use plain text (--stage pt, --chat_template False)")
+        options = {"add_generation_prompt": reply, "enable_thinking": thinking, **self.special}
         try:
-            return compiled(self.template).render(
-                messages=messages, add_generation_prompt=reply, enable_thinking=thinking, **self.special
-            )
-        except Exception as error:  # a template is a program, which can fail in any way
+            return compiled(self.template).render(messages=messages, **options)
+        except Exception as error:
+            # A template is a program, which can fail in any way.
             reason = error if isinstance(error, TemplateError) else repr(error)
             raise ValueError(f"the chat template refuses these messages: {reason}") from error
 
@@ -248,11 +225,9 @@ class Tokenizer:
     def train(cls, texts, vocab_size: int, template: str = CHATML) -> "Tokenizer":
         """A byte-level BPE trained on `texts` (an iterable of str), at most `vocab_size` tokens and a mask token.
 
-        The same texts give the same tokenizer. Every digit is a token. A merge needs max(2, texts / 100) occurrences,
-        so that no token is learnt from one text alone. End of text is <|endoftext|>, end of turn <|im_end|>.
+        The same texts give the same tokenizer. End of text is <|endoftext|>, end of turn <|im_end|>.
         """
-        texts = list(texts)
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        texts, special = list(texts), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         smallest = len(special) + 256
         if vocab_size < smallest:
             raise ValueError(f"vocab_size {vocab_size}: bytes and special tokens alone are {smallest}")
@@ -263,27 +238,19 @@ class Tokenizer:
         byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
         core.decoder = tokenizers.decoders.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=max(2, len(texts) // 100),
-            special_tokens=special,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+
+        # A merge needs several occurrences, so that no token is learnt from one text alone.
+        options = {"vocab_size": vocab_size, "min_frequency": max(2, len(texts) // 100), "special_tokens": special}
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False, **options)
         core.train_from_iterator(texts, trainer)
 
         # Written and read again, so that it is made in one way only.
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>",
-            "eos_token": "<|im_end|>",
-            "clean_up_tokenization_spaces": False,
-            "chat_template": template,
-        }
+        config = {"bos_token": special[0], "pad_token": special[0], "eos_token": special[2], "chat_template": template}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         with tempfile.TemporaryDirectory() as directory:
             core.save(str(Path(directory, "tokenizer.json")))
-            Path(directory, "tokenizer_config.json").write_text(json.dumps(config))
+            Path(directory, CONFIG).write_text(json.dumps(config))
             return cls(directory)
 
 
@@ -308,13 +275,11 @@ def compiled(template: str):
     def raise_exception(message):
         raise TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # jinja's own filter escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(value, ensure_ascii=False, **options):  # jinja's own filter escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

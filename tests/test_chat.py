@@ -535,8 +535,9 @@ def test_the_commands_in_a_terminal(tmp_path):
     with Terminal("chat.py", *flags, columns=160, lines=50) as window:
         window.until(lambda text: text.endswith("\n>"))
         help = told(window, "/help", "/quit")
-        for name, usage in chat.COMMANDS.items():
-            assert re.search(rf"\n{re.escape(usage)}  +{re.escape(getattr(chat.Conversation, name).__doc__)}", help)
+        for name in chat.COMMANDS:
+            usage, _, meaning = getattr(chat.Conversation, name).__doc__.partition(": ")
+            assert usage.startswith(f"/{name}") and re.search(rf"\n{re.escape(usage)}  +{re.escape(meaning)}", help)
         told(window, "/system Add.", "\nsystem message: Add.\n")
         first = told(window, "What is 1 + 2?", "tokens per forward")
         again = told(window, "/retry", "tokens per forward")

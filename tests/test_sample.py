@@ -173,7 +173,7 @@ def test_infilling_ends_at_no_end_token(run, monkeypatch):
     assert answers(run, f"a{HOLE}b", "--model_name_or_path", checkpoint("mdlm")) == ["ab"]
 
 
-def trimmed(monkeypatch, prompt: list[int], holes: list[bool] | None, canvas: list[int]) -> sample.Request:
+def trimmed(monkeypatch, prompt: list[int], holes: list[bool] | None, canvas: list[int]) -> cli.Answer:
     """What becomes of a prompt of the golden tokenizer's whose canvas comes out as `canvas`."""
     tokens = torch.tensor([canvas])
     masked = torch.tensor([[i >= len(prompt) if holes is None else holes[i] for i in range(len(canvas))]])
@@ -186,7 +186,7 @@ def trimmed(monkeypatch, prompt: list[int], holes: list[bool] | None, canvas: li
     request, model = sample.Request("", ids=prompt, holes=holes), golden_model("qwen3")
     request.new = len(canvas) - len(prompt)
     sample.decode(model, Tokenizer(GOLDEN / "models/qwen3"), [request], options={}, generator=None, watch=False)
-    return request
+    return request.answer
 
 
 def test_answers_end_where_the_references_do_but_at_an_end_of_text_too(monkeypatch):
@@ -194,12 +194,12 @@ def test_answers_end_where_the_references_do_but_at_an_end_of_text_too(monkeypat
     reference goes on behind <|endoftext|>, which is also its padding."""
     golden = golden_json("data")
     ended, _, beyond, *_ = golden["sample_trim"]
-    assert trimmed(monkeypatch, ended["prompt"], None, ended["sequence"]).answer == ended["text"] == "w20 w21"
-    assert trimmed(monkeypatch, beyond["prompt"], None, beyond["sequence"]).answer == "w30" != beyond["text"]
+    assert trimmed(monkeypatch, ended["prompt"], None, ended["sequence"]).text == ended["text"] == "w20 w21"
+    assert trimmed(monkeypatch, beyond["prompt"], None, beyond["sequence"]).text == "w30" != beyond["text"]
     case, mask = golden["infill_trim"][0], golden["special_ids"]["mask"]
-    request = trimmed(monkeypatch, case["prompt"], [token == mask for token in case["prompt"]], case["sequence"])
-    assert "".join(text for text, style in request.shown if style == display.FRESH).strip() == case["text"]
-    assert request.answer == "w7 w8 w9 w20 w21" and request.tokens == 3  # all of the canvas, not what was filled alone
+    answer = trimmed(monkeypatch, case["prompt"], [token == mask for token in case["prompt"]], case["sequence"])
+    assert "".join(text for text, style in answer.shown if style == display.FRESH).strip() == case["text"]
+    assert answer.text == "w7 w8 w9 w20 w21" and answer.tokens == 3  # all of the canvas, not what was filled alone
 
 
 def test_infilling_a_chat_takes_its_last_turn_as_it_stands(run, tmp_path):
