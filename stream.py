@@ -1,25 +1,20 @@
 """Streaming: a set is read and tokenised while training runs, pass after pass, without end.
 
-    Stream (the sets of a spec) -> Reader (raw rows) -> SlotRows (rows to train on) -> StreamLoader, which collates
+    Stream (the sets of a spec) -> Reader (raw rows) -> SlotRows (rows to train on) -> loaders.StreamLoader
 
 No random choice knows how many processes there are, so the batches are the same on any number of ranks and workers,
 and after a resumption on any other.
 """
 
 import itertools
-import multiprocessing
-import os
-import traceback
 import zlib
 from collections import Counter
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import data
-from data import AnswerContains, Batches, Reading, RowEncoder
+from data import AnswerContains, Reading, RowEncoder
 
 STREAMED_TEST = 1000  # rows of a set that are evaluated on, where its spec does not say
 
@@ -59,12 +54,12 @@ class Pass:
                 self.rows = self._open(self.source.shards[shard])
             with data.naming_errors(self.source.name):
                 row = next(self.rows, None)
-            if row is None:  # the shard is read
+            if row is None:
                 self.turn, self.row, self.rows, self.shard_state = self.turn + 1, 0, None, None
                 continue
             number, self.row = self.row, self.row + 1
 
-            # A row's number decides whether it is to test on, not a draw: nobody knows how many rows there will be.
+            # A row's number decides whether it is to test on, not a draw: nobody knows how many rows there will be
             to_test = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
             if self.source.test_side in (None, to_test) and (not self.source.keep_row or self.source.keep_row(row)):
                 self.given += 1
@@ -88,19 +83,15 @@ class Pass:
 
 def _source(spec: data.Spec, split: str) -> Source:
     """Where a set has no test split, every 20th row or so of train is its test split, by a hash of its number."""
-    if split not in data.SPLITS:
-        raise ValueError(f"split {split!r}: expected one of {', '.join(data.SPLITS)}")
-    found, test_side = split, None
     if spec.name.startswith("builtin/"):
-        shards = [data.builtin_rows(spec, split)]
+        return Source(spec.name, [data.builtin_rows(spec, split)], data.limit_of(spec, split, split), None)
+    splits, test_side = data.load_splits(spec, streaming=True), None
+    if data.lacks_test(splits):
+        found, test_side = "train", split != "train"
     else:
-        splits = data.load_splits(spec, streaming=True)
-        if data.lacks_test(splits):
-            found, test_side = "train", split != "train"
-        else:
-            found = data.find_split(spec, splits, split)
-        with data.naming_errors(spec.name):
-            shards = [(rows, i) for rows in splits[found] for i in range(rows.num_shards)]
+        found = data.find_split(spec, splits, split)
+    with data.naming_errors(spec.name):
+        shards = [(rows, i) for rows in splits[found] for i in range(rows.num_shards)]
     return Source(spec.name, shards, data.limit_of(spec, split, "test" if test_side else found), test_side)
 
 
@@ -112,11 +103,7 @@ def _first_columns(source: Source) -> list[str]:
 
 
 def load_split(spec: data.Spec, split: str, *, num_proc: int = 1) -> list[dict]:
-    """The rows that a Stream leaves to evaluate on, for data.load: at most the spec's limit, or STREAMED_TEST.
-
-    num_proc is not used: they are few.
-    """
-    assert split != "train", "a stream's training rows are no list"
+    """The rows that a Stream leaves to evaluate on, for data.load (num_proc is not used: they are few)."""
     source = _source(spec, split)
     if spec.lang is not None:
         source = source._replace(keep_row=data.row_filter(spec, _first_columns(source)))
@@ -129,21 +116,14 @@ def load_split(spec: data.Spec, split: str, *, num_proc: int = 1) -> list[dict]:
 class Stream:
     """The training rows of a spec's sets, read and tokenised while training runs; pass after pass, without end.
 
-    As data.load reads them, but: the sets give rows in turn, until the longest is read to its end, and then all begin
-    again; of a set without a test split a hash of each row's number holds out 5 %, other rows than data.load holds out.
-    pack_length: chat rows are packed into canvases of that length (block_length, eos_id: as in data.Packed).
+    The sets give rows in turn, until the longest is read to its end, and then all begin again. Of a set without a test
+    split a hash of each row's number holds out 5 %, other rows than data.load holds out.
     """
 
     def __init__(
-        self,
-        dataset_args: str,
-        tokenizer,
-        reading: Reading,
-        *,
-        pack_length: int | None = None,
-        block_length: int | None = None,
-        eos_id: int | None = None,
+        self, dataset_args: str, tokenizer, reading: Reading, *, pack_length=None, block_length=None, eos_id=None
     ):
+        """pack_length: chat rows are packed into canvases of that length (block_length, eos_id: as in data.Packed)."""
         self.name, self.reading = dataset_args, Reading(**reading.only(Reading))  # the workers get no more
         self.pack_length, self.block_length, self.eos_id = pack_length, block_length, eos_id
         self.longest = pack_length or reading.max_length  # of its canvases
@@ -159,20 +139,18 @@ class Stream:
         """Rows to train on, of raw (source, row) and what was left of the tokens before; what is left; outcomes."""
         encoded = [self.sources[source].encode(row) for source, row in rows]
         outcomes = Counter(row["outcome"] for row in encoded)
+
+        # All texts and what was left before them, end to end, in full pieces
         if self.reading.stage == "pt":
-            # All texts and what was left before them, end to end, in full pieces
             T = self.reading.max_length
             tokens = np.concatenate([np.array(rest, np.int64), *(row["tokens"] for row in encoded)])
             full = len(tokens) // T * T
             pieces = [{"tokens": piece, "supervised": np.ones(T, bool)} for piece in tokens[:full].reshape(-1, T)]
             return pieces, tokens[full:].tolist(), outcomes
-        pieces = [
-            {"tokens": row["tokens"].astype(np.int64), "supervised": row["supervised"].astype(bool)}
-            for row in encoded
-            if len(row["tokens"])
-        ]
 
         # Chats one by one, or several to a canvas
+        types = {"tokens": np.int64, "supervised": bool}
+        pieces = [{key: row[key].astype(types[key]) for key in types} for row in encoded if len(row["tokens"])]
         if self.pack_length:
             lengths = [data.filled(len(piece["tokens"]), self.block_length) for piece in pieces]
             groups = data.pack(lengths, self.pack_length)
@@ -193,10 +171,11 @@ class Reader:
         self._begin(state["passes"])
 
     def _begin(self, states: list) -> None:
-        """Opens every source anew, or where its state says. A limit takes the same rows in every pass."""
+        """Opens every source anew, or where its state says."""
         self.passes = []
         for n, (source, state) in enumerate(zip(self.sources, states)):
             order = list(range(len(source.shards)))
+            # A limit takes the same rows in every pass
             if self.shuffle and source.limit is None:
                 order = np.random.default_rng((self.seed, self.epoch, n)).permutation(order).tolist()
             self.passes.append(Pass(source, order, state))
@@ -210,6 +189,7 @@ class Reader:
                 self.epoch, self.turn = self.epoch + 1, 0
                 self._begin([None] * len(self.sources))
                 break
+
             # Until then the sources take turns, of which those that are read to their end have none
             n, self.turn = self.turn, (self.turn + 1) % len(self.passes)
             row = next(self.passes[n], None)
@@ -228,7 +208,7 @@ class Reader:
 
 
 class SlotRows:
-    """Endless iterable of (rows for some slots of a global batch of `total`, one each; state; outcomes so far).
+    """Endless iterable of (rows by slot, one for each of `slots`; state; outcomes so far).
 
     Row i of the stream goes to slot i mod total, whatever process serves that slot: each slot packs its own rows and
     has its own state, so any division of the slots among processes gives the same batches, and each process tokenises
@@ -239,207 +219,78 @@ class SlotRows:
     before. state: "windows", where in the sources those in use begin, and "slots".
     """
 
-    def __init__(
-        self, stream: Stream, slots: list[int], total: int, *, seed: int, shuffle: bool, window_size: int, state
-    ):
+    def __init__(self, stream: Stream, slots, total: int, *, seed: int, shuffle: bool, window_size: int, state: dict):
         self.stream, self.total = stream, total
         self.seed, self.shuffle, self.window_size = seed, shuffle, window_size
-        # By slot: its state; then (its pieces, the tokens left over) of its window
+        # By slot: its state; of its window (its pieces, the tokens left over); rows dropped since one was not
         self.slots = {slot: state["slots"].get(str(slot), [0, 0, []]) for slot in slots}
-        self.pieces = {}
+        self.pieces, self.dropped = {}, Counter()
+        self.outcomes = Counter()
 
-        # The reader stands before the next window. By window, of those in use: the reader's state before it, and the
-        # raw rows of each slot that has not cut them yet
-        self.next_window = min(window for window, _, _ in self.slots.values())
-        self.reader = Reader(stream.sources, seed, shuffle, state["windows"].get(str(self.next_window)))
+        # By window, of those in use: the reader's state before it, and the raw rows of each slot that has not cut them.
+        # The reader stands before the next window
         self.starts, self.raw_rows = {}, {}
-        self.outcomes, self.dropped_since = Counter(), Counter()  # by slot: rows dropped since one was not
+        self.next_window = self._oldest()
+        self.reader = Reader(stream.sources, seed, shuffle, state["windows"].get(str(self.next_window)))
 
     def __iter__(self):
         while True:
             rows = {slot: self._next_row(slot) for slot in self.slots}
 
-            # Forget the windows that every slot has left, and say how to go on after these rows
-            oldest = min(window for window, _, _ in self.slots.values())
-            for window in [window for window in self.starts if window < oldest]:
+            # Forget the windows that every slot has left
+            for window in [window for window in self.starts if window < self._oldest()]:
                 del self.starts[window], self.raw_rows[window]
+
+            # How to go on after these rows
             windows = {str(window): start for window, start in self.starts.items()}
             slots = {str(slot): state for slot, state in self.slots.items()}
             yield rows, {"windows": windows, "slots": slots}, Counter(self.outcomes)
+
+    def _oldest(self) -> int:
+        return min(window for window, _, _ in self.slots.values())
 
     def _next_row(self, slot: int) -> dict:
         while True:
             window, given, rest = self.slots[slot]
             if slot not in self.pieces:
-                self._make_pieces(slot)
+                self._make_pieces(slot, window, rest)
             pieces, left = self.pieces[slot]
             if given < len(pieces):
                 self.slots[slot] = [window, given + 1, rest]
                 return pieces[given]
+
             # This window gives no more: on to the next, with the tokens that filled no piece
             del self.pieces[slot]
             self.slots[slot] = [window + 1, 0, left]
 
-    def _make_pieces(self, slot: int) -> None:
-        """Makes pieces of the rows that a slot has of its window."""
-        window, _, rest = self.slots[slot]
+    def _make_pieces(self, slot: int, window: int, rest: list[int]) -> None:
+        """Makes pieces of what was left over and the rows that a slot has of a window."""
         while self.next_window <= window:
             self._read_window()
         pieces, left, outcomes = self.stream.pieces(self.raw_rows[window].pop(slot), rest)
         self.pieces[slot] = self._shuffled(pieces, window, slot), left
         self.outcomes.update(outcomes)
 
-        # Are rows dropped for ever? A whole pass of them shows it, or a great many.
+        # Are rows dropped for ever? A whole pass of them shows it, or a great many
         learnt = outcomes["kept"] + outcomes["cut"]
-        self.dropped_since[slot] = 0 if learnt else self.dropped_since[slot] + outcomes.total()
+        self.dropped[slot] = 0 if learnt else self.dropped[slot] + outcomes.total()
         enough = 100 if self.reader.epoch > 1 else 10_000
         none_yet = not self.outcomes["kept"] + self.outcomes["cut"]
-        if self.dropped_since[slot] > 10_000 or (self.outcomes.total() >= enough and none_yet):
-            raise data.no_rows_left(
-                self.stream.name, "train", self.stream.reading.max_length, data.tally(self.outcomes)
-            )
+        if self.dropped[slot] > 10_000 or (self.outcomes.total() >= enough and none_yet):
+            name, max_length = self.stream.name, self.stream.reading.max_length
+            raise data.no_rows_left(name, "train", max_length, data.tally(self.outcomes))
 
     def _read_window(self) -> None:
         """Reads the next window, and gives each of our slots the rows that fall to it."""
         window, first = self.next_window, self.reader.count
-        self.starts[window], self.raw_rows[window] = self.reader.state, {slot: [] for slot in self.slots}
+        self.starts[window], raw_rows = self.reader.state, {slot: [] for slot in self.slots}
         for i, row in enumerate(self._shuffled(self.reader.take(self.window_size), window, self.total), first):
-            if i % self.total in self.raw_rows[window]:
-                self.raw_rows[window][i % self.total].append(row)
+            if i % self.total in raw_rows:
+                raw_rows[i % self.total].append(row)
+        self.raw_rows[window] = raw_rows
         self.next_window += 1
 
     def _shuffled(self, items: list, *key: int) -> list:
         if not self.shuffle:
             return items
         return [items[i] for i in np.random.default_rng((self.seed, *key)).permutation(len(items))]
-
-
-def in_process(rows: SlotRows):
-    """Iterator over `rows`, which a process of its own makes. An error there is raised here."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process that runs CUDA or threads is not safe
-    receiving, sending = context.Pipe(duplex=False)
-    worker = context.Process(target=_send_all, args=(rows, sending), daemon=True)
-    worker.start()
-    sending.close()  # ours: only the worker has the pipe open now, and so it ends with the worker
-    try:
-        while not isinstance(item := receiving.recv(), Exception):
-            yield item
-        raise item
-    except EOFError:
-        raise RuntimeError("the process that reads the data has died; was it killed for memory?") from None
-    finally:
-        worker.terminate()
-
-
-def _send_all(rows: SlotRows, pipe) -> None:
-    os.setsid()  # a signal to the parent's group, as torchrun and Ctrl-C send, is the parent's to answer
-    try:
-        for item in rows:
-            pipe.send(item)
-    except BrokenPipeError:
-        pass  # the parent has ended, perhaps killed
-    except Exception as error:
-        known = type(error) in (ValueError, FileNotFoundError, ConnectionError)
-        pipe.send(error if known else RuntimeError(traceback.format_exc()))
-
-
-class StreamLoader(Batches):
-    """Batches of a Stream, without end; `batches`, `state` and `load_state` as Loader has them.
-
-    A canvas is as long as max_length (or pack_length) says, full or not, so that no rank asks another for its longest
-    row. A stream has no epochs: "sample" counts on, "epoch" is 0, steps_per_epoch is None. `state` speaks of this
-    rank's slots alone; load_state takes the states of all ranks, and then on another number of them.
-    """
-
-    steps_per_epoch = None
-
-    def __init__(
-        self,
-        stream: Stream,
-        *,
-        micro_batch_size: int,
-        accumulation: int,
-        seed: int,
-        shuffle: bool = True,
-        shuffle_buffer: int = 2000,
-        collate,
-        rank: int = 0,
-        world_size: int = 1,
-        prefetch: int = 2,
-        workers: int = 0,
-    ):
-        """shuffle_buffer: raw rows of a window (see SlotRows), of all ranks. prefetch: steps that are made ahead, by a
-        thread, or by `workers` processes that share this rank's slots. Of the three, shuffle_buffer alone changes what
-        a step holds."""
-        super().__init__(micro_batch_size, accumulation, rank, world_size)
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle buffer {shuffle_buffer}: expected at least 1 row")
-        self.stream, self.seed, self.collate, self.prefetch, self.workers = stream, seed, collate, prefetch, workers
-        self.shuffle, self.shuffle_buffer = shuffle, shuffle_buffer
-        self.step, self.progress = 0, {"windows": {}, "slots": {}}
-        self.counts = Counter()  # of the rows that this rank has read since it started
-
-    def batches(self):
-        """Endless iterator over optimizer steps, as Loader's, from `state` on, which it moves along."""
-        micro_batches = self.micro_batches(self.global_batch_size)
-        slots = list(itertools.chain(*micro_batches))
-
-        # Each worker, or else one thread, makes the rows of a share of this rank's slots
-        parts, shares = [], min(self.workers, len(slots)) or 1
-        options = {
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "window_size": self.shuffle_buffer,
-            "state": self.progress,
-        }
-        for n in range(shares):
-            share = SlotRows(self.stream, slots[n::shares], self.global_batch_size, **options)
-            make = partial(in_process, share) if self.workers else share.__iter__
-            parts.append(data.prefetch(make, self.prefetch))
-
-        # A step takes what they give together
-        for part in zip(*parts):
-            rows, progress, outcomes = {}, {"windows": {}, "slots": {}}, Counter()
-            for rows_of_part, state, outcomes_of_part in part:
-                rows |= rows_of_part
-                outcomes += outcomes_of_part
-                for name in progress:
-                    progress[name] |= state[name]
-            step = []
-            for micro_batch in micro_batches:
-                sample = self.step * self.global_batch_size + torch.tensor(micro_batch)
-                batch = self.collate([rows[slot] for slot in micro_batch], longest=self.stream.longest)
-                step.append(batch | {"sample": sample, "epoch": 0})
-            self.step, self.progress, self.counts = self.step + 1, progress, data.tally(outcomes)
-            yield step
-
-    @property
-    def state(self) -> dict:
-        """What this rank adds to what it takes to go on after the last step that `batches` gave; JSON."""
-        return {"step": self.step, **self.progress, **self._settings()}
-
-    def _settings(self) -> dict:
-        return {
-            "set": self.stream.name,
-            "stage": self.stream.reading.stage,
-            "max_length": self.stream.reading.max_length,
-            "packing": [self.stream.pack_length, self.stream.block_length],
-            "global_batch_size": self.global_batch_size,
-            "seed": self.seed,
-            "shuffle_buffer": self.shuffle_buffer if self.shuffle else None,
-        }
-
-    def load_state(self, states: dict | list[dict]) -> None:
-        """Takes the `state` of every rank of the run to go on with, however many there are now."""
-        # Together they must be of one step of this run, and have every slot of this rank
-        states = states if isinstance(states, list) else [states]
-        progress = {"windows": {}, "slots": {}}
-        for state in states:
-            self.check_state(state, self._settings() | {"step": states[0]["step"]})
-            for name in progress:
-                progress[name] |= state[name]
-        slots = itertools.chain(*self.micro_batches(self.global_batch_size))
-        missing = [slot for slot in slots if str(slot) not in progress["slots"]]
-        if states[0]["step"] and missing:
-            raise ValueError(f"the state of a stream lacks slots {missing[:4]}: load the states of all its ranks")
-        self.step, self.progress = states[0]["step"], progress
