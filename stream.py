@@ -84,15 +84,15 @@ class Pass:
 def _source(spec: data.Spec, split: str) -> Source:
     """Where a set has no test split, every 20th row or so of train is its test split, by a hash of its number."""
     if spec.name.startswith("builtin/"):
-        return Source(spec.name, [data.builtin_rows(spec, split)], data.limit_of(spec, split, split), None)
+        return Source(spec.name, [data.builtin_rows(spec, split)], spec.limit(split, split), None)
     splits, test_side = data.load_splits(spec, streaming=True), None
     if data.lacks_test(splits):
         found, test_side = "train", split != "train"
     else:
-        found = data.find_split(spec, splits, split)
+        found = data.find_split(spec.name, splits, split)
     with data.naming_errors(spec.name):
         shards = [(rows, i) for rows in splits[found] for i in range(rows.num_shards)]
-    return Source(spec.name, shards, data.limit_of(spec, split, "test" if test_side else found), test_side)
+    return Source(spec.name, shards, spec.limit(split, "test" if test_side else found), test_side)
 
 
 def _first_columns(source: Source) -> list[str]:

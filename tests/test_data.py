@@ -850,11 +850,8 @@ def test_batches_go_on_where_the_state_says_through_epochs(prefetch):
 
 def test_a_mistake_while_reading_ahead_is_raised_where_the_batches_are_taken():
     with pytest.raises(ValueError, match="exceeds the canvas of 3"):
-        list(
-            islice(
-                loader(Lines(LENGTHS), prefetch=2, collate=partial(loaders.collate, pad_id=-1, length=3)).batches(), 9
-            )
-        )
+        short = partial(loaders.collate, pad_id=-1, length=3)
+        list(islice(loader(Lines(LENGTHS), prefetch=2, collate=short).batches(), 9))
 
 
 def test_batch_sizes_below_one_are_refused():
