@@ -106,10 +106,6 @@ class Spec(NamedTuple):
     lang: str | None
     limits: dict[str, int | None]  # split -> row limit; None: all rows
 
-    def limit(self, split: str, found: str) -> int | None:
-        """Rows of `split`, for which the set's split `found` serves."""
-        return self.limits.get(split, self.limits.get(found))
-
 
 QUOTED = r"""(?:"[^"]*"|'[^']*')"""
 PART = re.compile(  # a name, perhaps items in brackets, and what follows it: a sign that joins, or the end
@@ -149,8 +145,9 @@ def parse_specs(text: str) -> list[Spec]:
         specs.append(Spec(name, options.get("name"), options.get("lang"), limits))
 
     # A file whose name holds a + was probably meant as one set
-    if len(specs) > 1 and Path(text).exists():
-        raise ValueError(f"{text} is there, but reads as {len(specs)} data sets; quote it, within the shell's quotes")
+    n = len(specs)
+    if n > 1 and Path(text).exists():
+        raise ValueError(f"{text} is there, but reads as {n} data sets; put quotes around it, within the shell's")
     return specs
 
 
@@ -174,49 +171,47 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
-
-    # The rows, of the split that serves as `split`
-    if spec.name.startswith("builtin/"):
-        rows, found = builtin_rows(spec, split), split
-    else:
+    found, parts, whole = open_split(spec, split, streaming=False)
+    rows, builtin = parts[0], isinstance(parts[0], list)
+    if not builtin:
         import datasets  # here, not above: it takes a second, and the builtin sets do not need it
 
-        parts = load_splits(spec, streaming=False)
-        splits = {name: datasets.concatenate_datasets(sets) for name, sets in parts.items()}
-        if lacks_test(splits):
-            if len(splits["train"]) < 2:
-                raise ValueError(f"{spec.name} has no test split, and with {len(splits['train'])} row none can be made")
-            splits = splits["train"].train_test_split(test_size=0.05, seed=42)
-        found = find_split(spec.name, splits, split)
-        rows = splits[found]
+        rows = datasets.concatenate_datasets(parts)
+    if whole:
+        if len(rows) < 2:
+            raise ValueError(f"{spec.name} has no test split, and with {len(rows)} row none can be made")
+        rows = rows.train_test_split(test_size=0.05, seed=42)[found]
     if len(rows) == 0:
         raise ValueError(f"{spec.name} has no rows in its split {found}; name a set that has some")
 
     # First the filter, then the limit, so that a limit counts rows that are used
     if keep_row := row_filter(spec, columns_of(rows)):
-        if isinstance(rows, list):
+        if builtin:
             rows = [row for row in rows if keep_row(row)]
         else:
             rows = rows.filter(keep_row, num_proc=num_proc if num_proc > 1 else None, desc=f"lang:{spec.lang}")
         if len(rows) == 0:
             raise ValueError(f"{spec.name}[lang:{spec.lang}] has no rows: no answer in {found} contains {spec.lang!r}")
-    limit = spec.limit(split, found)
+    limit = spec.limits.get(split, spec.limits.get(found))
     if limit is None or limit >= len(rows):
         return rows
-    return rows[:limit] if isinstance(rows, list) else rows.select(range(limit))
+    return rows[:limit] if builtin else rows.select(range(limit))
 
 
-def builtin_rows(spec: Spec, split: str) -> list[dict]:
-    if spec.name not in BUILTIN:
-        raise ValueError(f"unknown dataset {spec.name}; the builtin sets are {', '.join(BUILTIN)}")
-    if spec.config is not None:
-        raise ValueError(f"{spec.name} has no configurations; leave name:{spec.config} out")
-    return BUILTIN[spec.name](split)
-
-
-def lacks_test(splits) -> bool:
-    """Whether test rows must be taken out of train: there is train, and nothing to test on."""
-    return "train" in splits and splits.keys().isdisjoint(SPLITS[1:])
+def open_split(spec: Spec, split: str, *, streaming: bool) -> tuple[str, list, bool]:
+    """(The split that serves as `split`, "test" say; its rows, in parts, lists or of `datasets`; whether they are the
+    whole set, which has train alone, so that the caller draws from them which are to train and which to test on.)"""
+    if spec.name.startswith("builtin/"):
+        if spec.name not in BUILTIN:
+            raise ValueError(f"unknown dataset {spec.name}; the builtin sets are {', '.join(BUILTIN)}")
+        if spec.config is not None:
+            raise ValueError(f"{spec.name} has no configurations; leave name:{spec.config} out")
+        return split, [BUILTIN[spec.name](split)], False
+    splits = load_splits(spec, streaming=streaming)
+    if "train" in splits and splits.keys().isdisjoint(SPLITS[1:]):
+        return "train" if split == "train" else "test", splits["train"], True
+    found = find_split(spec.name, splits, split)
+    return found, splits[found], False
 
 
 def find_split(name: str, splits, split: str) -> str:
@@ -672,10 +667,9 @@ def load_preprocessed(directory: str | Path, split: str, tokenizer, reading: Rea
 
 def pack(lengths, room: int) -> list[list[int]]:
     """Groups of numbers of rows whose lengths fit into `room` together: best fit, long rows first. O(rows)."""
-    if len(lengths) and max(lengths) > room:
-        raise ValueError(
-            f"a row of {max(lengths)} tokens exceeds the canvas of {room}; lower max_length or pack longer"
-        )
+    longest = max(lengths, default=0)
+    if longest > room:
+        raise ValueError(f"a row of {longest} tokens exceeds the canvas of {room}; lower max_length or pack longer")
 
     # groups_by_room[r]: the groups with r tokens of room left. Bit r of `rooms` is set where there is one
     groups, groups_by_room, rooms = [], {}, 0

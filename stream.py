@@ -9,6 +9,7 @@ and after a resumption on any other.
 import itertools
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,88 +27,56 @@ class Source(NamedTuple):
     """A set as a stream reads it."""
 
     name: str
-    shards: list  # each a list of rows, or (datasets.IterableDataset, the number of its shard)
+    shards: list  # each a list of rows, or a datasets.IterableDataset
     limit: int | None  # rows in one pass
     test_side: bool | None  # None: all rows; else whether to give the rows held out to test on, or the others
     keep_row: AnswerContains | None = None
     encode: RowEncoder | None = None
 
+    def rows(self, order: list[int] | None = None, at: dict | None = None) -> Iterator[dict]:
+        """The rows of one pass, the shards in that order. `at` is where in it to begin, and moves along: turn, of the
+        shards; row, of the shard; given, rows in all."""
+        order, at = order or range(len(self.shards)), at or {"turn": 0, "row": 0, "given": 0}
+        with data.naming_errors(self.name):
+            while at["turn"] < len(order) and at["given"] != self.limit:
+                shard = order[at["turn"]]
+                for number, row in enumerate(itertools.islice(self.shards[shard], at["row"], None), at["row"]):
+                    at["row"] = number + 1
 
-class Pass:
-    """Iterator over a source's rows, once, its shards in the order given; `state` is where it is, `done` at the end."""
+                    # A row's number decides whether it is to test on, not a draw: nobody knows how many there will be
+                    to_test = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
+                    if self.test_side in (None, to_test) and (not self.keep_row or self.keep_row(row)):
+                        at["given"] += 1
+                        yield row
+                        if at["given"] == self.limit:
+                            return
+                at["turn"], at["row"] = at["turn"] + 1, 0
 
-    def __init__(self, source: Source, order: list[int], state: list | None = None):
-        self.source, self.order, self.rows, self.done = source, order, None, False
-        self.turn, self.row, self.given, self.shard_state = state or (0, 0, 0, None)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict:
-        while not self.done:
-            # The limit or the last shard ends the pass; else the next row is of the shard whose turn it is
-            if self.given == self.source.limit or self.turn == len(self.order):
-                self.done = True
-                break
-            shard = self.order[self.turn]
-            if self.rows is None:
-                self.rows = self._open(self.source.shards[shard])
-            with data.naming_errors(self.source.name):
-                row = next(self.rows, None)
-            if row is None:
-                self.turn, self.row, self.rows, self.shard_state = self.turn + 1, 0, None, None
-                continue
-            number, self.row = self.row, self.row + 1
-
-            # A row's number decides whether it is to test on, not a draw: nobody knows how many rows there will be
-            to_test = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
-            if self.source.test_side in (None, to_test) and (not self.source.keep_row or self.source.keep_row(row)):
-                self.given += 1
-                return row
-        raise StopIteration
-
-    def _open(self, shard):
-        if isinstance(shard, list):
-            return itertools.islice(shard, self.row, None)
-        dataset, index = shard
-        self.dataset = dataset.shard(num_shards=dataset.num_shards, index=index)
-        if self.shard_state is not None:
-            self.dataset.load_state_dict(self.shard_state)
-        return iter(self.dataset)
-
-    @property
-    def state(self) -> list:
-        shard_read = self.rows is not None and not isinstance(self.source.shards[self.order[self.turn]], list)
-        return [self.turn, self.row, self.given, self.dataset.state_dict() if shard_read else self.shard_state]
+    def columns(self) -> list[str]:
+        row = next(self.rows(), None)
+        if row is None:
+            raise ValueError(f"{self.name} has no rows; name a set that has some")
+        return list(row)
 
 
 def _source(spec: data.Spec, split: str) -> Source:
     """Where a set has no test split, every 20th row or so of train is its test split, by a hash of its number."""
-    if spec.name.startswith("builtin/"):
-        return Source(spec.name, [data.builtin_rows(spec, split)], spec.limit(split, split), None)
-    splits, test_side = data.load_splits(spec, streaming=True), None
-    if data.lacks_test(splits):
-        found, test_side = "train", split != "train"
+    found, parts, whole = data.open_split(spec, split, streaming=True)
+    if isinstance(parts[0], list):
+        shards = parts
     else:
-        found = data.find_split(spec.name, splits, split)
-    with data.naming_errors(spec.name):
-        shards = [(rows, i) for rows in splits[found] for i in range(rows.num_shards)]
-    return Source(spec.name, shards, spec.limit(split, "test" if test_side else found), test_side)
-
-
-def _first_columns(source: Source) -> list[str]:
-    row = next(Pass(source._replace(limit=1), range(len(source.shards))), None)
-    if row is None:
-        raise ValueError(f"{source.name} has no rows; name a set that has some")
-    return list(row)
+        with data.naming_errors(spec.name):
+            shards = [rows.shard(rows.num_shards, i) for rows in parts for i in range(rows.num_shards)]
+    limit = spec.limits.get(split, spec.limits.get(found))
+    return Source(spec.name, shards, limit, test_side=split != "train" if whole else None)
 
 
 def load_split(spec: data.Spec, split: str, *, num_proc: int = 1) -> list[dict]:
     """The rows that a Stream leaves to evaluate on, for data.load (num_proc is not used: they are few)."""
     source = _source(spec, split)
     if spec.lang is not None:
-        source = source._replace(keep_row=data.row_filter(spec, _first_columns(source)))
-    rows = list(Pass(source._replace(limit=source.limit or STREAMED_TEST), range(len(source.shards))))
+        source = source._replace(keep_row=data.row_filter(spec, source.columns()))
+    rows = list(itertools.islice(source.rows(), source.limit or STREAMED_TEST))
     if not rows:
         raise ValueError(f"{spec.name} has no rows to {split}; name a set with more rows, or pass --eval_strategy no")
     return rows
@@ -120,9 +89,7 @@ class Stream:
     split a hash of each row's number holds out 5 %, other rows than data.load holds out.
     """
 
-    def __init__(
-        self, dataset_args: str, tokenizer, reading: Reading, *, pack_length=None, block_length=None, eos_id=None
-    ):
+    def __init__(self, dataset_args, tokenizer, reading: Reading, *, pack_length=None, block_length=None, eos_id=None):
         """pack_length: chat rows are packed into canvases of that length (block_length, eos_id: as in data.Packed)."""
         self.name, self.reading = dataset_args, Reading(**reading.only(Reading))  # the workers get no more
         self.pack_length, self.block_length, self.eos_id = pack_length, block_length, eos_id
@@ -130,10 +97,9 @@ class Stream:
         self.sources, encode = [], data.ENCODERS[reading.stage](tokenizer, reading)
         for spec in data.parse_specs(dataset_args):
             source = _source(spec, "train")
-            columns = _first_columns(source)
-            keep_row = data.row_filter(spec, columns)
-            content = data.content_of(spec, columns, reading.stage, reading.text_field)
-            self.sources.append(source._replace(keep_row=keep_row, encode=RowEncoder(content, encode)))
+            columns = source.columns()
+            encode_row = RowEncoder(data.content_of(spec, columns, reading.stage, reading.text_field), encode)
+            self.sources.append(source._replace(keep_row=data.row_filter(spec, columns), encode=encode_row))
 
     def pieces(self, rows: list, rest: list[int]) -> tuple[list[dict], list[int], Counter]:
         """Rows to train on, of raw (source, row) and what was left of the tokens before; what is left; outcomes."""
@@ -166,41 +132,42 @@ class Reader:
 
     def __init__(self, sources: list[Source], seed: int, shuffle: bool, state: dict | None = None):
         self.sources, self.seed, self.shuffle = sources, seed, shuffle
-        state = state or {"epoch": 0, "count": 0, "turn": 0, "passes": [None] * len(sources)}
+        state = state or {"epoch": 0, "count": 0, "turn": 0, "passes": None}
         self.epoch, self.count, self.turn = state["epoch"], state["count"], state["turn"]
         self._begin(state["passes"])
 
-    def _begin(self, states: list) -> None:
-        """Opens every source anew, or where its state says."""
-        self.passes = []
-        for n, (source, state) in enumerate(zip(self.sources, states)):
+    def _begin(self, passes: list[dict] | None = None) -> None:
+        """Opens every source anew, or where `passes` has it."""
+        self.at = [dict(at) for at in passes or [{"turn": 0, "row": 0, "given": 0}] * len(self.sources)]
+        self.passes = {}  # those that are not read to their end, by number of the source
+        for n, source in enumerate(self.sources):
             order = list(range(len(source.shards)))
-            # A limit takes the same rows in every pass
-            if self.shuffle and source.limit is None:
+            if self.shuffle and source.limit is None:  # a limit takes the same rows in every pass
                 order = np.random.default_rng((self.seed, self.epoch, n)).permutation(order).tolist()
-            self.passes.append(Pass(source, order, state))
+            self.passes[n] = source.rows(order, self.at[n])
 
     def take(self, most: int) -> list[tuple[int, dict]]:
         """The next rows, `most` of them, or fewer where the pass ends; then the next pass has begun."""
         rows = []
         while len(rows) < most:
             # A pass ends when the longest source does
-            if all(reading.done for reading in self.passes):
+            if not self.passes:
                 self.epoch, self.turn = self.epoch + 1, 0
-                self._begin([None] * len(self.sources))
+                self._begin()
                 break
 
             # Until then the sources take turns, of which those that are read to their end have none
-            n, self.turn = self.turn, (self.turn + 1) % len(self.passes)
-            row = next(self.passes[n], None)
-            if row is not None:
+            n, self.turn = self.turn, (self.turn + 1) % len(self.sources)
+            if n in self.passes and (row := next(self.passes[n], None)) is not None:
                 rows.append((n, row))
+            else:
+                self.passes.pop(n, None)
         self.count += len(rows)
         return rows
 
     @property
     def state(self) -> dict:
-        passes = [reading.state for reading in self.passes]
+        passes = [dict(at) for at in self.at]
         return {"epoch": self.epoch, "count": self.count, "turn": self.turn, "passes": passes}
 
 
@@ -224,30 +191,28 @@ class SlotRows:
         self.seed, self.shuffle, self.window_size = seed, shuffle, window_size
         # By slot: its state; of its window (its pieces, the tokens left over); rows dropped since one was not
         self.slots = {slot: state["slots"].get(str(slot), [0, 0, []]) for slot in slots}
-        self.pieces, self.dropped = {}, Counter()
-        self.outcomes = Counter()
+        self.pieces, self.dropped, self.outcomes = {}, Counter(), Counter()
 
         # By window, of those in use: the reader's state before it, and the raw rows of each slot that has not cut them.
         # The reader stands before the next window
         self.starts, self.raw_rows = {}, {}
-        self.next_window = self._oldest()
-        self.reader = Reader(stream.sources, seed, shuffle, state["windows"].get(str(self.next_window)))
+        self.next_window = min(window for window, _, _ in self.slots.values())
+        self.begin = state["windows"].get(str(self.next_window))
 
     def __iter__(self):
+        self.reader = Reader(self.stream.sources, self.seed, self.shuffle, self.begin)
         while True:
             rows = {slot: self._next_row(slot) for slot in self.slots}
 
             # Forget the windows that every slot has left
-            for window in [window for window in self.starts if window < self._oldest()]:
-                del self.starts[window], self.raw_rows[window]
+            oldest = min(window for window, _, _ in self.slots.values())
+            self.starts = {window: start for window, start in self.starts.items() if window >= oldest}
+            self.raw_rows = {window: self.raw_rows[window] for window in self.starts}
 
             # How to go on after these rows
             windows = {str(window): start for window, start in self.starts.items()}
             slots = {str(slot): state for slot, state in self.slots.items()}
             yield rows, {"windows": windows, "slots": slots}, Counter(self.outcomes)
-
-    def _oldest(self) -> int:
-        return min(window for window, _, _ in self.slots.values())
 
     def _next_row(self, slot: int) -> dict:
         while True:
@@ -283,14 +248,12 @@ class SlotRows:
     def _read_window(self) -> None:
         """Reads the next window, and gives each of our slots the rows that fall to it."""
         window, first = self.next_window, self.reader.count
-        self.starts[window], raw_rows = self.reader.state, {slot: [] for slot in self.slots}
+        self.starts[window], self.raw_rows[window] = self.reader.state, {slot: [] for slot in self.slots}
         for i, row in enumerate(self._shuffled(self.reader.take(self.window_size), window, self.total), first):
-            if i % self.total in raw_rows:
-                raw_rows[i % self.total].append(row)
-        self.raw_rows[window] = raw_rows
+            if (slot := i % self.total) in self.slots:
+                self.raw_rows[window][slot].append(row)
         self.next_window += 1
 
     def _shuffled(self, items: list, *key: int) -> list:
-        if not self.shuffle:
-            return items
-        return [items[i] for i in np.random.default_rng((self.seed, *key)).permutation(len(items))]
+        order = np.random.default_rng((self.seed, *key)).permutation(len(items)) if self.shuffle else range(len(items))
+        return [items[i] for i in order]
