@@ -185,7 +185,8 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
         raise ValueError(f"{spec.name} has no rows in its split {found}; name a set that has some")
 
     # First the filter, then the limit, so that a limit counts rows that are used
-    if keep_row := row_filter(spec, columns_of(rows)):
+    if spec.lang:
+        keep_row = AnswerContains(spec, columns_of(rows))
         if builtin:
             rows = [row for row in rows if keep_row(row)]
         else:
@@ -363,34 +364,24 @@ def content_of(spec: Spec, columns: list[str], stage: str, text_field: str) -> C
 
 
 def source_code() -> list[str]:
-    """The source of this module and of the tokenizer's.
-
-    The cache of `datasets` knows a function or an object by its name and attributes. One that has its source among them
-    is computed anew after an edit.
-    """
+    """The source of this module and of the tokenizer's."""
+    # The cache of `datasets` knows an object by its class's name and its attributes. One that has its source among them
+    # is computed anew after an edit
     return [inspect.getsource(inspect.getmodule(thing)) for thing in (source_code, Tokenizer)]
 
 
 class AnswerContains:
-    """Whether the last answer of a chat row contains a word."""
+    """Whether the last answer of a chat row contains the word that a spec gives as lang."""
 
-    def __init__(self, to_messages, word: str):
-        self.to_messages, self.word, self.source = to_messages, word, source_code()
+    def __init__(self, spec: Spec, columns: list[str]):
+        self.to_messages, self.word, self.source = chat_format(columns), spec.lang, source_code()
+        if self.to_messages is None:
+            why = f"lang looks into the answers of a chat, and this set is none (it has {', '.join(columns)})"
+            raise ValueError(f"{spec.name}[lang:{spec.lang}]: {why}; leave it out")
 
     def __call__(self, row) -> bool:
         messages = self.to_messages(row)
         return why_invalid(messages, answered=True) is None and self.word in messages[-1]["content"]
-
-
-def row_filter(spec: Spec, columns: list[str]) -> AnswerContains | None:
-    """The predicate of rows that the spec's lang stands for; None where it has no lang."""
-    if spec.lang is None:
-        return None
-    to_messages = chat_format(columns)
-    if to_messages is None:
-        why = f"lang looks into the answers of a chat, and this set is none (it has {', '.join(columns)})"
-        raise ValueError(f"{spec.name}[lang:{spec.lang}]: {why}; leave it out")
-    return AnswerContains(to_messages, spec.lang)
 
 
 def raw(dataset_args: str, split: str):
@@ -446,11 +437,7 @@ class TextEncoder:
 
 
 class ChatEncoder:
-    """Makes Encoded of a conversation; the last or all assistant turns are supervised, or everything.
-
-    A row longer than max_length is cut on the right, or dropped (truncation filter). One that then has nothing to
-    learn, because its prompt alone fills max_length, is dropped, and so is one that the template does not take.
-    """
+    """Makes Encoded of a conversation, which is dropped if that leaves it nothing to learn; see the options of Chat."""
 
     def __init__(self, tokenizer, reading: Reading):
         self.tokenizer, self.max_length, self.truncation = tokenizer, reading.max_length, reading.truncation
@@ -463,7 +450,7 @@ class ChatEncoder:
                 raise ValueError(f"--stage sft --train_on {self.train_on}: {error}") from error
 
     def __call__(self, messages) -> Encoded:
-        # Rows that are no chat, or none that the template takes
+        # What is no chat, or none that the template takes, is dropped
         if reason := why_invalid(messages, answered=True):
             return Encoded([], [], f"dropped:{reason}")
         try:
@@ -474,7 +461,7 @@ class ChatEncoder:
         if not self.mask_prompt_loss:
             supervised = [True] * len(tokens)
 
-        # Whole if it is short enough, else cut or dropped
+        # What is short enough stays whole; the rest is cut on the right, if some of the answer is left then, or dropped
         if len(tokens) <= self.max_length:
             return Encoded(tokens, supervised, "kept")
         if self.truncation == "filter":
@@ -490,8 +477,7 @@ ENCODERS = {"pt": TextEncoder, "sft": ChatEncoder}
 class RowEncoder:
     """Makes of a row of a set what `datasets` stores: tokens, supervised and outcome, as Encoded has them."""
 
-    def __init__(self, content, encode: TextEncoder | ChatEncoder):
-        """content: from a row to what encode takes."""
+    def __init__(self, content: Content, encode: TextEncoder | ChatEncoder):
         self.content, self.encode, self.source = content, encode, source_code()
 
     def __call__(self, row) -> dict:
@@ -515,10 +501,9 @@ def no_rows_left(name: str, split: str, max_length: int, counts: Counter) -> Val
 class Rows:
     """Rows of tokens, `rows[i]` = {"tokens": (T,) int64, "supervised": (T,) bool} as numpy arrays.
 
-    All rows are slices of one stream, whose chunks stay where they were read (those of a `datasets.Dataset` in its
-    memory-mapped cache); a chat row is a whole conversation, a row of plain text a piece across the texts' borders.
-    `lengths` (n,) int64. `counts`: read, kept, cut, empty (kept, though it held no text) and dropped:REASON in rows of
-    the source; tail tokens dropped. `useful`: tokens in all.
+    All are slices of one stream, whose chunks stay where they were read (in the memory-mapped cache of `datasets`): a
+    chat row is a conversation, a row of text a piece across the texts' borders. `lengths` (n,) int64. `useful`: tokens
+    in all. `counts`, in rows of the source: read, kept (cut and empty ones too), dropped:REASON; tail tokens dropped.
     """
 
     def __init__(self, tokens: list[np.ndarray], supervised: list[np.ndarray], bounds: np.ndarray, counts: Counter):
@@ -542,9 +527,8 @@ class Rows:
 def load(dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc: int = 1, rows_of=load_split) -> Rows:
     """The rows of one split of all sets of a spec, one after another, none longer than max_length.
 
-    pt joins texts over the whole spec and cuts them into pieces of max_length; only the last may be shorter, and
-    drop_tail drops it. sft keeps conversations apart. num_proc processes tokenise what comes through `datasets`, which
-    stores the result in its cache. rows_of: gives the rows of a set; stream.load_split is one, too.
+    num_proc processes tokenise what comes through `datasets`, which stores the result in its cache. rows_of gives the
+    rows of a set: load_split, or that of stream.py.
     """
     encode = ENCODERS[reading.stage](tokenizer, reading)
 
@@ -568,7 +552,7 @@ def load(dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc
     lengths = np.concatenate(lengths)
     bounds = np.cumsum([0, *lengths[lengths > 0]])
     if reading.stage == "pt":
-        # Pieces of text are all equally long, whatever texts they come from
+        # Texts are joined over all sets and cut into pieces of max_length. Only the last may be shorter
         total = bounds[-1]
         bounds = np.append(np.arange(0, total, reading.max_length), total)
         if reading.drop_tail and total % reading.max_length:
@@ -698,10 +682,8 @@ def filled(lengths, block_length: int | None):
 
 
 def join(rows: list[dict], block_length: int | None = None, eos_id: int | None = None) -> dict[str, np.ndarray]:
-    """Several rows as one: besides tokens and supervised, "document" numbers them, and "position" restarts at each.
-
-    block_length: every row is extended by supervised eos_id to a multiple of it, as collate extends a single one.
-    """
+    """Several rows as one: besides tokens and supervised, "document" numbers them, and "position" restarts at each."""
+    # Every row is first extended by supervised EOS to a multiple of block_length, as collate extends a single one
     parts = {"tokens": [], "supervised": [], "document": [], "position": []}
     for number, row in enumerate(rows):
         size = len(row["tokens"])
@@ -716,19 +698,16 @@ def join(rows: list[dict], block_length: int | None = None, eos_id: int | None =
 class Packed:
     """Rows of several `rows` each, which do not see each other; as Rows, with "document" and "position" in a row.
 
-    For an objective that does not train on padding: bd3lm (block_length, eos_id: see join) and ar. Which rows share a
-    canvas is set by their lengths alone. `counts` adds the number of canvases.
+    For an objective that does not train on padding: ar, and bd3lm (block_length, eos_id: see join).
     """
 
     def __init__(self, rows: Rows, length: int, *, block_length: int | None = None, eos_id: int | None = None):
-        """length: of the canvas."""
+        # Which rows share a canvas of that length is set by their lengths alone
         self.rows, self.block_length, self.eos_id = rows, block_length, eos_id
         lengths = filled(rows.lengths, block_length)
         self.groups = pack(lengths, length)
         self.lengths = np.array([lengths[group].sum() for group in self.groups])
-        self.useful = rows.useful
-        self.counts = Counter(rows.counts)
-        self.counts["packed canvases"] = len(self.groups)
+        self.useful, self.counts = rows.useful, rows.counts + Counter({"packed canvases": len(self.groups)})
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -773,13 +752,11 @@ def marked_text(row: dict, tokenizer, *, colour: bool) -> str:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """ValueError where `output` has files that must stay, or cannot be written."""
-    if output.exists():
-        files = list(output.iterdir()) if output.is_dir() else [output]
-        ours = (output / "preprocessed.json").is_file()
-        if files and not (ours and overwrite):
-            way_out = "choose another" + (", or pass --overwrite" if ours else "")
-            what = "a preprocessed set" if ours else "other files"
-            raise ValueError(f"--output_dir {output} holds {what}; {way_out}")
+    ours = (output / "preprocessed.json").is_file()
+    if ours and not overwrite:
+        raise ValueError(f"--output_dir {output} holds a preprocessed set; choose another, or pass --overwrite")
+    if output.exists() and not ours and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--output_dir {output} holds other files; choose another")
     check_directory("--output_dir", output.parent)
 
 

@@ -1,9 +1,4 @@
-"""Rows in, batches out: Loader, of rows in memory, StreamLoader, without end, and the one that a run's options ask for.
-
-A global batch has micro_batch_size * accumulation * world_size slots, a row in each. In every round of micro-batches
-rank 0 takes the first micro_batch_size slots that are left, rank 1 the next, and so on. So what a step holds does not
-depend on how many ranks there are, and every rank has the same number of micro-batches.
-"""
+"""Rows in, batches out: Loader, of rows in memory, StreamLoader, without end, and the one that a run's options ask for."""
 
 import itertools
 import multiprocessing
@@ -119,7 +114,7 @@ def collate_for(args, config: Config, tokenizer: Tokenizer) -> Callable:
 
 @dataclass(kw_only=True)
 class Batches:
-    """What both loaders share: how a global batch is cut, and the check of a state to go on from.
+    """What both loaders share. A global batch has micro_batch_size * accumulation * world_size slots, a row in each.
 
     `batches` is an endless iterator over optimizer steps, from `state` on, which it moves along. A step is a list of
     micro-batches: what `collate` gives, and "sample" (B,) int64, the rows' places in the order of all, and "epoch".
@@ -138,11 +133,12 @@ class Batches:
         B, accumulation = self.micro_batch_size, self.accumulation
         if B < 1 or accumulation < 1:
             raise ValueError(f"batch size {B}, accumulation {accumulation}: both must be at least 1")
-        assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
         self.global_batch_size = B * accumulation * self.world_size
 
     def micro_batches(self, slots: int) -> list[range]:
         """This rank's micro-batches of the first `slots` slots; some may be empty."""
+        # In every round rank 0 takes the first micro_batch_size slots that are left, rank 1 the next, and so on: what a
+        # step holds does not depend on how many ranks there are, and every rank has as many micro-batches
         B = self.micro_batch_size
         rounds = -(-slots // (B * self.world_size))
         firsts = ((turn * self.world_size + self.rank) * B for turn in range(rounds))
@@ -154,20 +150,15 @@ class Batches:
         for state in states:
             for name, value in {**self.settings, "step": states[0]["step"]}.items():
                 if state.get(name) != value:
-                    raise ValueError(
-                        f"the data's {name.replace('_', ' ')} is {value}, but the state to resume from was saved with "
-                        f"{state.get(name)}; resume with the settings of the run that saved it"
-                    )
+                    name, saved = name.replace("_", " "), f"the state to resume from was saved with {state.get(name)}"
+                    way_out = "resume with the settings of the run that saved it"
+                    raise ValueError(f"the data's {name} is {value}, but {saved}; {way_out}")
         self.go_on(states)
 
 
 @dataclass
 class Loader(Batches):
-    """Batches of rows, epoch by epoch; the last step of an epoch takes what is left. Its whole state is (epoch, step).
-
-    The canvas is as long as the global batch's longest row, however the batch is cut. Where the last rows leave a rank
-    without any, its micro-batch repeats one of them with nothing supervised: it weighs nothing, and is no row to count.
-    """
+    """Batches of rows, epoch by epoch; an epoch's last step takes what is left. Its whole state is (epoch, step)."""
 
     rows: data.Rows | data.Packed
     group_by_length: bool = False  # within stretches of 50 global batches, long rows come first
@@ -192,11 +183,12 @@ class Loader(Batches):
         """The optimizer steps of that epoch from step `start` on."""
         order = self.order(epoch)
         for begin in range(start * self.global_batch_size, len(order), self.global_batch_size):
-            # The rows of all ranks: every rank must know how long the longest is
+            # The rows of all ranks: the canvas is as long as their longest, however the batch is cut
             rows = order[begin : begin + self.global_batch_size]
             longest = int(self.rows.lengths[rows].max())
 
-            # Of this rank's micro-batches one may be empty: it repeats the first row, unsupervised
+            # Of this rank's micro-batches one may be empty: it repeats the first row, unsupervised. That weighs nothing,
+            # and is no row to count
             step = []
             for slots in self.micro_batches(len(rows)):
                 batch = self.collate([self.rows[rows[slot]] for slot in slots or [0]], longest=longest)
@@ -243,11 +235,7 @@ class Loader(Batches):
 
 @dataclass
 class StreamLoader(Batches):
-    """Batches of a stream, without end: "sample" counts on, and "epoch" is 0.
-
-    A canvas is as long as max_length (or pack_length) says, full or not, so that no rank asks another for its longest
-    row. `state` is of this rank's slots alone: to go on, load_state needs the states of all ranks.
-    """
+    """Batches of a stream, without end: "sample" counts on, and "epoch" is 0. `state` is of this rank's slots alone."""
 
     stream: stream.Stream
     shuffle_buffer: int = 2000  # rows of a window (see SlotRows), of all ranks
@@ -274,6 +262,7 @@ class StreamLoader(Batches):
         # A step takes what they give together
         for part in zip(*parts):
             rows_of_parts, states, outcomes = zip(*part)
+            # Canvases are as long as the stream's rows may be, so that no rank asks another for its longest row
             rows = {slot: row for rows_of_part in rows_of_parts for slot, row in rows_of_part.items()}
             step = []
             for slots in self.micro_batches(self.global_batch_size):
@@ -286,15 +275,11 @@ class StreamLoader(Batches):
 
     @property
     def settings(self) -> dict:
-        return {
-            "set": self.stream.name,
-            "stage": self.stream.reading.stage,
-            "max_length": self.stream.reading.max_length,
-            "packing": [self.stream.pack_length, self.stream.block_length],
-            "global_batch_size": self.global_batch_size,
-            "seed": self.seed,
-            "shuffle_buffer": self.shuffle_buffer if self.shuffle else None,
-        }
+        stream = self.stream
+        reading = {"set": stream.name, "stage": stream.reading.stage, "max_length": stream.reading.max_length}
+        batching = {"packing": [stream.pack_length, stream.block_length], "global_batch_size": self.global_batch_size}
+        order = {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer if self.shuffle else None}
+        return reading | batching | order
 
     @property
     def state(self) -> dict:
@@ -384,16 +369,13 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
     eval_rows = None if args.eval_strategy == "no" else load("validation")
     about_eval = "no evaluation" if eval_rows is None else f"{len(eval_rows):,} rows to evaluate on"
 
-    # What both loaders need, and what packing does; bd3lm fills every packed document up to whole blocks, with EOS
-    batches = {
-        "micro_batch_size": args.per_device_train_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-        "seed": args.seed,
-        "collate": collate_for(args, config, tokenizer),
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        "prefetch": 2,
-    }
+    # What both loaders need
+    collate = collate_for(args, config, tokenizer)
+    batches = {"seed": args.seed, "collate": collate, "rank": ranks.rank, "world_size": ranks.world_size, "prefetch": 2}
+    batches["micro_batch_size"] = args.per_device_train_batch_size
+    batches["accumulation"] = args.gradient_accumulation_steps
+
+    # bd3lm fills every packed document up to whole blocks, with EOS
     blocks = {"block_length": config.block_length, "eos_id": tokenizer.eos_id} if config.objective == "bd3lm" else {}
     pack_length = args.pad_to or args.max_length
 
@@ -403,7 +385,7 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
         shuffling = {"shuffle_buffer": args.shuffle_buffer, "workers": args.dataloader_num_workers}
         loader = StreamLoader(stream=endless, **shuffling, **batches)
         about = f"{args.dataset_args}: streamed; {about_eval}"
-        return Loaders(loader, eval_rows, batches["collate"], Counter(), about)
+        return Loaders(loader, eval_rows, collate, Counter(), about)
 
     # How much of a batch is padding, and how much packing leaves of it
     batches["group_by_length"] = args.stage == "sft" and args.group_by_length
@@ -416,4 +398,4 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
     rows = loader.rows
     counts = ", ".join(f"{name} {count:,}" for name, count in rows.counts.items())
     about = f"{args.dataset_args}: {len(rows):,} rows of {rows.lengths.mean():.0f} tokens on average ({counts}); "
-    return Loaders(loader, eval_rows, batches["collate"], rows.counts, f"{about}{padding}; {about_eval}")
+    return Loaders(loader, eval_rows, collate, rows.counts, f"{about}{padding}; {about_eval}")

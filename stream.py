@@ -74,8 +74,8 @@ def _source(spec: data.Spec, split: str) -> Source:
 def load_split(spec: data.Spec, split: str, *, num_proc: int = 1) -> list[dict]:
     """The rows that a Stream leaves to evaluate on, for data.load (num_proc is not used: they are few)."""
     source = _source(spec, split)
-    if spec.lang is not None:
-        source = source._replace(keep_row=data.row_filter(spec, source.columns()))
+    if spec.lang:
+        source = source._replace(keep_row=AnswerContains(spec, source.columns()))
     rows = list(itertools.islice(source.rows(), source.limit or STREAMED_TEST))
     if not rows:
         raise ValueError(f"{spec.name} has no rows to {split}; name a set with more rows, or pass --eval_strategy no")
@@ -99,7 +99,8 @@ class Stream:
             source = _source(spec, "train")
             columns = source.columns()
             encode_row = RowEncoder(data.content_of(spec, columns, reading.stage, reading.text_field), encode)
-            self.sources.append(source._replace(keep_row=data.row_filter(spec, columns), encode=encode_row))
+            keep_row = AnswerContains(spec, columns) if spec.lang else None
+            self.sources.append(source._replace(keep_row=keep_row, encode=encode_row))
 
     def pieces(self, rows: list, rest: list[int]) -> tuple[list[dict], list[int], Counter]:
         """Rows to train on, of raw (source, row) and what was left of the tokens before; what is left; outcomes."""
@@ -177,14 +178,13 @@ class Reader:
 class SlotRows:
     """Endless iterable of (rows by slot, one for each of `slots`; state; outcomes so far).
 
-    Row i of the stream goes to slot i mod total, whatever process serves that slot: each slot packs its own rows and
-    has its own state, so any division of the slots among processes gives the same batches, and each process tokenises
-    its own rows only (it does read all of them).
-
-    Raw rows are read by windows. A window's rows are shuffled before the slots share them, and a slot's pieces of them
-    after. So the state of a slot is its window, how many of that one's pieces it has given, and the tokens left over
-    before. state: "windows", where in the sources those in use begin, and "slots".
+    Row i of the stream goes to slot i mod total, and each slot packs its own rows and has its own state. So any
+    division of the slots among processes gives the same batches; each reads all raw rows and tokenises its own.
     """
+
+    # Raw rows are read by windows. A window's rows are shuffled before the slots share them, and a slot's pieces of
+    # them after. So the state of a slot is its window, how many pieces of it it has given, and the tokens left over
+    # before. The whole state: "windows", where in the sources those in use begin, and "slots"
 
     def __init__(self, stream: Stream, slots, total: int, *, seed: int, shuffle: bool, window_size: int, state: dict):
         self.stream, self.total = stream, total
