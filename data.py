@@ -140,6 +140,8 @@ def parse_specs(text: str) -> list[Spec]:
             else:
                 wanted = "train, validation or test, alone or with :ROWS (at least 1), or name:CONFIG, or lang:LANGUAGE"
                 raise ValueError(f"{item!r} in dataset spec {part!r}: expected {wanted}")
+
+        # Its name
         if not (name := unquoted(match[1])):
             raise ValueError(f"dataset spec {part!r} has an empty name")
         specs.append(Spec(name, options.get("name"), options.get("lang"), limits))
@@ -171,6 +173,8 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+
+    # All rows that there are of it; where the set has train alone, those of a random part
     found, parts, whole = open_split(spec, split, streaming=False)
     rows, builtin = parts[0], isinstance(parts[0], list)
     if not builtin:
@@ -193,6 +197,7 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
             rows = rows.filter(keep_row, num_proc=num_proc if num_proc > 1 else None, desc=f"lang:{spec.lang}")
         if len(rows) == 0:
             raise ValueError(f"{spec.name}[lang:{spec.lang}] has no rows: no answer in {found} contains {spec.lang!r}")
+    # A limit is given for the split asked for, or for the one that serves as it
     limit = spec.limits.get(split, spec.limits.get(found))
     if limit is None or limit >= len(rows):
         return rows
@@ -565,6 +570,7 @@ def load(dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc
 
 def encoded_chunks(rows, encode: RowEncoder, num_proc: int):
     """Iterator over chunks of encoded rows: (tokens, supervised: end to end; the rows' lengths, the rows' outcomes)."""
+    # A builtin set is one chunk
     if isinstance(rows, list):
         encoded = [encode(row) for row in rows]
         flat = [np.concatenate([row[key] for row in encoded]) for key in ("tokens", "supervised")]
@@ -587,6 +593,7 @@ def encoded_chunks(rows, encode: RowEncoder, num_proc: int):
 
 def fingerprint(tokenizer) -> str:
     """A hash of how a tokenizer encodes text and chat; it does not matter whether its files hold the mask token."""
+    # All that tokenizer.json holds but the mask, the chat template and EOS
     core = json.loads(tokenizer.core.to_str())
     core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] != tokenizer.mask_id]
     known = json.dumps([core, tokenizer.template, tokenizer.eos_id], sort_keys=True)
@@ -641,6 +648,8 @@ def load_preprocessed(directory: str | Path, split: str, tokenizer, reading: Rea
         if made.get(name) != value:
             differs = f"was made with {name} {made.get(name)}, this run has {value}"
             raise ValueError(f"{path} {differs}; make the set anew by data.py, or change the run")
+
+    # The split that serves
     found = find_split(str(path), counts, split)
     tokens, supervised, bounds = arrays[found]
     return Rows([tokens], [supervised], np.asarray(bounds), counts[found])
@@ -769,6 +778,8 @@ def prepare(args: Prepare) -> None:
     for split in ("train", "test"):
         # Every row is made, shown or not: the counts say how many were dropped, and why
         splits[split] = rows = load(args.dataset_args, split, tokenizer, args, num_proc=args.num_proc)
+
+        # How many there are, and how much of them is learnt
         counts = ", ".join(f"{name} {n:,}" for name, n in rows.counts.items())
         learnt = sum(int(chunk.sum(dtype=np.int64)) for chunk in rows.supervised)
         print(f"{split}: {len(rows):,} rows of {rows.lengths.mean():.1f} tokens ({counts})")
@@ -779,6 +790,7 @@ def prepare(args: Prepare) -> None:
             row = rows[i]
             print(f"--- {split} row {i}: {len(row['tokens'])} tokens, {row['supervised'].sum()} supervised")
             print(marked_text(row, tokenizer, colour=sys.stdout.isatty()))
+    # Whole or not at all
     if output:
         with replacing(output) as directory:
             save_preprocessed(directory, splits, args.dataset_args, settings_of(tokenizer, args))

@@ -1,4 +1,4 @@
-"""Rows in, batches out: Loader, of rows in memory, StreamLoader, without end, and the one that a run's options ask for."""
+"""Rows in, batches out: a loader of rows that are there, one of a stream, and the one that a run's options ask for."""
 
 import itertools
 import multiprocessing
@@ -74,6 +74,8 @@ def collate(
     """
     assert not (train_on_padding and block_length), "padding is trained on, or rows fill their blocks: not both"
     assert not (train_on_padding and any("document" in row for row in rows)), "packed rows have no padding to train on"
+
+    # How long the rows are, with their last block filled, and the canvas
     sizes = [len(row["tokens"]) for row in rows]
     ends = [filled(size, block_length) for size in sizes]
     T = max(*ends, filled(longest, block_length)) if length is None else length
@@ -148,6 +150,7 @@ class Batches:
         """Goes on after a `state`, or those of all ranks of a run, on however many ranks there are now."""
         states = states if isinstance(states, list) else [states]
         for state in states:
+            # They must be of this run's data, and all of one step
             for name, value in {**self.settings, "step": states[0]["step"]}.items():
                 if state.get(name) != value:
                     name, saved = name.replace("_", " "), f"the state to resume from was saved with {state.get(name)}"
@@ -187,7 +190,7 @@ class Loader(Batches):
             rows = order[begin : begin + self.global_batch_size]
             longest = int(self.rows.lengths[rows].max())
 
-            # Of this rank's micro-batches one may be empty: it repeats the first row, unsupervised. That weighs nothing,
+            # One of this rank's micro-batches may be empty. It repeats the first row, unsupervised: that weighs nothing,
             # and is no row to count
             step = []
             for slots in self.micro_batches(len(rows)):
@@ -206,6 +209,7 @@ class Loader(Batches):
             yield step
 
     def _numbered_steps(self):
+        # The first epoch may begin in its middle, the others do not
         first, start = self.reached
         for epoch in itertools.count(first):
             for done, step in enumerate(self.epoch(epoch, start), start + 1):
@@ -262,8 +266,9 @@ class StreamLoader(Batches):
         # A step takes what they give together
         for part in zip(*parts):
             rows_of_parts, states, outcomes = zip(*part)
-            # Canvases are as long as the stream's rows may be, so that no rank asks another for its longest row
             rows = {slot: row for rows_of_part in rows_of_parts for slot, row in rows_of_part.items()}
+
+            # Canvases are as long as the stream's rows may be, so that no rank asks another for its longest row
             step = []
             for slots in self.micro_batches(self.global_batch_size):
                 batch = self.collate([rows[slot] for slot in slots], longest=self.stream.longest)
@@ -287,6 +292,7 @@ class StreamLoader(Batches):
         return {"step": self.step, **self.progress, **self.settings}
 
     def go_on(self, states: list[dict]) -> None:
+        # Each rank's state has its own slots, and there may be fewer or more ranks now: we need all of ours
         self.step, self.progress = states[0]["step"], merged(states)
         missing = [slot for slot in self.slots if str(slot) not in self.progress["slots"]]
         if self.step and missing:
@@ -308,6 +314,7 @@ def prefetch(items: Iterator, depth: int) -> Iterator:
         return
     pool, end = ThreadPoolExecutor(1), object()
     try:
+        # For each item that is taken another is begun
         ahead = deque(pool.submit(next, items, end) for _ in range(depth))
         while (item := ahead.popleft().result()) is not end:
             ahead.append(pool.submit(next, items, end))
@@ -366,6 +373,7 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
         rows_of = stream.load_split if args.streaming else data.load_split
         return data.load(args.dataset_args, split, tokenizer, reading, num_proc=args.num_proc, rows_of=rows_of)
 
+    # The rows to evaluate on are few: those of a stream are a list, too
     eval_rows = None if args.eval_strategy == "no" else load("validation")
     about_eval = "no evaluation" if eval_rows is None else f"{len(eval_rows):,} rows to evaluate on"
 
@@ -379,6 +387,7 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
     blocks = {"block_length": config.block_length, "eos_id": tokenizer.eos_id} if config.objective == "bd3lm" else {}
     pack_length = args.pad_to or args.max_length
 
+    # A stream reads while training runs
     if args.streaming:
         packing = {"pack_length": pack_length, **blocks} if args.packing else {}
         endless = stream.Stream(args.dataset_args, tokenizer, reading, **packing)
@@ -387,7 +396,7 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
         about = f"{args.dataset_args}: streamed; {about_eval}"
         return Loaders(loader, eval_rows, collate, Counter(), about)
 
-    # How much of a batch is padding, and how much packing leaves of it
+    # Else all rows are there. How much of a batch is padding, and how much packing leaves of it
     batches["group_by_length"] = args.stage == "sft" and args.group_by_length
     loader = Loader(rows=load("train"), **batches)
     canvas = {"block_length": blocks.get("block_length"), "length": args.pad_to}
@@ -395,6 +404,8 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
     if args.packing:
         loader = Loader(rows=data.Packed(loader.rows, pack_length, **blocks), **batches)
         padding += f", packed {1 - loader.useful_share(**canvas):.0%}"
+
+    # A line that says so
     rows = loader.rows
     counts = ", ".join(f"{name} {count:,}" for name, count in rows.counts.items())
     about = f"{args.dataset_args}: {len(rows):,} rows of {rows.lengths.mean():.0f} tokens on average ({counts}); "
