@@ -692,7 +692,7 @@ def filled(lengths, block_length: int | None):
 
 def join(rows: list[dict], block_length: int | None = None, eos_id: int | None = None) -> dict[str, np.ndarray]:
     """Several rows as one: besides tokens and supervised, "document" numbers them, and "position" restarts at each."""
-    # Every row is first extended by supervised EOS to a multiple of block_length, as collate extends a single one
+    # Every row is first extended by supervised EOS to a multiple of block_length
     parts = {"tokens": [], "supervised": [], "document": [], "position": []}
     for number, row in enumerate(rows):
         size = len(row["tokens"])

@@ -75,31 +75,21 @@ def collate(
     assert not (train_on_padding and block_length), "padding is trained on, or rows fill their blocks: not both"
     assert not (train_on_padding and any("document" in row for row in rows)), "packed rows have no padding to train on"
 
-    # How long the rows are, with their last block filled, and the canvas
-    sizes = [len(row["tokens"]) for row in rows]
-    ends = [filled(size, block_length) for size in sizes]
-    T = max(*ends, filled(longest, block_length)) if length is None else length
-    if max(ends) > T:
-        raise ValueError(f"a row of {max(ends)} tokens exceeds the canvas of {T}; lower max_length or raise --pad_to")
+    # A single row is one that is packed alone; the longest decides about the canvas
+    rows = [row if "document" in row else data.join([row], block_length, eos_id) for row in rows]
+    most = max(len(row["tokens"]) for row in rows)
+    B, T = len(rows), max(most, filled(longest, block_length)) if length is None else length
+    if most > T:
+        raise ValueError(f"a row of {most} tokens exceeds the canvas of {T}; lower max_length or raise --pad_to")
 
-    # A canvas of padding alone
-    tokens = torch.full((len(rows), T), pad_id)  # (B, T)
-    supervised = torch.full((len(rows), T), train_on_padding)  # (B, T)
-    document = torch.full((len(rows), T), 0 if train_on_padding else -1)  # (B, T)
-    position = torch.arange(T).repeat(len(rows), 1)  # (B, T)
-
-    # Each row from column 0 to `size`, then EOS up to `end`, where its last block ends
-    for b, (row, size, end) in enumerate(zip(rows, sizes, ends)):
-        tokens[b, :size] = torch.from_numpy(row["tokens"])
-        supervised[b, :size] = torch.from_numpy(row["supervised"])
-        document[b, :end] = 0
-        if "document" in row:
-            document[b, :size] = torch.from_numpy(row["document"])
-            position[b, :size] = torch.from_numpy(row["position"])
-        if end > size:
-            tokens[b, size:end] = eos_id
-            supervised[b, size:end] = True
-    return {"tokens": tokens, "supervised": supervised, "document": document, "position": position}
+    # A canvas of padding alone, then the rows
+    tokens, supervised = torch.full((B, T), pad_id), torch.full((B, T), train_on_padding)
+    document, position = torch.full((B, T), 0 if train_on_padding else -1), torch.arange(T).repeat(B, 1)
+    batch = {"tokens": tokens, "supervised": supervised, "document": document, "position": position}
+    for b, row in enumerate(rows):
+        for name in batch:
+            batch[name][b, : len(row[name])] = torch.from_numpy(row[name])
+    return batch
 
 
 def collate_for(args, config: Config, tokenizer: Tokenizer) -> Callable:
@@ -190,7 +180,7 @@ class Loader(Batches):
             rows = order[begin : begin + self.global_batch_size]
             longest = int(self.rows.lengths[rows].max())
 
-            # One of this rank's micro-batches may be empty. It repeats the first row, unsupervised: that weighs nothing,
+            # One of this rank's micro-batches may be empty. It repeats the first row, unsupervised: that weighs nothing
             # and is no row to count
             step = []
             for slots in self.micro_batches(len(rows)):
