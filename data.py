@@ -538,20 +538,18 @@ def load(dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc
     encode = ENCODERS[reading.stage](tokenizer, reading)
 
     # All sets end to end, as chunks of one stream; a set that gives nothing is refused even if others give rows
-    outcomes, tokens, supervised, lengths = Counter(), [], [], []
+    chunks = []
     for spec in parse_specs(dataset_args):
-        rows, of_set = rows_of(spec, split, num_proc=num_proc), Counter()
+        rows = rows_of(spec, split, num_proc=num_proc)
         content = content_of(spec, columns_of(rows), reading.stage, reading.text_field)
         with naming_errors(spec.name):
-            for chunk, mask, sizes, ends in encoded_chunks(rows, RowEncoder(content, encode), num_proc):
-                tokens.append(chunk)
-                supervised.append(mask)
-                lengths.append(sizes)
-                of_set.update(ends)
-        if not of_set["kept"] + of_set["cut"]:
-            raise no_rows_left(spec.name, split, reading.max_length, tally(of_set))
-        outcomes += of_set
-    counts = tally(outcomes)
+            of_set = list(encoded_chunks(rows, RowEncoder(content, encode), num_proc))
+        outcomes = sum((ends for *_, ends in of_set), Counter())
+        if not outcomes["kept"] + outcomes["cut"]:
+            raise no_rows_left(spec.name, split, reading.max_length, tally(outcomes))
+        chunks += of_set
+    tokens, supervised, lengths, outcomes = zip(*chunks)
+    counts = tally(sum(outcomes, Counter()))
 
     # A conversation begins where the one before it ends; those that were dropped have no tokens
     lengths = np.concatenate(lengths)
@@ -565,16 +563,16 @@ def load(dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc
             bounds = bounds[:-1]
     if len(bounds) == 1:
         raise no_rows_left(dataset_args, split, reading.max_length, counts)
-    return Rows(tokens, supervised, bounds, counts)
+    return Rows(list(tokens), list(supervised), bounds, counts)
 
 
 def encoded_chunks(rows, encode: RowEncoder, num_proc: int):
-    """Iterator over chunks of encoded rows: (tokens, supervised: end to end; the rows' lengths, the rows' outcomes)."""
+    """Iterator over chunks of encoded rows: (tokens, supervised: end to end; the rows' lengths; their outcomes)."""
     # A builtin set is one chunk
     if isinstance(rows, list):
         encoded = [encode(row) for row in rows]
         flat = [np.concatenate([row[key] for row in encoded]) for key in ("tokens", "supervised")]
-        yield *flat, np.array([len(row["tokens"]) for row in encoded]), [row["outcome"] for row in encoded]
+        yield *flat, np.array([len(row["tokens"]) for row in encoded]), Counter(row["outcome"] for row in encoded)
         return
     from datasets import Features, Sequence, Value
 
@@ -585,7 +583,7 @@ def encoded_chunks(rows, encode: RowEncoder, num_proc: int):
     for batch in encoded.data.to_batches():
         tokens, supervised, outcomes = (batch.column(key) for key in features)
         sizes = tokens.value_lengths().to_numpy()
-        yield tokens.flatten().to_numpy(), supervised.flatten().to_numpy(), sizes, outcomes.to_pylist()
+        yield tokens.flatten().to_numpy(), supervised.flatten().to_numpy(), sizes, Counter(outcomes.to_pylist())
 
 
 # ---------------------------------------------------------------- rows that were tokenised before
