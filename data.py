@@ -1,13 +1,11 @@
-"""Data: a dataset spec in, padded batches of tokens out. Knows nothing of noise, objectives or models.
+"""Data: a dataset spec in, rows of tokens out. Knows nothing of noise, objectives or models.
 
-    parse_specs -> load_split -> RowEncoder (chat or plain text) -> Rows (-> Packed) -> Loader, which collates
-
-stream.py does the same without end, for sets that are read and tokenised while training runs.
+    parse_specs -> load_split -> RowEncoder (chat or plain text) -> Rows (-> Packed), for loaders.py
 
 A dataset spec is `name[key:value,...]`, several of them joined by `+` or `|`. A name is a dataset on the Hub, a local
-file (.jsonl .json .txt .parquet) or directory, looked up as it stands and under $BASE_DATASETS_DIR, or a builtin set,
-which needs no network: `builtin/sums` (chat), `builtin/stdlib` (plain text). A name or value that holds one of
-`+ | [ ] ,` is put in quotes: `'runs/a+b.jsonl'[train:10]`. Keys:
+file (.jsonl .json .txt .parquet) or directory, here or under $BASE_DATASETS_DIR, or a builtin set, which needs no
+network: `builtin/sums` (chat), `builtin/stdlib` (plain text). A name or value that holds one of `+ | [ ] ,` is put in
+quotes: `'runs/a+b.jsonl'[train:10]`. Keys:
 
     train:5000       at most so many rows of a split (train, validation, test); without a number all of them
     name:CONFIG      the configuration of a Hub dataset
@@ -23,10 +21,8 @@ import itertools
 import json
 import logging
 import os
-import queue
 import re
 import sys
-import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +30,6 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from checkpoint import resolve
 from cli import one_line_errors
@@ -126,10 +120,8 @@ def parse_specs(text: str) -> list[Spec]:
         # The next part of the text: one set, up to the sign that joins another
         match = PART.match(text, end)
         if not match:
-            raise ValueError(
-                f"dataset spec {text[end:]!r} in {text!r} is not of the form name[key:value,...]; a name that holds "
-                "one of + | [ ] goes in quotes"
-            )
+            wanted = "name[key:value,...], where a name that holds one of + | [ ] is in quotes"
+            raise ValueError(f"dataset spec {text[end:]!r} in {text!r} is not of the form {wanted}")
         part, joined, end = match[0], match[3], match.end()
 
         # Its items, which commas outside of quotes separate: at most one of each key
@@ -146,19 +138,18 @@ def parse_specs(text: str) -> list[Spec]:
             elif key in SPLITS and re.fullmatch(r"[1-9](_?[0-9])*", value):
                 limits[key] = int(value)
             else:
-                raise ValueError(
-                    f"{item!r} in dataset spec {part!r}: expected train, validation or test, alone or with :ROWS "
-                    "(at least 1), or name:CONFIG, or lang:LANGUAGE"
-                )
+                wanted = "train, validation or test, alone or with :ROWS (at least 1), or name:CONFIG, or lang:LANGUAGE"
+                raise ValueError(f"{item!r} in dataset spec {part!r}: expected {wanted}")
+
+        # Its name
         if not (name := unquoted(match[1])):
             raise ValueError(f"dataset spec {part!r} has an empty name")
         specs.append(Spec(name, options.get("name"), options.get("lang"), limits))
 
     # A file whose name holds a + was probably meant as one set
-    if len(specs) > 1 and Path(text).exists():
-        raise ValueError(
-            f"{text} is there, but reads as {len(specs)} data sets; put quotes around it, within the shell's"
-        )
+    n = len(specs)
+    if n > 1 and Path(text).exists():
+        raise ValueError(f"{text} is there, but reads as {n} data sets; put quotes around it, within the shell's")
     return specs
 
 
@@ -169,7 +160,7 @@ def unquoted(text: str) -> str:
 # ---------------------------------------------------------------- row sources: a list of dicts or a datasets.Dataset
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
-# Of sets with several configurations, by the last part of their names: what is read where a spec names none.
+# Of sets with several configurations, by the last part of their names: what is read where a spec names none
 DEFAULT_CONFIG = {"smoltalk": "all"}
 ALL_CONFIGS = ("opc-sft-stage1", "opc-sft-stage2")
 
@@ -178,68 +169,64 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
     """The rows of one split: a list of dicts (builtin sets) or a `datasets.Dataset`, cut to the spec's limit.
 
     validation and test stand in for each other. Where a set has neither, a random 5 % of its training rows are both,
-    and are left out of train. The draw is part of the set's identity: it does not depend on a run's seed, so no program
-    tests on rows that another has trained on. lang filters what is left, and limits apply after that.
+    and are left out of train: the same whatever a run's seed, so no program tests on rows that another has trained on.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
 
-    # The rows, of the split that serves as `split`
-    found = split
-    if spec.name.startswith("builtin/"):
-        rows = builtin_rows(spec, split)
-    else:
+    # All rows that there are of it; where the set has train alone, those of a random part
+    found, parts, whole = open_split(spec, split, streaming=False)
+    rows, builtin = parts[0], isinstance(parts[0], list)
+    if not builtin:
         import datasets  # here, not above: it takes a second, and the builtin sets do not need it
 
-        parts = load_splits(spec, streaming=False)
-        splits = {name: datasets.concatenate_datasets(sets) for name, sets in parts.items()}
-        if lacks_test(splits):
-            if len(splits["train"]) < 2:
-                raise ValueError(f"{spec.name} has no test split, and with {len(splits['train'])} row none can be made")
-            splits = splits["train"].train_test_split(test_size=0.05, seed=42)
-        found = find_split(spec, splits, split)
-        rows = splits[found]
+        rows = datasets.concatenate_datasets(parts)
+    if whole:
+        if len(rows) < 2:
+            raise ValueError(f"{spec.name} has no test split, and with {len(rows)} row none can be made")
+        rows = rows.train_test_split(test_size=0.05, seed=42)[found]
     if len(rows) == 0:
         raise ValueError(f"{spec.name} has no rows in its split {found}; name a set that has some")
 
     # First the filter, then the limit, so that a limit counts rows that are used
-    if keep_row := row_filter(spec, columns_of(rows)):
-        if isinstance(rows, list):
+    if spec.lang:
+        keep_row = AnswerContains(spec, columns_of(rows))
+        if builtin:
             rows = [row for row in rows if keep_row(row)]
         else:
             rows = rows.filter(keep_row, num_proc=num_proc if num_proc > 1 else None, desc=f"lang:{spec.lang}")
         if len(rows) == 0:
             raise ValueError(f"{spec.name}[lang:{spec.lang}] has no rows: no answer in {found} contains {spec.lang!r}")
-    limit = limit_of(spec, split, found)
+    # A limit is given for the split asked for, or for the one that serves as it
+    limit = spec.limits.get(split, spec.limits.get(found))
     if limit is None or limit >= len(rows):
         return rows
-    return rows[:limit] if isinstance(rows, list) else rows.select(range(limit))
+    return rows[:limit] if builtin else rows.select(range(limit))
 
 
-def builtin_rows(spec: Spec, split: str) -> list[dict]:
-    if spec.name not in BUILTIN:
-        raise ValueError(f"unknown dataset {spec.name}; the builtin sets are {', '.join(BUILTIN)}")
-    if spec.config is not None:
-        raise ValueError(f"{spec.name} has no configurations; leave name:{spec.config} out")
-    return BUILTIN[spec.name](split)
+def open_split(spec: Spec, split: str, *, streaming: bool) -> tuple[str, list, bool]:
+    """(The split that serves as `split`, "test" say; its rows, in parts, lists or of `datasets`; whether they are the
+    whole set, which has train alone, so that the caller draws from them which are to train and which to test on.)"""
+    if spec.name.startswith("builtin/"):
+        if spec.name not in BUILTIN:
+            raise ValueError(f"unknown dataset {spec.name}; the builtin sets are {', '.join(BUILTIN)}")
+        if spec.config is not None:
+            raise ValueError(f"{spec.name} has no configurations; leave name:{spec.config} out")
+        return split, [BUILTIN[spec.name](split)], False
+    splits = load_splits(spec, streaming=streaming)
+    if "train" in splits and splits.keys().isdisjoint(SPLITS[1:]):
+        return "train" if split == "train" else "test", splits["train"], True
+    found = find_split(spec.name, splits, split)
+    return found, splits[found], False
 
 
-def lacks_test(splits) -> bool:
-    """Whether test rows must be taken out of train: there is train, and nothing to test on."""
-    return "train" in splits and splits.keys().isdisjoint(SPLITS[1:])
-
-
-def find_split(spec: Spec, splits, split: str) -> str:
+def find_split(name: str, splits, split: str) -> str:
     """The split of a set that serves as `split`."""
     candidates = ("train",) if split == "train" else (split, "validation", "test")
-    found = next((name for name in candidates if name in splits), None)
+    found = next((candidate for candidate in candidates if candidate in splits), None)
     if found is None:
-        raise ValueError(f"{spec.name} has no split {split} (it has {', '.join(splits)})")
+        raise ValueError(f"{name} has no split {split} (it has {', '.join(splits)})")
     return found
-
-
-def limit_of(spec: Spec, split: str, found: str) -> int | None:
-    return spec.limits.get(split, spec.limits.get(found))
 
 
 def local_paths(name: str | Path) -> list[Path]:
@@ -248,31 +235,33 @@ def local_paths(name: str | Path) -> list[Path]:
 
 
 def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
-    """The splits of a Hub dataset, a local file (one split, train) or directory: of each, what `datasets` loads of
-    every configuration asked for. Splits that are named train_sft and test_sft are train and test."""
+    """The splits of a set that is not builtin: of each, what `datasets` loads of every configuration asked for.
+
+    A local file has one, train. Splits that are named train_sft and test_sft are train and test.
+    """
     import datasets
+
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
 
     # A local path, or else an id on the Hub, unless the name can only be a path
     paths, short = local_paths(spec.name), Path(spec.name).name
     path = next((path for path in paths if path.exists()), None)
     if path is None and (Path(spec.name).suffix in BUILDERS or spec.name[0] in "./~"):
-        raise FileNotFoundError(
-            f"no data at {' or '.join(dict.fromkeys(map(str, paths)))}; expected a file, a directory, a Hub id or a "
-            f"builtin set ({', '.join(BUILTIN)})"
-        )
+        wanted = f"a file, a directory, a Hub id or a builtin set ({', '.join(BUILTIN)})"
+        raise FileNotFoundError(f"no data at {' or '.join(dict.fromkeys(map(str, paths)))}; expected {wanted}")
 
     # What `datasets` is to load: a file or a directory of text by one of its builders, else a whole repository
     source, files, configs = str(path or spec.name), {}, [spec.config or DEFAULT_CONFIG.get(short)]
-    if path is not None and path.is_file():
+    if path and path.is_file():
         if path.suffix not in BUILDERS:
             raise ValueError(f"cannot read {path}: expected one of {' '.join(BUILDERS)}")
         if spec.config is not None:
             raise ValueError(f"{path} is a file and has no configurations; leave name:{spec.config} out")
-        source, files, configs = BUILDERS[path.suffix], {"data_files": glob.escape(str(path))}, [None]
-    elif path is not None and re.search(r"[*?\[]", str(path)):
+        source, files = BUILDERS[path.suffix], {"data_files": glob.escape(str(path))}
+    elif path and re.search(r"[*?\[]", str(path)):
         raise ValueError(f"the directory {path} has one of * ? [ in its name; rename it, or name a file in it")
-    elif path is not None and spec.config is None and {f.suffix for f in path.rglob("*")} & BUILDERS.keys() == {".txt"}:
-        source, files, configs = "text", {"data_dir": str(path)}, [None]
+    elif path and spec.config is None and {file.suffix for file in path.rglob("*")} & BUILDERS.keys() == {".txt"}:
+        source, files = "text", {"data_dir": str(path)}
     elif spec.config is None and short in ALL_CONFIGS:
         with naming_errors(spec.name):
             configs = datasets.get_dataset_config_names(source)
@@ -280,7 +269,7 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
         files["keep_linebreaks"] = True  # a row is a line, with its end
 
     # Configurations may differ in their columns: what they share remains
-    with naming_errors(spec.name), silent("datasets"):
+    with naming_errors(spec.name):
         loaded = [datasets.load_dataset(source, name=config, streaming=streaming, **files) for config in configs]
         if len(loaded) > 1:
             shared = set.intersection(*(set(columns_of(rows)) for part in loaded for rows in part.values()))
@@ -295,18 +284,6 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
 
 
 @contextmanager
-def silent(name: str):
-    """Keeps a package from logging what it then raises."""
-    log = logging.getLogger(name)
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-@contextmanager
 def naming_errors(name: str):
     """Turns what `datasets`, and what it calls, raise while they read a set into one line that names the set."""
     try:
@@ -317,27 +294,27 @@ def naming_errors(name: str):
         if isinstance(error.__context__, KeyboardInterrupt):  # which `datasets` loses while it ends its processes
             raise KeyboardInterrupt from None
 
-        # The reason is the error beneath that of `datasets`; a mistake that users often make gets a way out
+        # The reason is the error beneath that of `datasets`
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
-        reason = " ".join(str(cause).split())
-        if isinstance(cause, UnicodeDecodeError):
-            raise ValueError(f"{name} is not UTF-8 text: {reason}; write it anew as UTF-8") from error
-        if type(cause).__name__ == "DatasetNotFoundError":
-            base = os.environ.get("BASE_DATASETS_DIR")
-            under = f" or under {base}" if base else ""
-            raise FileNotFoundError(f"{name}: no such file or directory here{under}, and {reason}") from error
-        if isinstance(cause, ConnectionError):
-            raise ConnectionError(
-                f"cannot load {name}: {reason}; a local path or a builtin set needs no network"
-            ) from error
-        if isinstance(cause, ValueError) and "onfig" in reason:  # a configuration that is missing or unknown
-            reason += f"; a config is named by {name}[name:CONFIG]"
-        elif not isinstance(cause, (ValueError, OSError)):
-            reason = f"{type(cause).__name__}: {reason}"
+        reason, kind = " ".join(str(cause).split()), type(cause).__name__
 
-        # What cannot be found stays so, all else is a ValueError
-        kind = FileNotFoundError if isinstance(cause, FileNotFoundError) else ValueError
-        raise kind(f"cannot load {name}: {reason}") from error
+        # What users often meet gets a way out
+        message = f"cannot load {name}: {reason}"
+        if isinstance(cause, UnicodeDecodeError):
+            message = f"{name} is not UTF-8 text: {reason}; write it anew as UTF-8"
+        elif kind == "DatasetNotFoundError":
+            base = os.environ.get("BASE_DATASETS_DIR")
+            message = f"{name}: no such file or directory here{f' or under {base}' if base else ''}, and {reason}"
+        elif isinstance(cause, ConnectionError):
+            message += "; a local path or a builtin set needs no network"
+        elif isinstance(cause, ValueError) and "onfig" in reason:  # a configuration that is missing or unknown
+            message += f"; a config is named by {name}[name:CONFIG]"
+        elif not isinstance(cause, (ValueError, OSError)):
+            message = f"cannot load {name}: {kind}: {reason}"
+
+        # What cannot be found or reached stays so, all else is a ValueError
+        known = (FileNotFoundError, ConnectionError)
+        raise next((type for type in known if isinstance(cause, type)), ValueError)(message) from error
 
 
 def columns_of(rows) -> list[str]:
@@ -349,93 +326,67 @@ def columns_of(rows) -> list[str]:
 # ---------------------------------------------------------------- from a row to messages or text
 
 
-class Column:
-    """Gives what a row has in a column, None where it has nothing."""
+# The columns of a chat: messages, or what the user says, perhaps a context, and the answer. A set is read by the first
+# of these that it has whole
+CHATS = (("messages",), ("instruction", "input", "output"), ("instruction", "output"), ("question", "answer"))
 
-    def __init__(self, name: str):
-        self.name = name
+
+class Content:
+    """Gives what a row has in one column, or the chat that two or three make; None where it has nothing."""
+
+    def __init__(self, *columns: str):
+        self.columns = columns
 
     def __call__(self, row):
-        return row.get(self.name)
+        fields = [row.get(column) for column in self.columns]
+        if len(fields) == 1:
+            return fields[0]
+
+        # A context follows what the user says, and then all are stripped
+        if len(fields) == 3:
+            user, context, answer = (field.strip() if isinstance(field, str) else field for field in fields)
+            fields = f"{user}\n\n{context}" if isinstance(user, str) and context else user, answer
+        return [{"role": role, "content": field} for role, field in zip(("user", "assistant"), fields)]
 
 
-class Exchange:
-    """Makes a chat of two turns of a row's columns. Where a column `context` is named, it follows what the user says,
-    and all are stripped."""
-
-    def __init__(self, user: str, assistant: str, context: str | None = None):
-        self.user, self.assistant, self.context = user, assistant, context
-
-    def __call__(self, row) -> list[dict]:
-        user, assistant = row.get(self.user), row.get(self.assistant)
-        if self.context:
-            fields = (user, assistant, row.get(self.context))
-            user, assistant, context = (field.strip() if isinstance(field, str) else field for field in fields)
-            user = f"{user}\n\n{context}" if isinstance(user, str) and context else user
-        return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+def chat_format(columns: list[str]) -> Content | None:
+    """What makes messages of a row, or None where the set is no chat."""
+    return next((Content(*needed) for needed in CHATS if set(needed) <= set(columns)), None)
 
 
-# The formats of chat, by the columns they need; the first that a set has all of is its format.
-TO_MESSAGES = {
-    ("messages",): Column("messages"),
-    ("instruction", "input", "output"): Exchange("instruction", "output", context="input"),
-    ("instruction", "output"): Exchange("instruction", "output"),
-    ("question", "answer"): Exchange("question", "answer"),
-}
-
-
-def chat_format(columns: list[str]):
-    """The function from a row to its messages, or None where the set is no chat."""
-    return next((to_messages for needed, to_messages in TO_MESSAGES.items() if set(needed) <= set(columns)), None)
-
-
-def content_of(spec: Spec, columns: list[str], stage: str, text_field: str):
-    """The function from a row to what `stage` trains on: text (pt) or messages (sft)."""
-    present, to_messages = ", ".join(columns), chat_format(columns)
-    if stage not in ("pt", "sft"):
+def content_of(spec: Spec, columns: list[str], stage: str, text_field: str) -> Content:
+    """What makes of a row what `stage` trains on: text (pt) or messages (sft)."""
+    to_messages, present = chat_format(columns), ", ".join(columns)
+    if stage not in ENCODERS:
         raise ValueError(f"stage {stage!r}: expected pt (plain text) or sft (chat)")
     if stage == "pt" and text_field not in columns:
         way_out = "it is chat, for --stage sft" if to_messages else "name one by --text_field"
         raise ValueError(f"{spec.name} has no column {text_field!r} (it has {present}); {way_out}")
     if stage == "sft" and to_messages is None:
-        known = " or ".join("/".join(needed) for needed in TO_MESSAGES)
-        raise ValueError(
-            f"{spec.name} has no column 'messages' (it has {present}); sft needs {known}; plain text is for --stage pt"
-        )
-    return Column(text_field) if stage == "pt" else to_messages
+        way_out = f"sft needs {' or '.join('/'.join(needed) for needed in CHATS)}; plain text is for --stage pt"
+        raise ValueError(f"{spec.name} has no column 'messages' (it has {present}); {way_out}")
+    return Content(text_field) if stage == "pt" else to_messages
 
 
-def source_code(*others) -> list[str]:
-    """The source of this module and of those that define `others`.
-
-    The cache of `datasets` knows a function or an object by its name and attributes. One that has its source among them
-    is computed anew after an edit.
-    """
-    return [inspect.getsource(inspect.getmodule(thing)) for thing in (source_code, *others)]
+def source_code() -> list[str]:
+    """The source of this module and of the tokenizer's."""
+    # The cache of `datasets` knows an object by its class's name and its attributes. One that has its source among them
+    # is computed anew after an edit
+    return [inspect.getsource(inspect.getmodule(thing)) for thing in (source_code, Tokenizer)]
 
 
 class AnswerContains:
-    """Whether the last answer of a chat row contains a word."""
+    """Whether the last answer of a chat row contains the word that a spec gives as lang."""
 
-    def __init__(self, to_messages, word: str):
-        self.to_messages, self.word, self.source = to_messages, word, source_code(why_invalid)
+    def __init__(self, spec: Spec, columns: list[str]):
+        self.to_messages, self.word, self.source = chat_format(columns), spec.lang, source_code()
+        if self.to_messages is None:
+            why = f"lang looks into the answers of a chat, and this set is none (it has {', '.join(columns)})"
+            raise ValueError(f"{spec.name}[lang:{spec.lang}]: {why}; leave it out")
 
     def __call__(self, row) -> bool:
         messages = self.to_messages(row)
         return why_invalid(messages, answered=True) is None and self.word in messages[-1]["content"]
-
-
-def row_filter(spec: Spec, columns: list[str]) -> AnswerContains | None:
-    """The predicate of rows that the spec's lang stands for; None where it has no lang."""
-    if spec.lang is None:
-        return None
-    to_messages = chat_format(columns)
-    if to_messages is None:
-        raise ValueError(
-            f"{spec.name}[lang:{spec.lang}]: lang looks into the answers of a chat, and this set is none (it has "
-            f"{', '.join(columns)}); leave it out"
-        )
-    return AnswerContains(to_messages, spec.lang)
 
 
 def raw(dataset_args: str, split: str):
@@ -470,7 +421,7 @@ class Encoded(NamedTuple):
     outcome: str  # kept, cut, empty, or dropped:REASON
 
 
-# An encoder copies the options that it reads: `datasets` tokenises a set anew when an attribute of it changes.
+# An encoder copies the options that it reads: `datasets` tokenises a set anew when an attribute of it changes
 
 
 class TextEncoder:
@@ -491,11 +442,7 @@ class TextEncoder:
 
 
 class ChatEncoder:
-    """Makes Encoded of a conversation; the last or all assistant turns are supervised, or everything.
-
-    A row longer than max_length is cut on the right, or dropped (truncation filter). One that then has nothing to
-    learn, because its prompt alone fills max_length, is dropped, and so is one that the template does not take.
-    """
+    """Makes Encoded of a conversation, which is dropped if that leaves it nothing to learn; see the options of Chat."""
 
     def __init__(self, tokenizer, reading: Reading):
         self.tokenizer, self.max_length, self.truncation = tokenizer, reading.max_length, reading.truncation
@@ -508,7 +455,7 @@ class ChatEncoder:
                 raise ValueError(f"--stage sft --train_on {self.train_on}: {error}") from error
 
     def __call__(self, messages) -> Encoded:
-        # Rows that are no chat, or none that the template takes
+        # What is no chat, or none that the template takes, is dropped
         if reason := why_invalid(messages, answered=True):
             return Encoded([], [], f"dropped:{reason}")
         try:
@@ -519,7 +466,7 @@ class ChatEncoder:
         if not self.mask_prompt_loss:
             supervised = [True] * len(tokens)
 
-        # Whole if it is short enough, else cut or dropped
+        # What is short enough stays whole; the rest is cut on the right, if some of the answer is left then, or dropped
         if len(tokens) <= self.max_length:
             return Encoded(tokens, supervised, "kept")
         if self.truncation == "filter":
@@ -535,9 +482,8 @@ ENCODERS = {"pt": TextEncoder, "sft": ChatEncoder}
 class RowEncoder:
     """Makes of a row of a set what `datasets` stores: tokens, supervised and outcome, as Encoded has them."""
 
-    def __init__(self, content, encode: TextEncoder | ChatEncoder):
-        """content: from a row to what encode takes."""
-        self.content, self.encode, self.source = content, encode, source_code(type(encode.tokenizer))
+    def __init__(self, content: Content, encode: TextEncoder | ChatEncoder):
+        self.content, self.encode, self.source = content, encode, source_code()
 
     def __call__(self, row) -> dict:
         tokens, supervised, outcome = self.encode(self.content(row))
@@ -560,10 +506,9 @@ def no_rows_left(name: str, split: str, max_length: int, counts: Counter) -> Val
 class Rows:
     """Rows of tokens, `rows[i]` = {"tokens": (T,) int64, "supervised": (T,) bool} as numpy arrays.
 
-    All rows are slices of one stream, whose chunks stay where they were read (those of a `datasets.Dataset` in its
-    memory-mapped cache); a chat row is a whole conversation, a row of plain text a piece across the texts' borders.
-    `lengths` (n,) int64. `counts`: read, kept, cut, empty (kept, though it held no text) and dropped:REASON in rows of
-    the source; tail tokens dropped. `useful`: tokens in all.
+    All are slices of one stream, whose chunks stay where they were read (in the memory-mapped cache of `datasets`): a
+    chat row is a conversation, a row of text a piece across the texts' borders. `lengths` (n,) int64. `useful`: tokens
+    in all. `counts`, in rows of the source: read, kept (cut and empty ones too), dropped:REASON; tail tokens dropped.
     """
 
     def __init__(self, tokens: list[np.ndarray], supervised: list[np.ndarray], bounds: np.ndarray, counts: Counter):
@@ -576,46 +521,41 @@ class Rows:
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        # A row may lie across several chunks
         begin, end = self.bounds[:-1][i], self.bounds[1:][i]
         first, last = np.searchsorted(self.starts, (begin, end - 1), side="right") - 1
         slices = [(c, slice(max(begin - self.starts[c], 0), end - self.starts[c])) for c in range(first, last + 1)]
-        return {
-            "tokens": np.concatenate([self.tokens[c][s] for c, s in slices]).astype(np.int64),
-            "supervised": np.concatenate([self.supervised[c][s] for c, s in slices]).astype(np.bool_),
-        }
+        tokens = np.concatenate([self.tokens[c][s] for c, s in slices]).astype(np.int64)
+        return {"tokens": tokens, "supervised": np.concatenate([self.supervised[c][s] for c, s in slices]).astype(bool)}
 
 
 def load(dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc: int = 1, rows_of=load_split) -> Rows:
     """The rows of one split of all sets of a spec, one after another, none longer than max_length.
 
-    pt joins texts over the whole spec and cuts them into pieces of max_length; only the last may be shorter, and
-    drop_tail drops it. sft keeps conversations apart. num_proc processes tokenise what comes through `datasets`, which
-    stores the result in its cache. rows_of: gives the rows of a set; stream.load_split is one, too.
+    num_proc processes tokenise what comes through `datasets`, which stores the result in its cache. rows_of gives the
+    rows of a set: load_split, or that of stream.py.
     """
     encode = ENCODERS[reading.stage](tokenizer, reading)
 
-    # All sets end to end, as chunks of one stream; a set that gives nothing is a mistake even if others give rows
-    outcomes, tokens, supervised, lengths = Counter(), [], [], []
+    # All sets end to end, as chunks of one stream; a set that gives nothing is refused even if others give rows
+    chunks = []
     for spec in parse_specs(dataset_args):
         rows = rows_of(spec, split, num_proc=num_proc)
         content = content_of(spec, columns_of(rows), reading.stage, reading.text_field)
-        of_set = Counter()
         with naming_errors(spec.name):
-            for chunk, mask, sizes, ends in encoded_chunks(rows, RowEncoder(content, encode), num_proc):
-                tokens.append(chunk)
-                supervised.append(mask)
-                lengths.append(sizes)
-                of_set.update(ends)
-        if not of_set["kept"] + of_set["cut"]:
-            raise no_rows_left(spec.name, split, reading.max_length, tally(of_set))
-        outcomes += of_set
-    counts = tally(outcomes)
+            of_set = list(encoded_chunks(rows, RowEncoder(content, encode), num_proc))
+        outcomes = sum((ends for *_, ends in of_set), Counter())
+        if not outcomes["kept"] + outcomes["cut"]:
+            raise no_rows_left(spec.name, split, reading.max_length, tally(outcomes))
+        chunks += of_set
+    tokens, supervised, lengths, outcomes = zip(*chunks)
+    counts = tally(sum(outcomes, Counter()))
 
     # A conversation begins where the one before it ends; those that were dropped have no tokens
     lengths = np.concatenate(lengths)
     bounds = np.cumsum([0, *lengths[lengths > 0]])
     if reading.stage == "pt":
-        # Pieces of text are all equally long, whatever texts they come from
+        # Texts are joined over all sets and cut into pieces of max_length. Only the last may be shorter
         total = bounds[-1]
         bounds = np.append(np.arange(0, total, reading.max_length), total)
         if reading.drop_tail and total % reading.max_length:
@@ -623,31 +563,27 @@ def load(dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc
             bounds = bounds[:-1]
     if len(bounds) == 1:
         raise no_rows_left(dataset_args, split, reading.max_length, counts)
-    return Rows(tokens, supervised, bounds, counts)
+    return Rows(list(tokens), list(supervised), bounds, counts)
 
 
 def encoded_chunks(rows, encode: RowEncoder, num_proc: int):
-    """Iterator over chunks of encoded rows: (tokens, supervised: end to end; the rows' lengths, the rows' outcomes)."""
+    """Iterator over chunks of encoded rows: (tokens, supervised: end to end; the rows' lengths; their outcomes)."""
+    # A builtin set is one chunk
     if isinstance(rows, list):
         encoded = [encode(row) for row in rows]
         flat = [np.concatenate([row[key] for row in encoded]) for key in ("tokens", "supervised")]
-        yield *flat, np.array([len(row["tokens"]) for row in encoded]), [row["outcome"] for row in encoded]
+        yield *flat, np.array([len(row["tokens"]) for row in encoded]), Counter(row["outcome"] for row in encoded)
         return
     from datasets import Features, Sequence, Value
 
-    features = {"tokens": Sequence(Value("int32")), "supervised": Sequence(Value("uint8")), "outcome": Value("string")}
     # `datasets` maps the rows, or finds them in its cache; its Arrow columns are read where they lie
-    encoded = rows.map(
-        encode,
-        features=Features(features),
-        remove_columns=rows.column_names,
-        num_proc=num_proc if num_proc > 1 else None,
-        desc="tokenize",
-    )
+    features = {"tokens": Sequence(Value("int32")), "supervised": Sequence(Value("uint8")), "outcome": Value("string")}
+    options = {"remove_columns": rows.column_names, "num_proc": num_proc if num_proc > 1 else None}
+    encoded = rows.map(encode, features=Features(features), desc="tokenize", **options)
     for batch in encoded.data.to_batches():
         tokens, supervised, outcomes = (batch.column(key) for key in features)
         sizes = tokens.value_lengths().to_numpy()
-        yield tokens.flatten().to_numpy(), supervised.flatten().to_numpy(), sizes, outcomes.to_pylist()
+        yield tokens.flatten().to_numpy(), supervised.flatten().to_numpy(), sizes, Counter(outcomes.to_pylist())
 
 
 # ---------------------------------------------------------------- rows that were tokenised before
@@ -655,6 +591,7 @@ def encoded_chunks(rows, encode: RowEncoder, num_proc: int):
 
 def fingerprint(tokenizer) -> str:
     """A hash of how a tokenizer encodes text and chat; it does not matter whether its files hold the mask token."""
+    # All that tokenizer.json holds but the mask, the chat template and EOS
     core = json.loads(tokenizer.core.to_str())
     core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] != tokenizer.mask_id]
     known = json.dumps([core, tokenizer.template, tokenizer.eos_id], sort_keys=True)
@@ -671,20 +608,17 @@ def settings_of(tokenizer, reading: Reading) -> dict:
 def save_preprocessed(directory: Path, splits: dict[str, Rows], dataset_args: str, settings: dict) -> None:
     """Writes what load_preprocessed reads into an existing directory: of each split, its stream and its bounds."""
     for split, rows in splits.items():
-        path = directory / split
+        path, total = directory / split, int(rows.bounds[-1])
         path.mkdir()
         np.save(path / "bounds.npy", rows.bounds)
-        total, dtypes = int(rows.bounds[-1]), {"tokens": np.int32, "supervised": np.uint8}
-        with tqdm(total=total, unit="token", unit_scale=True, desc=f"write {split}") as bar:
-            # A .npy file is written chunk by chunk: the stream may not fit into memory
-            for (name, dtype), chunks in zip(dtypes.items(), (rows.tokens, rows.supervised)):
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (total,)}
-                with (path / f"{name}.npy").open("wb") as file:  # a full disk would kill who writes to a memory map
-                    np.lib.format.write_array_header_1_0(file, header)
-                    for chunk, left in zip(chunks, total - np.cumsum([0, *map(len, chunks)])):
-                        chunk = np.ascontiguousarray(chunk[:left], dtype)
-                        file.write(chunk)
-                        bar.update(len(chunk) / 2)
+
+        # Chunk by chunk, as the stream may not fit into memory; no memory map, by which a full disk would kill us
+        for name, dtype, chunks in (("tokens", np.int32, rows.tokens), ("supervised", np.uint8, rows.supervised)):
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (total,)}
+            with (path / f"{name}.npy").open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for chunk, start in zip(chunks, rows.starts):
+                    file.write(np.ascontiguousarray(chunk[: max(total - start, 0)], dtype))
     made = {"dataset_args": dataset_args, **settings, "counts": {split: rows.counts for split, rows in splits.items()}}
     (directory / "preprocessed.json").write_text(json.dumps(made, indent=2) + "\n")
 
@@ -693,32 +627,29 @@ def load_preprocessed(directory: str | Path, split: str, tokenizer, reading: Rea
     """The rows that `python data.py` wrote, memory-mapped. ValueError unless it made them with these settings."""
     path = next((path for path in local_paths(directory) if (path / "preprocessed.json").is_file()), None)
     if path is None:
-        raise FileNotFoundError(
-            f"{directory} holds no preprocessed.json; python data.py --output_dir writes such a set"
-        )
+        way_out = "python data.py --output_dir writes such a set"
+        raise FileNotFoundError(f"{directory} holds no preprocessed.json; {way_out}")
 
-    # It must have been made as this run would make it
-    damaged = f"{path} is damaged; make the set anew by data.py"
+    # How it was made, and of each split the stream, one chunk that stays on disk, and its bounds
+    arrays = {}
     try:
         made = json.loads((path / "preprocessed.json").read_bytes())
-        counts = {split: Counter(of_split) for split, of_split in made["counts"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{damaged} (preprocessed.json: {error!r})") from error
+        counts = {name: Counter(of_split) for name, of_split in made["counts"].items()}
+        for name in counts:
+            files = [path / name / f"{array}.npy" for array in ("tokens", "supervised", "bounds")]
+            arrays[name] = [np.load(file, mmap_mode="r") for file in files]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is damaged; make the set anew by data.py ({error!r})") from error
+
+    # It must have been made as this run would make it
     for name, value in settings_of(tokenizer, reading).items():
         if made.get(name) != value:
-            raise ValueError(
-                f"{path} was made with {name} {made.get(name)}, this run has {value}; "
-                "make the set anew by data.py, or change the run"
-            )
+            differs = f"was made with {name} {made.get(name)}, this run has {value}"
+            raise ValueError(f"{path} {differs}; make the set anew by data.py, or change the run")
 
-    # Its stream is one chunk, which stays on disk
-    found = find_split(Spec(str(path), None, None, {}), counts, split)
-    try:
-        tokens, supervised, bounds = (
-            np.load(path / found / f"{name}.npy", mmap_mode="r") for name in ("tokens", "supervised", "bounds")
-        )
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{damaged} ({found}: {error})") from error
+    # The split that serves
+    found = find_split(str(path), counts, split)
+    tokens, supervised, bounds = arrays[found]
     return Rows([tokens], [supervised], np.asarray(bounds), counts[found])
 
 
@@ -726,15 +657,12 @@ def load_preprocessed(directory: str | Path, split: str, tokenizer, reading: Rea
 
 
 def pack(lengths, room: int) -> list[list[int]]:
-    """Groups of numbers of rows whose lengths fit into `room` together: best fit, long rows first. O(rows).
+    """Groups of numbers of rows whose lengths fit into `room` together: best fit, long rows first. O(rows)."""
+    longest = max(lengths, default=0)
+    if longest > room:
+        raise ValueError(f"a row of {longest} tokens exceeds the canvas of {room}; lower max_length or pack longer")
 
-    ValueError where a row is longer than that.
-    """
-    if len(lengths) and max(lengths) > room:
-        raise ValueError(
-            f"a row of {max(lengths)} tokens exceeds the canvas of {room}; lower max_length or pack longer"
-        )
-    # groups_by_room[r]: the groups with r tokens of room left. Bit r of `rooms` is set where there is one.
+    # groups_by_room[r]: the groups with r tokens of room left. Bit r of `rooms` is set where there is one
     groups, groups_by_room, rooms = [], {}, 0
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[i])
@@ -747,6 +675,7 @@ def pack(lengths, room: int) -> list[list[int]]:
         else:
             left, group = room, len(groups)
             groups.append([])
+
         # The row goes into that group, which then has less room
         groups[group].append(i)
         groups_by_room.setdefault(left - length, []).append(group)
@@ -760,10 +689,8 @@ def filled(lengths, block_length: int | None):
 
 
 def join(rows: list[dict], block_length: int | None = None, eos_id: int | None = None) -> dict[str, np.ndarray]:
-    """Several rows as one: besides tokens and supervised, "document" numbers them, and "position" restarts at each.
-
-    block_length: every row is extended by supervised eos_id to a multiple of it, as collate extends a single one.
-    """
+    """Several rows as one: besides tokens and supervised, "document" numbers them, and "position" restarts at each."""
+    # Every row is first extended by supervised EOS to a multiple of block_length
     parts = {"tokens": [], "supervised": [], "document": [], "position": []}
     for number, row in enumerate(rows):
         size = len(row["tokens"])
@@ -778,232 +705,22 @@ def join(rows: list[dict], block_length: int | None = None, eos_id: int | None =
 class Packed:
     """Rows of several `rows` each, which do not see each other; as Rows, with "document" and "position" in a row.
 
-    For an objective that does not train on padding: bd3lm (block_length, eos_id: see join) and ar. Which rows share a
-    canvas is set by their lengths alone. `counts` adds the number of canvases.
+    For an objective that does not train on padding: ar, and bd3lm (block_length, eos_id: see join).
     """
 
     def __init__(self, rows: Rows, length: int, *, block_length: int | None = None, eos_id: int | None = None):
-        """length: of the canvas."""
+        # Which rows share a canvas of that length is set by their lengths alone
         self.rows, self.block_length, self.eos_id = rows, block_length, eos_id
         lengths = filled(rows.lengths, block_length)
         self.groups = pack(lengths, length)
         self.lengths = np.array([lengths[group].sum() for group in self.groups])
-        self.useful = rows.useful
-        self.counts = Counter(rows.counts)
-        self.counts["packed canvases"] = len(self.groups)
+        self.useful, self.counts = rows.useful, rows.counts + Counter({"packed canvases": len(self.groups)})
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         return join([self.rows[n] for n in self.groups[i]], self.block_length, self.eos_id)
-
-
-# ---------------------------------------------------------------- batches
-
-
-def collate(
-    rows, *, pad_id: int, train_on_padding=False, block_length=None, eos_id=None, length=None, longest=0
-) -> dict[str, torch.Tensor]:
-    """Rows side by side, padded on the right: tokens, document, position (B, T) int64, supervised (B, T) bool.
-
-    T: `length`, else the longest row, here or in the rest of the global batch (`longest` tokens). document: 0, in a
-    packed row the number of its row, padding -1. Padding is not supervised. Two ways to learn where an answer ends:
-    train_on_padding: padding is supervised and visible (document 0), so that a row tells where in a canvas it ends;
-    block_length: each row is first extended by supervised eos_id to a multiple of it.
-    """
-    assert not (train_on_padding and block_length), "padding is trained on, or rows fill their blocks: not both"
-    assert not (train_on_padding and any("document" in row for row in rows)), "packed rows have no padding to train on"
-    sizes = [len(row["tokens"]) for row in rows]
-    ends = [filled(size, block_length) for size in sizes]
-    T = max(*ends, filled(longest, block_length)) if length is None else length
-    if max(ends) > T:
-        raise ValueError(f"a row of {max(ends)} tokens exceeds the canvas of {T}; lower max_length or raise --pad_to")
-
-    # A canvas of padding alone
-    tokens = torch.full((len(rows), T), pad_id)  # (B, T)
-    supervised = torch.full((len(rows), T), train_on_padding)  # (B, T)
-    document = torch.full((len(rows), T), 0 if train_on_padding else -1)  # (B, T)
-    position = torch.arange(T).repeat(len(rows), 1)  # (B, T)
-
-    # Each row from column 0 to `size`, then EOS up to `end`, where its last block ends
-    for b, (row, size, end) in enumerate(zip(rows, sizes, ends)):
-        tokens[b, :size] = torch.from_numpy(row["tokens"])
-        supervised[b, :size] = torch.from_numpy(row["supervised"])
-        document[b, :end] = 0
-        if "document" in row:
-            document[b, :size] = torch.from_numpy(row["document"])
-            position[b, :size] = torch.from_numpy(row["position"])
-        if end > size:
-            tokens[b, size:end] = eos_id
-            supervised[b, size:end] = True
-    return {"tokens": tokens, "supervised": supervised, "document": document, "position": position}
-
-
-class Batches:
-    """How a global batch is cut, the same for both loaders.
-
-    It has micro_batch_size * accumulation * world_size slots. In every round of micro-batches rank 0 takes the first
-    micro_batch_size slots that are left, rank 1 the next, and so on. Every rank has the same number of micro-batches.
-    """
-
-    def __init__(self, micro_batch_size: int, accumulation: int, rank: int, world_size: int):
-        if micro_batch_size < 1 or accumulation < 1:
-            raise ValueError(f"batch size {micro_batch_size}, accumulation {accumulation}: both must be at least 1")
-        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
-        self.global_batch_size = micro_batch_size * accumulation * world_size
-
-    def micro_batches(self, slots: int) -> list[range]:
-        """This rank's micro-batches of the first `slots` slots; some may be empty."""
-        B = self.micro_batch_size
-        rounds = -(-slots // (B * self.world_size))
-        firsts = ((turn * self.world_size + self.rank) * B for turn in range(rounds))
-        return [range(first, max(first, min(first + B, slots))) for first in firsts]
-
-    def check_state(self, saved: dict, now: dict) -> None:
-        for name, value in now.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"the data's {name.replace('_', ' ')} is {value}, but the state to resume from was saved with "
-                    f"{saved.get(name)}; resume with the settings of the run that saved it"
-                )
-
-
-class Loader(Batches):
-    """Batches of `rows`, epoch by epoch. Its whole state is (epoch, step): nothing else is needed to resume.
-
-    An optimizer step takes a global batch of rows, the epoch's last step what is left; of that, each of world_size
-    ranks reads its own share (see Batches). The canvas is that of the global batch's longest row, so it does not
-    depend on how the batch is cut. Where the epoch's last rows leave a rank without any, its micro-batch repeats one of
-    them with nothing supervised: it weighs nothing, and must not be counted as a row.
-
-    group_by_length: within stretches of 50 global batches, long rows come first.
-    """
-
-    def __init__(
-        self,
-        rows,
-        *,
-        micro_batch_size: int,
-        accumulation: int,
-        seed: int,
-        shuffle: bool = True,
-        group_by_length: bool = False,
-        collate,
-        rank: int = 0,
-        world_size: int = 1,
-        prefetch: int = 0,
-    ):
-        """collate: a function of a list of rows and `longest`, such as functools.partial(data.collate, pad_id=...).
-        prefetch: steps that a thread makes ahead for `batches`."""
-        super().__init__(micro_batch_size, accumulation, rank, world_size)
-        self.rows, self.collate, self.prefetch = rows, collate, prefetch
-        self.seed, self.shuffle, self.group_by_length = seed, shuffle, group_by_length
-        self.steps_per_epoch = -(-len(rows) // self.global_batch_size)
-        self.reached = (0, 0)  # epoch, steps of it that `batches` has given
-
-    def order(self, epoch: int) -> np.ndarray:
-        """(n,) The rows' numbers as that epoch visits them."""
-        n = len(self.rows)
-        order = np.random.default_rng((self.seed, epoch)).permutation(n) if self.shuffle else np.arange(n)
-        if self.group_by_length:  # stretches, so that the rows of an epoch's begin are a sample of all
-            stretch = 50 * self.global_batch_size
-            stretches = [order[i : i + stretch] for i in range(0, n, stretch)]
-            order = np.concatenate([s[np.argsort(-self.rows.lengths[s], kind="stable")] for s in stretches])
-        return order
-
-    def epoch(self, epoch: int, start: int = 0):
-        """Iterator over that epoch's optimizer steps from step `start` on; a step is a list of micro-batches.
-
-        A micro-batch is a dict as collate gives, and "sample" (B,) int64, each row's place in the epoch's order, and
-        "epoch", an int.
-        """
-        order = self.order(epoch)
-        for begin in range(start * self.global_batch_size, len(order), self.global_batch_size):
-            # The rows of all ranks: every rank must know how long the longest is
-            rows = order[begin : begin + self.global_batch_size]
-            longest = int(self.rows.lengths[rows].max())
-
-            # Of this rank's micro-batches one may be empty: it repeats the first row, unsupervised
-            step = []
-            for slots in self.micro_batches(len(rows)):
-                batch = self.collate([self.rows[rows[slot]] for slot in slots or [0]], longest=longest)
-                batch["supervised"] &= len(slots) > 0
-                step.append(batch | {"sample": begin + torch.tensor(slots or [0]), "epoch": epoch})
-            yield step
-
-    def __iter__(self):
-        """One pass: epoch 0."""
-        return self.epoch(0)
-
-    def batches(self):
-        """Endless iterator over optimizer steps, epoch after epoch, from `state` on, which it moves along."""
-        for reached, step in prefetch(self._numbered_steps, self.prefetch):
-            self.reached = reached
-            yield step
-
-    def _numbered_steps(self):
-        first, start = self.reached
-        for epoch in itertools.count(first):
-            for done, step in enumerate(self.epoch(epoch, start), start + 1):
-                yield (epoch, done), step
-            start = 0
-
-    @property
-    def state(self) -> dict:
-        """All it takes to go on after the last step that `batches` gave, on any number of ranks; JSON."""
-        return {"epoch": self.reached[0], "step": self.reached[1]} | self._settings()
-
-    def _settings(self) -> dict:
-        return {"rows": len(self.rows), "global_batch_size": self.global_batch_size, "seed": self.seed}
-
-    def load_state(self, state: dict | list[dict]) -> None:
-        """Takes a rank's `state`, or those of all ranks, which for this loader are the same."""
-        state = state[0] if isinstance(state, list) else state
-        self.check_state(state, self._settings())
-        self.reached = state["epoch"], state["step"]
-
-    def useful_share(self, block_length: int | None = None, length: int | None = None) -> float:
-        """Of the cells of the first epoch's canvases, the share that holds the rows' own tokens; the rest is padding,
-        or fills a row's last block. block_length, length: as collate has them."""
-        order, G = self.order(0), self.global_batch_size
-        batches = [self.rows.lengths[order[begin : begin + G]] for begin in range(0, len(order), G)]
-        cells = sum(len(lengths) * (length or int(filled(lengths.max(), block_length))) for lengths in batches)
-        return self.rows.useful / cells
-
-
-def prefetch(make, depth: int):
-    """Iterator over the items of the iterator `make()`, of which a thread makes `depth` ahead; 0: no thread."""
-    if depth < 1:
-        yield from make()
-        return
-    made, room, stopped = queue.SimpleQueue(), threading.Semaphore(depth), threading.Event()
-
-    def work():
-        """Puts every item as a tuple, and what ends them: None or an error."""
-        try:
-            for item in make():
-                room.acquire()
-                if stopped.is_set():
-                    return
-                made.put((item,))
-            made.put(None)
-        except Exception as error:
-            made.put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while isinstance(result := made.get(), tuple):
-            room.release()
-            yield result[0]
-        if result is not None:
-            raise result
-    finally:
-        stopped.set()
-        room.release()  # it may be waiting
-        thread.join(5)
 
 
 # ---------------------------------------------------------------- the program: tokenise once, and show rows
@@ -1042,13 +759,11 @@ def marked_text(row: dict, tokenizer, *, colour: bool) -> str:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """ValueError where `output` has files that must stay, or cannot be written."""
-    if output.exists():
-        files = list(output.iterdir()) if output.is_dir() else [output]
-        ours = (output / "preprocessed.json").is_file()
-        if files and not (ours and overwrite):
-            way_out = "choose another" + (", or pass --overwrite" if ours else "")
-            what = "a preprocessed set" if ours else "other files"
-            raise ValueError(f"--output_dir {output} holds {what}; {way_out}")
+    ours = (output / "preprocessed.json").is_file()
+    if ours and not overwrite:
+        raise ValueError(f"--output_dir {output} holds a preprocessed set; choose another, or pass --overwrite")
+    if output.exists() and not ours and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--output_dir {output} holds other files; choose another")
     check_directory("--output_dir", output.parent)
 
 
@@ -1061,6 +776,8 @@ def prepare(args: Prepare) -> None:
     for split in ("train", "test"):
         # Every row is made, shown or not: the counts say how many were dropped, and why
         splits[split] = rows = load(args.dataset_args, split, tokenizer, args, num_proc=args.num_proc)
+
+        # How many there are, and how much of them is learnt
         counts = ", ".join(f"{name} {n:,}" for name, n in rows.counts.items())
         learnt = sum(int(chunk.sum(dtype=np.int64)) for chunk in rows.supervised)
         print(f"{split}: {len(rows):,} rows of {rows.lengths.mean():.1f} tokens ({counts})")
@@ -1071,6 +788,7 @@ def prepare(args: Prepare) -> None:
             row = rows[i]
             print(f"--- {split} row {i}: {len(row['tokens'])} tokens, {row['supervised'].sum()} supervised")
             print(marked_text(row, tokenizer, colour=sys.stdout.isatty()))
+    # Whole or not at all
     if output:
         with replacing(output) as directory:
             save_preprocessed(directory, splits, args.dataset_args, settings_of(tokenizer, args))

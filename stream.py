@@ -1,25 +1,21 @@
 """Streaming: a set is read and tokenised while training runs, pass after pass, without end.
 
-    Stream (the sets of a spec) -> Reader (raw rows) -> SlotRows (rows to train on) -> StreamLoader, which collates
+    Stream (the sets of a spec) -> Reader (raw rows) -> SlotRows (rows to train on) -> loaders.StreamLoader
 
 No random choice knows how many processes there are, so the batches are the same on any number of ranks and workers,
 and after a resumption on any other.
 """
 
 import itertools
-import multiprocessing
-import os
-import traceback
 import zlib
 from collections import Counter
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import data
-from data import AnswerContains, Batches, Reading, RowEncoder
+from data import AnswerContains, Reading, RowEncoder
 
 STREAMED_TEST = 1000  # rows of a set that are evaluated on, where its spec does not say
 
@@ -31,96 +27,56 @@ class Source(NamedTuple):
     """A set as a stream reads it."""
 
     name: str
-    shards: list  # each a list of rows, or (datasets.IterableDataset, the number of its shard)
+    shards: list  # each a list of rows, or a datasets.IterableDataset
     limit: int | None  # rows in one pass
     test_side: bool | None  # None: all rows; else whether to give the rows held out to test on, or the others
     keep_row: AnswerContains | None = None
     encode: RowEncoder | None = None
 
+    def rows(self, order: list[int] | None = None, at: dict | None = None) -> Iterator[dict]:
+        """The rows of one pass, the shards in that order. `at` is where in it to begin, and moves along: turn, of the
+        shards; row, of the shard; given, rows in all."""
+        order, at = order or range(len(self.shards)), at or {"turn": 0, "row": 0, "given": 0}
+        with data.naming_errors(self.name):
+            while at["turn"] < len(order) and at["given"] != self.limit:
+                shard = order[at["turn"]]
+                for number, row in enumerate(itertools.islice(self.shards[shard], at["row"], None), at["row"]):
+                    at["row"] = number + 1
 
-class Pass:
-    """Iterator over a source's rows, once, its shards in the order given; `state` is where it is, `done` at the end."""
+                    # A row's number decides whether it is to test on, not a draw: nobody knows how many there will be
+                    to_test = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
+                    if self.test_side in (None, to_test) and (not self.keep_row or self.keep_row(row)):
+                        at["given"] += 1
+                        yield row
+                        if at["given"] == self.limit:
+                            return
+                at["turn"], at["row"] = at["turn"] + 1, 0
 
-    def __init__(self, source: Source, order: list[int], state: list | None = None):
-        self.source, self.order, self.rows, self.done = source, order, None, False
-        self.turn, self.row, self.given, self.shard_state = state or (0, 0, 0, None)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict:
-        while not self.done:
-            # The limit or the last shard ends the pass; else the next row is of the shard whose turn it is
-            if self.given == self.source.limit or self.turn == len(self.order):
-                self.done = True
-                break
-            shard = self.order[self.turn]
-            if self.rows is None:
-                self.rows = self._open(self.source.shards[shard])
-            with data.naming_errors(self.source.name):
-                row = next(self.rows, None)
-            if row is None:  # the shard is read
-                self.turn, self.row, self.rows, self.shard_state = self.turn + 1, 0, None, None
-                continue
-            number, self.row = self.row, self.row + 1
-
-            # A row's number decides whether it is to test on, not a draw: nobody knows how many rows there will be.
-            to_test = zlib.crc32(f"{shard} {number}".encode()) % 20 == 0
-            if self.source.test_side in (None, to_test) and (not self.source.keep_row or self.source.keep_row(row)):
-                self.given += 1
-                return row
-        raise StopIteration
-
-    def _open(self, shard):
-        if isinstance(shard, list):
-            return itertools.islice(shard, self.row, None)
-        dataset, index = shard
-        self.dataset = dataset.shard(num_shards=dataset.num_shards, index=index)
-        if self.shard_state is not None:
-            self.dataset.load_state_dict(self.shard_state)
-        return iter(self.dataset)
-
-    @property
-    def state(self) -> list:
-        shard_read = self.rows is not None and not isinstance(self.source.shards[self.order[self.turn]], list)
-        return [self.turn, self.row, self.given, self.dataset.state_dict() if shard_read else self.shard_state]
+    def columns(self) -> list[str]:
+        row = next(self.rows(), None)
+        if row is None:
+            raise ValueError(f"{self.name} has no rows; name a set that has some")
+        return list(row)
 
 
 def _source(spec: data.Spec, split: str) -> Source:
     """Where a set has no test split, every 20th row or so of train is its test split, by a hash of its number."""
-    if split not in data.SPLITS:
-        raise ValueError(f"split {split!r}: expected one of {', '.join(data.SPLITS)}")
-    found, test_side = split, None
-    if spec.name.startswith("builtin/"):
-        shards = [data.builtin_rows(spec, split)]
+    found, parts, whole = data.open_split(spec, split, streaming=True)
+    if isinstance(parts[0], list):
+        shards = parts
     else:
-        splits = data.load_splits(spec, streaming=True)
-        if data.lacks_test(splits):
-            found, test_side = "train", split != "train"
-        else:
-            found = data.find_split(spec, splits, split)
         with data.naming_errors(spec.name):
-            shards = [(rows, i) for rows in splits[found] for i in range(rows.num_shards)]
-    return Source(spec.name, shards, data.limit_of(spec, split, "test" if test_side else found), test_side)
-
-
-def _first_columns(source: Source) -> list[str]:
-    row = next(Pass(source._replace(limit=1), range(len(source.shards))), None)
-    if row is None:
-        raise ValueError(f"{source.name} has no rows; name a set that has some")
-    return list(row)
+            shards = [rows.shard(rows.num_shards, i) for rows in parts for i in range(rows.num_shards)]
+    limit = spec.limits.get(split, spec.limits.get(found))
+    return Source(spec.name, shards, limit, test_side=split != "train" if whole else None)
 
 
 def load_split(spec: data.Spec, split: str, *, num_proc: int = 1) -> list[dict]:
-    """The rows that a Stream leaves to evaluate on, for data.load: at most the spec's limit, or STREAMED_TEST.
-
-    num_proc is not used: they are few.
-    """
-    assert split != "train", "a stream's training rows are no list"
+    """The rows that a Stream leaves to evaluate on, for data.load (num_proc is not used: they are few)."""
     source = _source(spec, split)
-    if spec.lang is not None:
-        source = source._replace(keep_row=data.row_filter(spec, _first_columns(source)))
-    rows = list(Pass(source._replace(limit=source.limit or STREAMED_TEST), range(len(source.shards))))
+    if spec.lang:
+        source = source._replace(keep_row=AnswerContains(spec, source.columns()))
+    rows = list(itertools.islice(source.rows(), source.limit or STREAMED_TEST))
     if not rows:
         raise ValueError(f"{spec.name} has no rows to {split}; name a set with more rows, or pass --eval_strategy no")
     return rows
@@ -129,50 +85,39 @@ def load_split(spec: data.Spec, split: str, *, num_proc: int = 1) -> list[dict]:
 class Stream:
     """The training rows of a spec's sets, read and tokenised while training runs; pass after pass, without end.
 
-    As data.load reads them, but: the sets give rows in turn, until the longest is read to its end, and then all begin
-    again; of a set without a test split a hash of each row's number holds out 5 %, other rows than data.load holds out.
-    pack_length: chat rows are packed into canvases of that length (block_length, eos_id: as in data.Packed).
+    The sets give rows in turn, until the longest is read to its end, and then all begin again. Of a set without a test
+    split a hash of each row's number holds out 5 %, other rows than data.load holds out.
     """
 
-    def __init__(
-        self,
-        dataset_args: str,
-        tokenizer,
-        reading: Reading,
-        *,
-        pack_length: int | None = None,
-        block_length: int | None = None,
-        eos_id: int | None = None,
-    ):
+    def __init__(self, dataset_args, tokenizer, reading: Reading, *, pack_length=None, block_length=None, eos_id=None):
+        """pack_length: chat rows are packed into canvases of that length (block_length, eos_id: as in data.Packed)."""
         self.name, self.reading = dataset_args, Reading(**reading.only(Reading))  # the workers get no more
         self.pack_length, self.block_length, self.eos_id = pack_length, block_length, eos_id
         self.longest = pack_length or reading.max_length  # of its canvases
         self.sources, encode = [], data.ENCODERS[reading.stage](tokenizer, reading)
         for spec in data.parse_specs(dataset_args):
             source = _source(spec, "train")
-            columns = _first_columns(source)
-            keep_row = data.row_filter(spec, columns)
-            content = data.content_of(spec, columns, reading.stage, reading.text_field)
-            self.sources.append(source._replace(keep_row=keep_row, encode=RowEncoder(content, encode)))
+            columns = source.columns()
+            encode_row = RowEncoder(data.content_of(spec, columns, reading.stage, reading.text_field), encode)
+            keep_row = AnswerContains(spec, columns) if spec.lang else None
+            self.sources.append(source._replace(keep_row=keep_row, encode=encode_row))
 
     def pieces(self, rows: list, rest: list[int]) -> tuple[list[dict], list[int], Counter]:
         """Rows to train on, of raw (source, row) and what was left of the tokens before; what is left; outcomes."""
         encoded = [self.sources[source].encode(row) for source, row in rows]
         outcomes = Counter(row["outcome"] for row in encoded)
+
+        # All texts and what was left before them, end to end, in full pieces
         if self.reading.stage == "pt":
-            # All texts and what was left before them, end to end, in full pieces
             T = self.reading.max_length
             tokens = np.concatenate([np.array(rest, np.int64), *(row["tokens"] for row in encoded)])
             full = len(tokens) // T * T
             pieces = [{"tokens": piece, "supervised": np.ones(T, bool)} for piece in tokens[:full].reshape(-1, T)]
             return pieces, tokens[full:].tolist(), outcomes
-        pieces = [
-            {"tokens": row["tokens"].astype(np.int64), "supervised": row["supervised"].astype(bool)}
-            for row in encoded
-            if len(row["tokens"])
-        ]
 
         # Chats one by one, or several to a canvas
+        types = {"tokens": np.int64, "supervised": bool}
+        pieces = [{key: row[key].astype(types[key]) for key in types} for row in encoded if len(row["tokens"])]
         if self.pack_length:
             lengths = [data.filled(len(piece["tokens"]), self.block_length) for piece in pieces]
             groups = data.pack(lengths, self.pack_length)
@@ -188,39 +133,42 @@ class Reader:
 
     def __init__(self, sources: list[Source], seed: int, shuffle: bool, state: dict | None = None):
         self.sources, self.seed, self.shuffle = sources, seed, shuffle
-        state = state or {"epoch": 0, "count": 0, "turn": 0, "passes": [None] * len(sources)}
+        state = state or {"epoch": 0, "count": 0, "turn": 0, "passes": None}
         self.epoch, self.count, self.turn = state["epoch"], state["count"], state["turn"]
         self._begin(state["passes"])
 
-    def _begin(self, states: list) -> None:
-        """Opens every source anew, or where its state says. A limit takes the same rows in every pass."""
-        self.passes = []
-        for n, (source, state) in enumerate(zip(self.sources, states)):
+    def _begin(self, passes: list[dict] | None = None) -> None:
+        """Opens every source anew, or where `passes` has it."""
+        self.at = [dict(at) for at in passes or [{"turn": 0, "row": 0, "given": 0}] * len(self.sources)]
+        self.passes = {}  # those that are not read to their end, by number of the source
+        for n, source in enumerate(self.sources):
             order = list(range(len(source.shards)))
-            if self.shuffle and source.limit is None:
+            if self.shuffle and source.limit is None:  # a limit takes the same rows in every pass
                 order = np.random.default_rng((self.seed, self.epoch, n)).permutation(order).tolist()
-            self.passes.append(Pass(source, order, state))
+            self.passes[n] = source.rows(order, self.at[n])
 
     def take(self, most: int) -> list[tuple[int, dict]]:
         """The next rows, `most` of them, or fewer where the pass ends; then the next pass has begun."""
         rows = []
         while len(rows) < most:
             # A pass ends when the longest source does
-            if all(reading.done for reading in self.passes):
+            if not self.passes:
                 self.epoch, self.turn = self.epoch + 1, 0
-                self._begin([None] * len(self.sources))
+                self._begin()
                 break
+
             # Until then the sources take turns, of which those that are read to their end have none
-            n, self.turn = self.turn, (self.turn + 1) % len(self.passes)
-            row = next(self.passes[n], None)
-            if row is not None:
+            n, self.turn = self.turn, (self.turn + 1) % len(self.sources)
+            if n in self.passes and (row := next(self.passes[n], None)) is not None:
                 rows.append((n, row))
+            else:
+                self.passes.pop(n, None)
         self.count += len(rows)
         return rows
 
     @property
     def state(self) -> dict:
-        passes = [reading.state for reading in self.passes]
+        passes = [dict(at) for at in self.at]
         return {"epoch": self.epoch, "count": self.count, "turn": self.turn, "passes": passes}
 
 
@@ -228,41 +176,40 @@ class Reader:
 
 
 class SlotRows:
-    """Endless iterable of (rows for some slots of a global batch of `total`, one each; state; outcomes so far).
+    """Endless iterable of (rows by slot, one for each of `slots`; state; outcomes so far).
 
-    Row i of the stream goes to slot i mod total, whatever process serves that slot: each slot packs its own rows and
-    has its own state, so any division of the slots among processes gives the same batches, and each process tokenises
-    its own rows only (it does read all of them).
-
-    Raw rows are read by windows. A window's rows are shuffled before the slots share them, and a slot's pieces of them
-    after. So the state of a slot is its window, how many of that one's pieces it has given, and the tokens left over
-    before. state: "windows", where in the sources those in use begin, and "slots".
+    Row i of the stream goes to slot i mod total, and each slot packs its own rows and has its own state. So any
+    division of the slots among processes gives the same batches; each reads all raw rows and tokenises its own.
     """
 
-    def __init__(
-        self, stream: Stream, slots: list[int], total: int, *, seed: int, shuffle: bool, window_size: int, state
-    ):
+    # Raw rows are read by windows. A window's rows are shuffled before the slots share them, and a slot's pieces of
+    # them after. So the state of a slot is its window, how many pieces of it it has given, and the tokens left over
+    # before. The whole state: "windows", where in the sources those in use begin, and "slots"
+
+    def __init__(self, stream: Stream, slots, total: int, *, seed: int, shuffle: bool, window_size: int, state: dict):
         self.stream, self.total = stream, total
         self.seed, self.shuffle, self.window_size = seed, shuffle, window_size
-        # By slot: its state; then (its pieces, the tokens left over) of its window
+        # By slot: its state; of its window (its pieces, the tokens left over); rows dropped since one was not
         self.slots = {slot: state["slots"].get(str(slot), [0, 0, []]) for slot in slots}
-        self.pieces = {}
+        self.pieces, self.dropped, self.outcomes = {}, Counter(), Counter()
 
-        # The reader stands before the next window. By window, of those in use: the reader's state before it, and the
-        # raw rows of each slot that has not cut them yet
-        self.next_window = min(window for window, _, _ in self.slots.values())
-        self.reader = Reader(stream.sources, seed, shuffle, state["windows"].get(str(self.next_window)))
+        # By window, of those in use: the reader's state before it, and the raw rows of each slot that has not cut them.
+        # The reader stands before the next window
         self.starts, self.raw_rows = {}, {}
-        self.outcomes, self.dropped_since = Counter(), Counter()  # by slot: rows dropped since one was not
+        self.next_window = min(window for window, _, _ in self.slots.values())
+        self.begin = state["windows"].get(str(self.next_window))
 
     def __iter__(self):
+        self.reader = Reader(self.stream.sources, self.seed, self.shuffle, self.begin)
         while True:
             rows = {slot: self._next_row(slot) for slot in self.slots}
 
-            # Forget the windows that every slot has left, and say how to go on after these rows
+            # Forget the windows that every slot has left
             oldest = min(window for window, _, _ in self.slots.values())
-            for window in [window for window in self.starts if window < oldest]:
-                del self.starts[window], self.raw_rows[window]
+            self.starts = {window: start for window, start in self.starts.items() if window >= oldest}
+            self.raw_rows = {window: self.raw_rows[window] for window in self.starts}
+
+            # How to go on after these rows
             windows = {str(window): start for window, start in self.starts.items()}
             slots = {str(slot): state for slot, state in self.slots.items()}
             yield rows, {"windows": windows, "slots": slots}, Counter(self.outcomes)
@@ -271,175 +218,42 @@ class SlotRows:
         while True:
             window, given, rest = self.slots[slot]
             if slot not in self.pieces:
-                self._make_pieces(slot)
+                self._make_pieces(slot, window, rest)
             pieces, left = self.pieces[slot]
             if given < len(pieces):
                 self.slots[slot] = [window, given + 1, rest]
                 return pieces[given]
+
             # This window gives no more: on to the next, with the tokens that filled no piece
             del self.pieces[slot]
             self.slots[slot] = [window + 1, 0, left]
 
-    def _make_pieces(self, slot: int) -> None:
-        """Makes pieces of the rows that a slot has of its window."""
-        window, _, rest = self.slots[slot]
+    def _make_pieces(self, slot: int, window: int, rest: list[int]) -> None:
+        """Makes pieces of what was left over and the rows that a slot has of a window."""
         while self.next_window <= window:
             self._read_window()
         pieces, left, outcomes = self.stream.pieces(self.raw_rows[window].pop(slot), rest)
         self.pieces[slot] = self._shuffled(pieces, window, slot), left
         self.outcomes.update(outcomes)
 
-        # Are rows dropped for ever? A whole pass of them shows it, or a great many.
+        # Are rows dropped for ever? A whole pass of them shows it, or a great many
         learnt = outcomes["kept"] + outcomes["cut"]
-        self.dropped_since[slot] = 0 if learnt else self.dropped_since[slot] + outcomes.total()
+        self.dropped[slot] = 0 if learnt else self.dropped[slot] + outcomes.total()
         enough = 100 if self.reader.epoch > 1 else 10_000
         none_yet = not self.outcomes["kept"] + self.outcomes["cut"]
-        if self.dropped_since[slot] > 10_000 or (self.outcomes.total() >= enough and none_yet):
-            raise data.no_rows_left(
-                self.stream.name, "train", self.stream.reading.max_length, data.tally(self.outcomes)
-            )
+        if self.dropped[slot] > 10_000 or (self.outcomes.total() >= enough and none_yet):
+            name, max_length = self.stream.name, self.stream.reading.max_length
+            raise data.no_rows_left(name, "train", max_length, data.tally(self.outcomes))
 
     def _read_window(self) -> None:
         """Reads the next window, and gives each of our slots the rows that fall to it."""
         window, first = self.next_window, self.reader.count
         self.starts[window], self.raw_rows[window] = self.reader.state, {slot: [] for slot in self.slots}
         for i, row in enumerate(self._shuffled(self.reader.take(self.window_size), window, self.total), first):
-            if i % self.total in self.raw_rows[window]:
-                self.raw_rows[window][i % self.total].append(row)
+            if (slot := i % self.total) in self.slots:
+                self.raw_rows[window][slot].append(row)
         self.next_window += 1
 
     def _shuffled(self, items: list, *key: int) -> list:
-        if not self.shuffle:
-            return items
-        return [items[i] for i in np.random.default_rng((self.seed, *key)).permutation(len(items))]
-
-
-def in_process(rows: SlotRows):
-    """Iterator over `rows`, which a process of its own makes. An error there is raised here."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process that runs CUDA or threads is not safe
-    receiving, sending = context.Pipe(duplex=False)
-    worker = context.Process(target=_send_all, args=(rows, sending), daemon=True)
-    worker.start()
-    sending.close()  # ours: only the worker has the pipe open now, and so it ends with the worker
-    try:
-        while not isinstance(item := receiving.recv(), Exception):
-            yield item
-        raise item
-    except EOFError:
-        raise RuntimeError("the process that reads the data has died; was it killed for memory?") from None
-    finally:
-        worker.terminate()
-
-
-def _send_all(rows: SlotRows, pipe) -> None:
-    os.setsid()  # a signal to the parent's group, as torchrun and Ctrl-C send, is the parent's to answer
-    try:
-        for item in rows:
-            pipe.send(item)
-    except BrokenPipeError:
-        pass  # the parent has ended, perhaps killed
-    except Exception as error:
-        known = type(error) in (ValueError, FileNotFoundError, ConnectionError)
-        pipe.send(error if known else RuntimeError(traceback.format_exc()))
-
-
-class StreamLoader(Batches):
-    """Batches of a Stream, without end; `batches`, `state` and `load_state` as Loader has them.
-
-    A canvas is as long as max_length (or pack_length) says, full or not, so that no rank asks another for its longest
-    row. A stream has no epochs: "sample" counts on, "epoch" is 0, steps_per_epoch is None. `state` speaks of this
-    rank's slots alone; load_state takes the states of all ranks, and then on another number of them.
-    """
-
-    steps_per_epoch = None
-
-    def __init__(
-        self,
-        stream: Stream,
-        *,
-        micro_batch_size: int,
-        accumulation: int,
-        seed: int,
-        shuffle: bool = True,
-        shuffle_buffer: int = 2000,
-        collate,
-        rank: int = 0,
-        world_size: int = 1,
-        prefetch: int = 2,
-        workers: int = 0,
-    ):
-        """shuffle_buffer: raw rows of a window (see SlotRows), of all ranks. prefetch: steps that are made ahead, by a
-        thread, or by `workers` processes that share this rank's slots. Of the three, shuffle_buffer alone changes what
-        a step holds."""
-        super().__init__(micro_batch_size, accumulation, rank, world_size)
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle buffer {shuffle_buffer}: expected at least 1 row")
-        self.stream, self.seed, self.collate, self.prefetch, self.workers = stream, seed, collate, prefetch, workers
-        self.shuffle, self.shuffle_buffer = shuffle, shuffle_buffer
-        self.step, self.progress = 0, {"windows": {}, "slots": {}}
-        self.counts = Counter()  # of the rows that this rank has read since it started
-
-    def batches(self):
-        """Endless iterator over optimizer steps, as Loader's, from `state` on, which it moves along."""
-        micro_batches = self.micro_batches(self.global_batch_size)
-        slots = list(itertools.chain(*micro_batches))
-
-        # Each worker, or else one thread, makes the rows of a share of this rank's slots
-        parts, shares = [], min(self.workers, len(slots)) or 1
-        options = {
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "window_size": self.shuffle_buffer,
-            "state": self.progress,
-        }
-        for n in range(shares):
-            share = SlotRows(self.stream, slots[n::shares], self.global_batch_size, **options)
-            make = partial(in_process, share) if self.workers else share.__iter__
-            parts.append(data.prefetch(make, self.prefetch))
-
-        # A step takes what they give together
-        for part in zip(*parts):
-            rows, progress, outcomes = {}, {"windows": {}, "slots": {}}, Counter()
-            for rows_of_part, state, outcomes_of_part in part:
-                rows |= rows_of_part
-                outcomes += outcomes_of_part
-                for name in progress:
-                    progress[name] |= state[name]
-            step = []
-            for micro_batch in micro_batches:
-                sample = self.step * self.global_batch_size + torch.tensor(micro_batch)
-                batch = self.collate([rows[slot] for slot in micro_batch], longest=self.stream.longest)
-                step.append(batch | {"sample": sample, "epoch": 0})
-            self.step, self.progress, self.counts = self.step + 1, progress, data.tally(outcomes)
-            yield step
-
-    @property
-    def state(self) -> dict:
-        """What this rank adds to what it takes to go on after the last step that `batches` gave; JSON."""
-        return {"step": self.step, **self.progress, **self._settings()}
-
-    def _settings(self) -> dict:
-        return {
-            "set": self.stream.name,
-            "stage": self.stream.reading.stage,
-            "max_length": self.stream.reading.max_length,
-            "packing": [self.stream.pack_length, self.stream.block_length],
-            "global_batch_size": self.global_batch_size,
-            "seed": self.seed,
-            "shuffle_buffer": self.shuffle_buffer if self.shuffle else None,
-        }
-
-    def load_state(self, states: dict | list[dict]) -> None:
-        """Takes the `state` of every rank of the run to go on with, however many there are now."""
-        # Together they must be of one step of this run, and have every slot of this rank
-        states = states if isinstance(states, list) else [states]
-        progress = {"windows": {}, "slots": {}}
-        for state in states:
-            self.check_state(state, self._settings() | {"step": states[0]["step"]})
-            for name in progress:
-                progress[name] |= state[name]
-        slots = itertools.chain(*self.micro_batches(self.global_batch_size))
-        missing = [slot for slot in slots if str(slot) not in progress["slots"]]
-        if states[0]["step"] and missing:
-            raise ValueError(f"the state of a stream lacks slots {missing[:4]}: load the states of all its ranks")
-        self.step, self.progress = states[0]["step"], progress
+        order = np.random.default_rng((self.seed, *key)).permutation(len(items)) if self.shuffle else range(len(items))
+        return [items[i] for i in order]

@@ -36,7 +36,7 @@ from checkpoint import DTYPES, barrier, config_dict, declare, load_model, resolv
 from cli import one_line_errors
 from diffusion import NORMS, Batch, Example, Noising, loss, training_example
 from files import naming_file
-from loaders import Batching, ChatBatching, Workers, build_loaders
+from loaders import Batching, ChatBatching, Workers, build_loaders, prefetch
 from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, summarize, train_flops
 from model import OBJECTIVES, Config, LanguageModel
 from options import (
@@ -353,7 +353,7 @@ class Run:
         self.first_step = self.step
 
         # The first step's data is read here, so that what cannot be read is refused before anything is written.
-        self.prefetched = data.prefetch(self._prepare_steps, PREFETCH[ranks.device.type])
+        self.prefetched = prefetch(self._prepare_steps(), PREFETCH[ranks.device.type])
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
         self._write_first(begin_at)
         self.log = Log(self.output, self.step, self.steps, silent=ranks.rank > 0, wandb=wandb)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 def stdlib_rows(split: str) -> list[dict]:
     """The source files of the running Python's standard library, in order of path; every 20th is a test row."""
+    # The same files wherever this Python is installed, without its tests
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "ensurepip"}
     paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     paths = [path for path in paths if skip.isdisjoint(path.split("/"))]
+    # Of every twenty files the last is to test on, one in the middle to validate
     rows = []
     for i, path in enumerate(paths):
         if split == {19: "test", 9: "validation"}.get(i % 20, "train"):
@@ -72,10 +74,13 @@ def sums_rows(split: str) -> list[dict]:
     test, 2 % validation), so no question, nor its mirror image (b + a; the same digits or numbers in another order; a
     word, both in reverse and in count), is in two splits. In validation and test no question occurs twice.
     """
+    # The order of tasks: in training, each as often as its share
     rng = random.Random(f"sums {split}")
     rows, seen, tasks = [], set(), list(TASKS)
     if split == "train":
         tasks = [task for task in TASKS for _ in range(SHARES[task])]
+
+    # Draw until there are enough: a question of another split, or one that occurred, is not taken
     while len(rows) < SUMS[split]:
         task = tasks[len(rows) % len(tasks)]
         key, question, answer = TASKS[task](rng)

@@ -13,6 +13,7 @@ import torch
 from conftest import GOLDEN, golden_json, tiny
 
 import data
+import loaders
 from diffusion import Batch, Noise, bd3lm_example, draw_noise, loss
 from tokenizer import Tokenizer
 
@@ -76,11 +77,11 @@ def tokenize_chat(messages, tokenizer, **reading):
 
 
 def loader(rows, micro_batch_size=2, accumulation=3, **options):
-    return data.Loader(
+    return loaders.Loader(
         rows,
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
-        **{"seed": 1, "collate": partial(data.collate, pad_id=-1)} | options,
+        **{"seed": 1, "collate": partial(loaders.collate, pad_id=-1)} | options,
     )
 
 
@@ -644,7 +645,7 @@ def test_packed_rows_have_the_loss_of_padded_rows(right_shift):
     rows = [{"tokens": rng.integers(0, 39, n), "supervised": np.arange(n) >= n // 3} for n in sizes]
     model = tiny(right_shift=right_shift)
     settings = {"block_length": K, "mask_id": 39, "right_shift": right_shift}
-    collate = partial(data.collate, pad_id=38, block_length=K, eos_id=37)
+    collate = partial(loaders.collate, pad_id=38, block_length=K, eos_id=37)
 
     padded = Batch(**collate(rows), sample=torch.arange(len(rows)))
     noise = draw_noise(padded, block_length=K)
@@ -699,7 +700,7 @@ def golden_rows():
 )
 def test_rows_are_padded_as_by_the_reference(name, options):
     golden = {key: torch.tensor(value) for key, value in DATA[f"collate_{name}"].items()}
-    batch = data.collate(golden_rows(), pad_id=PAD, **options)
+    batch = loaders.collate(golden_rows(), pad_id=PAD, **options)
     B, T = golden["input_ids"].shape
     assert torch.equal(batch["tokens"], golden["input_ids"])
     assert torch.equal(batch["supervised"], golden["labels"] != -100)
@@ -710,11 +711,11 @@ def test_rows_are_padded_as_by_the_reference(name, options):
 
 
 def test_a_fixed_canvas_only_adds_padding_and_refuses_longer_rows():
-    short, long = (data.collate(golden_rows(), pad_id=PAD, length=length) for length in (None, 50))
+    short, long = (loaders.collate(golden_rows(), pad_id=PAD, length=length) for length in (None, 50))
     assert long["tokens"].shape == (3, 50) and (long["document"][:, 40:] == -1).all()
     assert all(torch.equal(short[key], long[key][:, :40]) for key in short)
     with pytest.raises(ValueError, match="a row of 40 tokens exceeds the canvas of 39"):
-        data.collate(golden_rows(), pad_id=PAD, length=39)
+        loaders.collate(golden_rows(), pad_id=PAD, length=39)
 
 
 # ---------------------------------------------------------------- the loader
@@ -849,9 +850,8 @@ def test_batches_go_on_where_the_state_says_through_epochs(prefetch):
 
 def test_a_mistake_while_reading_ahead_is_raised_where_the_batches_are_taken():
     with pytest.raises(ValueError, match="exceeds the canvas of 3"):
-        list(
-            islice(loader(Lines(LENGTHS), prefetch=2, collate=partial(data.collate, pad_id=-1, length=3)).batches(), 9)
-        )
+        short = partial(loaders.collate, pad_id=-1, length=3)
+        list(islice(loader(Lines(LENGTHS), prefetch=2, collate=short).batches(), 9))
 
 
 def test_batch_sizes_below_one_are_refused():

@@ -11,6 +11,7 @@ from conftest import GOLDEN, golden_json
 from test_data import cache, chat, load_rows, tokenize_chat, write  # noqa: F401
 
 import data
+import loaders
 import stream
 from tokenizer import Tokenizer
 
@@ -52,11 +53,11 @@ def loader(
     **options,
 ):
     reading = data.Reading(stage=stage, max_length=max_length, **reading or {})
-    return stream.StreamLoader(
+    return loaders.StreamLoader(
         stream.Stream(spec, TOK, reading, **packing or {}),
         micro_batch_size=micro,
         accumulation=accumulation,
-        collate=partial(data.collate, pad_id=TOK.pad_id, **collating or {}),
+        collate=partial(loaders.collate, pad_id=TOK.pad_id, **collating or {}),
         **{"seed": 1, "shuffle_buffer": 16, "prefetch": 0} | options,
     )
 

@@ -110,7 +110,7 @@ def test_accumulation_changes_neither_the_loss_nor_the_weights(source, objective
         model.double()
         rows = data.load("builtin/sums", "train", tokenizer, data.Reading(stage="sft", max_length=48))
         collate = loaders.collate_for(args, model.config, tokenizer)
-        loader = data.Loader(rows, micro_batch_size=micro, accumulation=accumulation, seed=1, collate=collate)
+        loader = loaders.Loader(rows, micro_batch_size=micro, accumulation=accumulation, seed=1, collate=collate)
         if (micro, accumulation) == (3, 3):
             loader.global_batch_size = 8  # micro-batches of 3, 3 and 2
         optimizers, losses = train.build_optimizers(model, args), []
@@ -167,7 +167,7 @@ def test_the_evaluated_loss_of_ar_is_the_mean_surprise(source, mask_prompt_loss)
         log_p = model(ids[None], layout)[0].log_softmax(-1)
         surprise -= log_p[:-1].gather(1, ids[1:, None])[supervised[1:]].sum().item()
         tokens += int(supervised[1:].sum())
-    collate = functools.partial(data.collate, pad_id=tokenizer.pad_id)
+    collate = functools.partial(loaders.collate, pad_id=tokenizer.pad_id)
     lengths = []
 
     def recorded(picked):
@@ -270,7 +270,7 @@ def test_a_gradient_is_clipped_to_its_norm_or_not_at_all(source):
     model, tokenizer = train.build_model(args)
     args.check_noise("mdlm")
     rows = data.load("builtin/sums", "train", tokenizer, data.Reading(stage="sft", max_length=48))
-    loader = data.Loader(
+    loader = loaders.Loader(
         rows, micro_batch_size=8, accumulation=1, seed=1, collate=loaders.collate_for(args, model.config, tokenizer)
     )
     examples = examples_of(next(loader.batches()), model.config, args)
