@@ -1,14 +1,14 @@
 #!/bin/sh
 # OpenWebText, streamed, on 8 GPUs of one node: recipes/openwebtext.sh mdlm|bd3lm [FLAGS OF train.py]
 # NPROC: another number of processes; the rows of a step stay 128 where it divides 8.
-set -eu
-cd "$(dirname "$0")/.."
-method=${1:?mdlm or bd3lm}
+. "$(dirname "$0")/common.sh"
+method "$@"
+method=$1
 shift
 [ "$method" != bd3lm ] || set -- --block_size 32 "$@"
 gpus=${NPROC:-8}
 
-exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node "$gpus" train.py \
+launch "$gpus" \
     --objective "$method" --stage pt --parallel zero2 \
     --model_name_or_path "${MODEL:-.models/a2d/Qwen3-0.6B}" \
     --dataset_args dylanebert/openwebtext --text_field text --streaming True --insert_eos True --max_length 512 \

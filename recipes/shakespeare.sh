@@ -1,12 +1,12 @@
 #!/bin/sh
 # Tiny Shakespeare on one GPU (NPROC for more): recipes/shakespeare.sh mdlm|bd3lm [FLAGS OF train.py]
-set -eu
-cd "$(dirname "$0")/.."
-method=${1:?mdlm or bd3lm}
+. "$(dirname "$0")/common.sh"
+method "$@"
+method=$1
 shift
 [ "$method" != bd3lm ] || set -- --block_size 32 "$@"
 
-exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-1}" train.py \
+launch "${NPROC:-1}" \
     --objective "$method" --stage pt \
     --model_name_or_path "${MODEL:-.models/a2d/Qwen3-0.6B}" \
     --dataset_args Trelis/tiny-shakespeare --text_field Text --insert_eos False --max_length 128 \
