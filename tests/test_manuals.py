@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,8 @@ def test_importing_a_module_changes_neither_the_garbage_collector_nor_signal_han
     if done.returncode == 77:
         pytest.skip("needs lm-eval")
     assert done.returncode == 0, done.stderr
+
+
+def test_every_module_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["py-modules"] == MODULES

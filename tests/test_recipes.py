@@ -35,7 +35,7 @@ def test_a_recipe_explains_itself_and_refuses_another_objective_in_one_line(reci
 @pytest.mark.parametrize("words", [["--max_stpes", "3"], ["--max_length", "0"], ["--output_dir", "RUN"]])
 def test_a_mistake_in_a_flag_or_a_missing_model_gets_train_pys_line_alone(words, tmp_path):
     words = [str(tmp_path / "run") if word == "RUN" else word for word in words]
-    status, out, err = run("alpaca", "bd3lm", *words)
+    status, _, err = run("alpaca", "bd3lm", *words)
     expected = {"--max_stpes": "did you mean --max_steps?", "--max_length": "expected at least 1"}
     assert status == 2 and err.startswith("train.py: ") and err.count("\n") == 1, err
     assert expected.get(words[0], "neither a directory") in err and not (tmp_path / "run").exists()
