@@ -1,7 +1,6 @@
 """Scores for checkpoints: lm-eval's tasks for ar, mdlm and bd3lm. `python evaluate.py --help` is the manual.
 
-Importing this file registers a2d_ar, a2d_mdlm and a2d_bd3lm with lm-eval. (The Hub's package `evaluate`, which some of
-lm-eval's tasks import, has the same name; run as a program, this file lets them find that package.)
+Importing this file registers a2d_ar, a2d_mdlm and a2d_bd3lm with lm-eval.
 """
 
 import functools
@@ -16,21 +15,9 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar
-
-try:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ModuleNotFoundError as error:
-    missing = f"evaluate.py needs lm-eval ({error}): pip install 'lm-eval[math]==0.4.13'"
-    if __name__ != "__main__":
-        raise ModuleNotFoundError(missing) from error
-    print(missing, file=sys.stderr)
-    sys.exit(2)
 
 import torch
 from tqdm import tqdm
@@ -40,7 +27,8 @@ from cli import MDLM_BLOCK, Loading, Opening, one_line_errors, open_model
 from diffusion import Sampling, Temperature, denoise
 from files import check_directory
 from likelihood import log_likelihood
-from options import Count, Model, Natural, Options, Seed, Tokens, flags, nearest
+from model import OBJECTIVES
+from options import Count, Model, Natural, Options, Seed, Tokens, nearest
 from report import table, write_manifest
 
 HERE = Path(__file__).resolve().parent
@@ -121,31 +109,32 @@ class Evaluation(Checkpoint, Generation, Likelihood):
 def parse_model_args(given: dict) -> Evaluation:
     """The options of lm-eval's model_args; ValueError for one that does not exist or has a bad value."""
     given = {name: value for name, value in given.items() if value is not None}
-    for name in given:
-        if name not in flags(Evaluation):
-            way = nearest(name, flags(Evaluation), "python evaluate.py --help lists them")
-            raise ValueError(f"unknown model_arg {name}; {way}")
     if "pretrained" not in given:
         raise ValueError("model_args lack pretrained; expected pretrained=CHECKPOINT among them")
     try:
         return Evaluation.parse([f"--{name}={value}" for name, value in given.items()])
-    except ValueError as error:  # which speaks of flags
-        raise ValueError(str(error).replace("argument --", "model_arg ").removeprefix("--")) from error
+    except ValueError as error:
+        # The message is about flags, which model_args are not.
+        message = re.sub("(flag|argument) --", "model_arg ", str(error).removeprefix("--"), count=1)
+        raise ValueError(message.replace("did you mean --", "did you mean ")) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The models
 
 
-class A2D(TemplateLM):
-    """A checkpoint as lm-eval's model: texts in and out here, token ids in diffusion.py and likelihood.py."""
+class A2D:
+    """A checkpoint as lm-eval's model: texts in and out here, token ids in diffusion.py and likelihood.py.
+
+    `models` puts lm-eval's TemplateLM below it, which has rank, world_size, device, cache_hook and _encode_pair.
+    """
 
     objective: str
 
     def __init__(self, batch_size: int | str = 1, max_batch_size: int | None = None, device=None, **model_args):
         super().__init__()
         model_args.pop("trust_remote_code", None)  # lm-eval adds it with its flag; no code is loaded with a checkpoint
-        self.options = parse_model_args(model_args)
+        self.options = options = parse_model_args(model_args)
         auto = str(batch_size).startswith("auto")
         if not auto and not (str(batch_size).isdigit() and int(batch_size) > 0):
             raise ValueError(f"--batch_size {batch_size}: expected a number or auto")
@@ -160,31 +149,26 @@ class A2D(TemplateLM):
         if self._world_size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")  # only small objects travel
 
-        self._open(device)
+        # A checkpoint that declares another objective would have scores that mean nothing.
+        declared, name = load_config(resolve(options.pretrained)).objective, f"--model a2d_{self.objective}"
+        if declared not in (None, self.objective):
+            way = f"the checkpoint, which declares objective {declared}; pass --model a2d_{declared}"
+            raise ValueError(f"{name} contradicts {way}")
+        chosen = {"model_name_or_path": options.pretrained, "objective": self.objective, "device": device}
+        self.model, self.tokenizer = open_model(Opening(**chosen, **options.only(Loading)), options.block_size)
         self._device = torch.device(device)
+
         # The sampler refuses bad options before any task is loaded. With top_k or top_p the task may set a temperature.
-        drawn = (self.options.top_k, self.options.top_p) != (None, None)
+        drawn = (options.top_k, options.top_p) != (None, None)
         next(denoise(self.model, [[0]], **self._sampling(max_new_tokens=1, steps=1, temperature=float(drawn))))
         self.room = 131072 if on_gpu else 4096  # tokens of a forward; halved when memory does not suffice
-        self.max_length = min(self.options.max_length or 2**62, self.model.config.max_position_embeddings)
+        self.max_length = min(options.max_length or 2**62, self.model.config.max_position_embeddings)
 
         # For the manifest, what this process did: requests, tokens, forwards (each sequence counts) and seconds of the
         # kinds "generated" and "scored"; of each task a hash of every request; each likelihood's standard error.
         self.counts = Counter()
         self.prompts = defaultdict(set)
         self.standard_errors = []
-
-    def _open(self, device: str) -> None:
-        """Opens the checkpoint, which must not declare another objective."""
-        options = self.options
-        declared = load_config(resolve(options.pretrained)).objective
-        if declared not in (None, self.objective):
-            raise ValueError(
-                f"--model a2d_{self.objective} contradicts the checkpoint, which declares objective {declared}; pass "
-                f"--model a2d_{declared}"
-            )
-        chosen = {"model_name_or_path": options.pretrained, "objective": self.objective, "device": device}
-        self.model, self.tokenizer = open_model(Opening(**chosen, **options.only(Loading)), options.block_size)
 
     def _sampling(self, **otherwise) -> dict:
         """The fields of Sampling by the model_args; `otherwise` has values for those that are None."""
@@ -262,6 +246,8 @@ class A2D(TemplateLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts: the sums over windows of the model's length."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
         windows, owners = [], []
         room = self.max_length - int(self.objective != "ar")  # ar is not fed the last token of a window
         for i, request in enumerate(requests):
@@ -269,6 +255,8 @@ class A2D(TemplateLM):
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, room, 1):
                 windows.append((None, *make_disjoint_window(pair)))
                 owners.append(i)
+
+        # The windows' errors are independent: variances add up.
         totals, variances = [0.0] * len(requests), [0.0] * len(requests)
         for i, (value, error, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)):
             totals[i] += value
@@ -281,36 +269,17 @@ class A2D(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
         """(log-likelihood, standard error, greedy) of each (texts or None, context ids, continuation ids)."""
         room = self.max_length + int(self.objective == "ar")
-        continuations = [continuation for _, _, continuation in requests]
-        contexts = [self._cut(context, room - len(answer)) for (_, context, _), answer in zip(requests, continuations)]
+        pairs = [(self._cut(context, room - len(answer)), answer) for _, context, answer in requests]
         results = [None] * len(requests)
         bar = self._bar(len(requests), "log-likelihood", disable_tqdm)
         hook = self.model.register_forward_pre_hook(lambda _, inputs: self._count("scored", forwards=len(inputs[0])))
-        batches = self._likelihood_batches(contexts)
-        while batches:
-            batch, began = batches[0], time.time()
-            longest = max(len(contexts[i]) + len(continuations[i]) for i in batch)
-            try:
-                found = log_likelihood(
-                    self.model,
-                    [contexts[i] for i in batch],
-                    [continuations[i] for i in batch],
-                    draws=self.options.mc_num,
-                    generator=torch.Generator().manual_seed(self.options.seed),
-                    forward_tokens=self._rows(longest) * longest,
-                    check_greedy=self.objective == "ar" or self.options.is_check_greedy,
-                )
-            except torch.OutOfMemoryError:
-                if not self._halve_room():
-                    raise
-                continue
-            del batches[0]
-            values, errors, *verdict = (part.tolist() for part in found)
-            for n, i in enumerate(batch):
-                results[i] = values[n], errors[n], bool(verdict[0][n]) if verdict else False
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i][::2])
-            tokens = sum(len(continuations[i]) for i in batch)
+        for batch in self._likelihood_batches([context for context, _ in pairs]):
+            began = time.time()
+            for i, result in zip(batch, self._within_memory(self._score, [pairs[i] for i in batch])):
+                results[i] = result
+                if requests[i][0] is not None:  # None: a window, which is not a request of its own
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], result[::2])
+            tokens = sum(len(pairs[i][1]) for i in batch)
             self._count("scored", bar, requests=len(batch), tokens=tokens, seconds=time.time() - began)
         hook.remove()
         bar.close()
@@ -320,12 +289,28 @@ class A2D(TemplateLM):
         """Numbers of requests: answers to a question stay together, beside questions of about the same length."""
         order = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), contexts[i]))
         batches = []
-        for _, answers in itertools.groupby(order, key=lambda i: contexts[i]):
+        for _, answers in itertools.groupby(order, key=contexts.__getitem__):
             answers = list(answers)
             if not batches or len(batches[-1]) + len(answers) > max(64, self.batch_size or 0):
                 batches.append([])
             batches[-1] += answers
         return batches
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, float, bool]]:
+        """_loglikelihood_tokens of one batch of (context ids, continuation ids)."""
+        contexts, continuations = map(list, zip(*pairs))
+        longest = max(len(context) + len(answer) for context, answer in pairs)
+        estimate, error, *greedy = log_likelihood(
+            self.model,
+            contexts,
+            continuations,
+            draws=self.options.mc_num,
+            generator=torch.Generator().manual_seed(self.options.seed),
+            forward_tokens=self._rows(longest) * longest,
+            check_greedy=self.objective == "ar" or self.options.is_check_greedy,
+        )
+        verdicts = greedy[0].tolist() if greedy else [False] * len(pairs)
+        return list(zip(estimate.tolist(), error.tolist(), verdicts))
 
     # -- generation
 
@@ -338,53 +323,50 @@ class A2D(TemplateLM):
             kinds[json.dumps(request.args[1], sort_keys=True, default=str)].append(i)
         for members in kinds.values():
             until, sampling = self._request_options(requests[members[0]].args[1])
-            length = sampling["max_new_tokens"]
-            prompts = {i: self._cut(self.tok_encode(requests[i].args[0]), self.max_length - length) for i in members}
+            room = self.max_length - sampling["max_new_tokens"]
+            prompts = {i: self._cut(self.tok_encode(requests[i].args[0]), room) for i in members}
             order = sorted(members, key=lambda i: (-len(prompts[i]), prompts[i]))
             while order:
                 began = time.time()
-                batch = order[: self._rows(max(1, len(prompts[order[0]])) + length)]
-                try:
-                    texts, tokens = self._generate([prompts[i] for i in batch], until, sampling)
-                except torch.OutOfMemoryError:
-                    if not self._halve_room():
-                        raise
-                    continue
-                order = order[len(batch) :]
-                for i, text in zip(batch, texts):
+                texts, tokens = self._within_memory(self._generate, [prompts[i] for i in order], until, sampling)
+                for i, text in zip(order, texts):
                     answers[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                self._count("generated", bar, requests=len(batch), tokens=tokens, seconds=time.time() - began)
+                order = order[len(texts) :]
+                self._count("generated", bar, requests=len(texts), tokens=tokens, seconds=time.time() - began)
         bar.close()
         self._record(requests)
         return answers
 
     def _request_options(self, given: dict) -> tuple[list[str], dict]:
         """(stop strings, fields of Sampling) of a request: the model_args, and where they are None the task's."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         longest = self.options.max_new_tokens
-        wanted = normalize_gen_kwargs(given, 256 if longest is None else longest)
-        until = [stop for stop in wanted.pop("until") if stop]
-        length, sample = wanted.pop("max_gen_toks"), wanted.pop("do_sample")
+        task = normalize_gen_kwargs(given, 256 if longest is None else longest)
+        until = [stop for stop in task.pop("until") if stop]
+        length, sample = task.pop("max_gen_toks"), task.pop("do_sample")
         length = length if longest is None else min(length, longest)
-        otherwise = {
-            "steps": max(1, length),
-            "block_size": MDLM_BLOCK if self.objective == "mdlm" else None,
-            "temperature": wanted.pop("temperature", None) or 0.0,
-        }
-        choice = {name: wanted.pop(name, None) for name in ("top_k", "top_p")}
-        if wanted:
-            raise ValueError(
-                f"generation option {', '.join(wanted)} is unknown; a task or --gen_kwargs gives until, max_gen_toks, "
-                "do_sample, temperature, top_k and top_p, the rest are model_args"
-            )
+        block = MDLM_BLOCK if self.objective == "mdlm" else None
+        otherwise = {"steps": max(1, length), "block_size": block, "temperature": task.pop("temperature", None) or 0.0}
+        choice = {name: task.pop(name, None) for name in ("top_k", "top_p")}
+        if task:
+            known = "until, max_gen_toks, do_sample, temperature, top_k and top_p, the rest are model_args"
+            raise ValueError(f"generation option {', '.join(task)} is unknown; a task or --gen_kwargs gives {known}")
+
+        # Without noise the task's top_k and top_p would change nothing, and the sampler refuses them.
         sampling = self._sampling(**otherwise)
-        if sample and sampling["temperature"]:  # else the task's top_k and top_p would change nothing
+        if sample and sampling["temperature"]:
             sampling = self._sampling(**otherwise, **choice)
         return until, sampling | {"max_new_tokens": length}
 
     def _generate(self, prompts: list[list[int]], until: list[str], sampling: dict) -> tuple[list[str], int]:
-        """The answers' texts up to their first stop string, and how many tokens were generated."""
+        """The answers to the first prompts, as many as a forward has room for: their texts up to the first stop string,
+        and how many tokens were generated."""
+        new = sampling["max_new_tokens"]
+        prompts = prompts[: self._rows(max(1, len(prompts[0])) + new)]
         prompts = [prompt or [self.prefix_token_id] for prompt in prompts]
+        # A stop string that is a special token ends an answer as the end tokens do.
         added = self.tokenizer.core.get_added_tokens_decoder()
         ends = {*self.tokenizer.end_ids, *(i for i, token in added.items() if token.special and token.content in until)}
         # Seeded by the prompts: nothing random depends on what else is evaluated.
@@ -395,13 +377,10 @@ class A2D(TemplateLM):
             """Each row's generated tokens before its first mask or end token."""
             rows = []
             for prompt, tokens, masked in zip(prompts, step.tokens.tolist(), step.masked.tolist()):
-                span = range(len(prompt), len(prompt) + sampling["max_new_tokens"])
+                span = range(len(prompt), len(prompt) + new)
                 stop = next((i for i in span if masked[i] or tokens[i] in ends), span.stop)
                 rows.append(tokens[len(prompt) : stop])
             return rows
-
-        def stopped(text: str) -> bool:
-            return any(stop in text for stop in until)
 
         running = len(prompts)
         for step in denoise(self.model, prompts, **sampling, end_ids=tuple(sorted(ends)), generator=generator):
@@ -410,13 +389,14 @@ class A2D(TemplateLM):
             # Stop strings are texts, which the sampler does not know: every 16 forwards, see whether all have theirs.
             if until and running and step.forwards % 16 == 0:
                 texts = map(self.tokenizer.decode, answers(step))
-                if all(done or stopped(text) for done, text in zip(step.done.tolist(), texts)):
+                stopped = [any(stop in text for stop in until) for text in texts]
+                if all(map(any, zip(step.done.tolist(), stopped))):
                     break
         rows = answers(step)
         texts = [self.tokenizer.decode(row) for row in rows]
         for stop in until:
             texts = [text.split(stop)[0] for text in texts]
-        return texts, sum(min(len(row) + 1, sampling["max_new_tokens"]) for row in rows)  # with the end token
+        return texts, sum(min(len(row) + 1, new) for row in rows)  # with the end token
 
     # -- batches and memory
 
@@ -424,13 +404,16 @@ class A2D(TemplateLM):
         """Sequences of `longest` tokens for a forward."""
         return self.batch_size or max(1, min(self.room // longest, self.max_batch_size or 2**30))
 
-    def _halve_room(self) -> bool:
-        """Allows a forward half as many tokens, after memory has not sufficed; False where that would not help."""
-        if self.batch_size is not None or self.room < 1024:
-            return False
-        self.room //= 2
-        torch.cuda.empty_cache()
-        return True
+    def _within_memory(self, work, *arguments):
+        """work(*arguments); where memory does not suffice, again with room for half as many tokens."""
+        while True:
+            try:
+                return work(*arguments)
+            except torch.OutOfMemoryError:
+                if self.batch_size is not None or self.room < 1024:  # half the room would not help
+                    raise
+                self.room //= 2
+                torch.cuda.empty_cache()
 
     # -- counting, and what goes in the manifest
 
@@ -447,15 +430,14 @@ class A2D(TemplateLM):
 
     def _record(self, requests, values=(), errors=()) -> None:
         """Adds the requests of all processes to the prompts, and their standard errors where there are some."""
-        hashes = [
-            (request.task_name, hashlib.sha256(json.dumps(request.args, default=str).encode()).hexdigest())
-            for request in requests
-        ]
+        hashes = []
+        for request in requests:
+            text = json.dumps(request.args, default=str)
+            hashes.append((request.task_name, hashlib.sha256(text.encode()).hexdigest()))
         rows = {}  # by request: lm-eval repeats some, so that all processes have the same number
         for request, value, error in zip(requests, values, errors):
-            task, doc, choice = request.task_name, request.doc_id, request.idx
-            row = {"task": task, "doc": doc, "choice": choice, "log_likelihood": value, "error": error}
-            rows[task, doc, choice] = row
+            row = {"task": request.task_name, "doc": request.doc_id, "choice": request.idx}
+            rows[tuple(row.values())] = row | {"log_likelihood": value, "error": error}
         for process_hashes, process_rows in self._gather((hashes, list(rows.values()))):
             for task, digest in process_hashes:
                 self.prompts[task].add(digest)
@@ -489,103 +471,90 @@ class A2D(TemplateLM):
             torch.distributed.barrier()
 
 
-class AR(A2D):
-    objective = "ar"
+@functools.cache
+def models() -> dict[str, type[A2D]]:
+    """lm-eval's names of the models, which the first call registers."""
+    # lm-eval begins by importing a client for the web, a sixth of the time that --help may take: so here, not above.
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
 
-
-class MDLM(A2D):
-    objective = "mdlm"
-
-
-class BD3LM(A2D):
-    objective = "bd3lm"
-
-
-MODELS = {f"a2d_{model.objective}": model for model in (AR, MDLM, BD3LM)}
-for name, model in MODELS.items():
-    register_model(name)(model)
+    classes = {f"a2d_{objective}": type("A2D", (A2D, TemplateLM), {"objective": objective}) for objective in OBJECTIVES}
+    for name, model in classes.items():
+        register_model(name)(model)
+    return classes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
 
-class _HubEvaluate:
-    """A finder of modules: `import evaluate` finds the Hub's package of this name instead of this file."""
+def read_command_line(argv: list[str]):
+    """(lm-eval's program, its arguments); ValueError for a bad command line, with the nearest name of a wrong flag."""
+    from lm_eval._cli import HarnessCLI
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name != "evaluate":
-            return None
-        elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
-        return PathFinder.find_spec(name, elsewhere)
+    sys.argv = ["evaluate.py", *([] if argv[:1] in (["run"], ["ls"], ["validate"]) else ["run"]), *argv]
+    harness = HarnessCLI()
+    parsers = harness._subparsers.choices
 
+    def refuse(message: str) -> None:
+        wrong = re.search("unrecognized arguments:.*?(--[^ =]+)", message)
+        if wrong is None:
+            raise ValueError(f"{message}; python evaluate.py --help tells more")
+        otherwise, known = "python evaluate.py --help and lm-eval run --help list them", parsers[sys.argv[1]]
+        raise ValueError(f"unknown flag {wrong[1]}; {nearest(wrong[1], known._option_string_actions, otherwise)}")
 
-def refuse_flags(message: str, parser) -> None:
-    """Raises what lm-eval's parser has to say in one line, with the nearest name for a flag that does not exist."""
-    wrong = re.search("unrecognized arguments:.*?(--[^ =]+)", message)
-    if wrong is None:
-        raise ValueError(f"{message}; python evaluate.py --help tells more")
-    otherwise = "python evaluate.py --help and lm-eval run --help list them"
-    raise ValueError(f"unknown flag {wrong[1]}; {nearest(wrong[1], parser._option_string_actions, otherwise)}")
+    for parser in (harness._parser, *parsers.values()):
+        parser.error = refuse
+    return harness, harness.parse_args()
 
 
 def run(argv: list[str]) -> None:
     """Hands the command line to lm-eval, with our models and tasks; then writes the manifest."""
-    # Together with lm-eval's tasks these import data set libraries: seconds, which --help does without.
+    if find_spec("lm_eval") is None:
+        raise ValueError("lm-eval is missing: pip install 'lm-eval[math]==0.4.13'")
     import yaml
-    from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import setup_logging
 
     began = time.time()
     setup_logging("ERROR" if int(os.environ.get("RANK", 0)) else logging.INFO)
-    sys.argv = ["evaluate.py", *([] if argv[:1] in (["run"], ["ls"], ["validate"]) else ["run"]), *argv]
-    harness = HarnessCLI()
-    for parser in (harness._parser, *harness._subparsers.choices.values()):
-        parser.error = functools.partial(refuse_flags, parser=harness._subparsers.choices[sys.argv[1]])
-    args = harness.parse_args()
+    harness, args = read_command_line(argv)
     if sys.argv[1] != "run":
         return harness.execute(args)
 
     # What a command line or a --config file can get wrong is refused before hours of work.
     given = EvaluatorConfig.load_yaml_config(args.config) if args.config else {}
     given |= {name: value for name, value in vars(args).items() if value is not None}
-    included = [given["include_path"]] if given.get("include_path") else []
-    args.include_path = [str(HERE / "tasks"), *included]
-    check_tasks(included)
-    if given.get("output_path"):
-        path = Path(given["output_path"])
-        check_directory("--output_path", path.parent if path.suffix == ".json" else path)
+    directories = [given["include_path"]] if given.get("include_path") else []
+    for file in (file for directory in directories for file in Path(directory).rglob("*.yaml")):
+        try:
+            load_yaml(str(file), resolve_func=False)
+        except (yaml.YAMLError, TypeError) as error:
+            raise ValueError(f"{file} is no task: {error}") from error
+    args.include_path = [str(HERE / "tasks"), *directories]
+    output = given.get("output_path")
+    if output:
+        check_directory("--output_path", Path(output).parent if output.endswith(".json") else Path(output))
 
     # lm-eval takes a model in place of a model's name.
     lm = None
-    if given.get("model") in MODELS:
+    if given.get("model") in models():
         options = {name: given[name] for name in ("batch_size", "max_batch_size", "device") if name in given}
-        lm = args.model = MODELS[given["model"]].create_from_arg_obj(given.get("model_args") or {}, options)
+        lm = args.model = models()[given["model"]].create_from_arg_obj(given.get("model_args") or {}, options)
     try:
         harness.execute(args)
     except (ImportError, yaml.YAMLError) as error:
         raise ValueError(f"a task cannot be loaded: {error}") from error
     if lm is None:
         return None
+
+    # The first process writes what all of them have done.
     counts = sum(lm._gather(lm.counts), Counter())
-    if lm.rank == 0 and given.get("output_path"):
-        print(write_manifest(lm, counts, given["output_path"], argv, began))
+    if lm.rank == 0 and output:
+        print(write_manifest(lm, counts, output, argv, began))
     if lm.world_size > 1:
         torch.distributed.destroy_process_group()
-
-
-def check_tasks(directories: list[str]) -> None:
-    """ValueError for a YAML file in the user's directories of tasks that lm-eval could not read."""
-    import yaml
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    for file in (file for directory in directories for file in Path(directory).rglob("*.yaml")):
-        try:
-            load_yaml(str(file), resolve_func=False)
-        except (yaml.YAMLError, TypeError) as error:
-            raise ValueError(f"{file} is no task: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -601,5 +570,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, _HubEvaluate)
+    # Some of lm-eval's tasks import the Hub's package `evaluate`: it must come before this directory.
+    sys.path.sort(key=lambda entry: Path(entry).resolve() == HERE)
     main()
+else:
+    models()
