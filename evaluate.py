@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import logging
+import operator
 import os
 import re
 import sys
@@ -130,15 +131,16 @@ class A2D:
     """
 
     objective: str
+    eot_token_id = prefix_token_id = tokenizer_name = None  # abstract properties of lm-eval's; __init__ has the values
 
     def __init__(self, batch_size: int | str = 1, max_batch_size: int | None = None, device=None, **model_args):
         super().__init__()
         model_args.pop("trust_remote_code", None)  # lm-eval adds it with its flag; no code is loaded with a checkpoint
         self.options = options = parse_model_args(model_args)
-        auto = str(batch_size).startswith("auto")
-        if not auto and not (str(batch_size).isdigit() and int(batch_size) > 0):
+        if not re.fullmatch("auto.*|0*[1-9][0-9]*", str(batch_size)):
             raise ValueError(f"--batch_size {batch_size}: expected a number or auto")
-        self.batch_size = None if auto else int(batch_size)  # None: as many sequences as `room` allows
+        # None: as many sequences as `room` allows
+        self.batch_size = None if str(batch_size).startswith("auto") else int(batch_size)
         self.max_batch_size = max_batch_size
 
         # torchrun starts a process for each GPU; lm-eval gives each its share of the requests.
@@ -149,14 +151,17 @@ class A2D:
         if self._world_size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")  # only small objects travel
 
-        # A checkpoint that declares another objective would have scores that mean nothing.
+        # Scores of a checkpoint by an objective that it was not trained for would mean nothing.
         declared, name = load_config(resolve(options.pretrained)).objective, f"--model a2d_{self.objective}"
         if declared not in (None, self.objective):
-            way = f"the checkpoint, which declares objective {declared}; pass --model a2d_{declared}"
-            raise ValueError(f"{name} contradicts {way}")
+            way = f"which declares objective {declared}; pass --model a2d_{declared}"
+            raise ValueError(f"{name} contradicts the checkpoint, {way}")
         chosen = {"model_name_or_path": options.pretrained, "objective": self.objective, "device": device}
         self.model, self.tokenizer = open_model(Opening(**chosen, **options.only(Loading)), options.block_size)
         self._device = torch.device(device)
+        self.eot_token_id, bos = self.tokenizer.eos_id, self.tokenizer.bos_id
+        self.prefix_token_id = self.eot_token_id if bos is None else bos
+        self.tokenizer_name = str(options.pretrained).replace("/", "__")  # part of the name of lm-eval's cache
 
         # The sampler refuses bad options before any task is loaded. With top_k or top_p the task may set a temperature.
         drawn = (options.top_k, options.top_p) != (None, None)
@@ -177,14 +182,6 @@ class A2D:
 
     # -- texts and tokens
 
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer.eos_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         add = self.objective == "ar" if self.options.add_bos_token is None else self.options.add_bos_token
         bos = self.tokenizer.special.get("bos_token")
@@ -202,18 +199,13 @@ class A2D:
     def _cut(self, context: list[int], room: int) -> list[int]:
         """The end of a context, as much as there is room for before an answer."""
         if room < 1:
-            raise ValueError(
-                f"an answer of {self.max_length - room} tokens or more leaves no room for a context in the model's "
-                f"{self.max_length}; lower max_new_tokens or the task's max_gen_toks, or choose another task"
-            )
-        if len(context) > room:
-            cut = len(context) - room
+            answer = f"an answer of {self.max_length - room} tokens or more"
+            way = "lower max_new_tokens or the task's max_gen_toks, or choose another task"
+            raise ValueError(f"{answer} leaves no room for a context in the model's {self.max_length}; {way}")
+        cut = len(context) - room
+        if cut > 0:
             logging.getLogger(__name__).warning("cutting %s tokens from the left of a context of %s", cut, len(context))
         return context[-room:]
-
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.options.pretrained).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         if isinstance(chat_template, str) and chat_template != "default":
@@ -273,44 +265,35 @@ class A2D:
         results = [None] * len(requests)
         bar = self._bar(len(requests), "log-likelihood", disable_tqdm)
         hook = self.model.register_forward_pre_hook(lambda _, inputs: self._count("scored", forwards=len(inputs[0])))
-        for batch in self._likelihood_batches([context for context, _ in pairs]):
-            began = time.time()
-            for i, result in zip(batch, self._within_memory(self._score, [pairs[i] for i in batch])):
-                results[i] = result
-                if requests[i][0] is not None:  # None: a window, which is not a request of its own
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], result[::2])
-            tokens = sum(len(pairs[i][1]) for i in batch)
-            self._count("scored", bar, requests=len(batch), tokens=tokens, seconds=time.time() - began)
+        # Questions of about the same length come one after the other, and all answers to one of them together.
+        order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
+        for i, result in zip(order, self._batches("scored", bar, [pairs[i] for i in order], self._score)):
+            results[i] = result
+            if requests[i][0] is not None:  # None: a window, which is not a request of its own
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], result[::2])
         hook.remove()
         bar.close()
         return results
 
-    def _likelihood_batches(self, contexts: list[list[int]]) -> list[list[int]]:
-        """Numbers of requests: answers to a question stay together, beside questions of about the same length."""
-        order = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), contexts[i]))
-        batches = []
-        for _, answers in itertools.groupby(order, key=contexts.__getitem__):
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> tuple[list[tuple[float, float, bool]], int]:
+        """_loglikelihood_tokens of the first (context ids, continuation ids), and their number of tokens."""
+        # As many questions as have 64 answers, but at least one.
+        batch = []
+        for _, answers in itertools.groupby(pairs, key=operator.itemgetter(0)):
             answers = list(answers)
-            if not batches or len(batches[-1]) + len(answers) > max(64, self.batch_size or 0):
-                batches.append([])
-            batches[-1] += answers
-        return batches
-
-    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, float, bool]]:
-        """_loglikelihood_tokens of one batch of (context ids, continuation ids)."""
-        contexts, continuations = map(list, zip(*pairs))
-        longest = max(len(context) + len(answer) for context, answer in pairs)
-        estimate, error, *greedy = log_likelihood(
-            self.model,
-            contexts,
-            continuations,
-            draws=self.options.mc_num,
-            generator=torch.Generator().manual_seed(self.options.seed),
-            forward_tokens=self._rows(longest) * longest,
-            check_greedy=self.objective == "ar" or self.options.is_check_greedy,
+            if batch and len(batch) + len(answers) > max(64, self.batch_size or 0):
+                break
+            batch += answers
+        contexts, continuations = map(list, zip(*batch))
+        longest = max(len(context) + len(answer) for context, answer in batch)
+        check_greedy = self.objective == "ar" or self.options.is_check_greedy
+        options = {"draws": self.options.mc_num, "forward_tokens": self._rows(longest) * longest}
+        generator = torch.Generator().manual_seed(self.options.seed)
+        found = log_likelihood(
+            self.model, contexts, continuations, generator=generator, check_greedy=check_greedy, **options
         )
-        verdicts = greedy[0].tolist() if greedy else [False] * len(pairs)
-        return list(zip(estimate.tolist(), error.tolist(), verdicts))
+        estimate, error, greedy = (part.tolist() for part in (*found, torch.zeros(len(batch), dtype=torch.bool))[:3])
+        return list(zip(estimate, error, greedy)), sum(map(len, continuations))
 
     # -- generation
 
@@ -326,14 +309,10 @@ class A2D:
             room = self.max_length - sampling["max_new_tokens"]
             prompts = {i: self._cut(self.tok_encode(requests[i].args[0]), room) for i in members}
             order = sorted(members, key=lambda i: (-len(prompts[i]), prompts[i]))
-            while order:
-                began = time.time()
-                texts, tokens = self._within_memory(self._generate, [prompts[i] for i in order], until, sampling)
-                for i, text in zip(order, texts):
-                    answers[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                order = order[len(texts) :]
-                self._count("generated", bar, requests=len(texts), tokens=tokens, seconds=time.time() - began)
+            inputs = [prompts[i] for i in order]
+            for i, text in zip(order, self._batches("generated", bar, inputs, self._generate, until, sampling)):
+                answers[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
         bar.close()
         self._record(requests)
         return answers
@@ -404,16 +383,21 @@ class A2D:
         """Sequences of `longest` tokens for a forward."""
         return self.batch_size or max(1, min(self.room // longest, self.max_batch_size or 2**30))
 
-    def _within_memory(self, work, *arguments):
-        """work(*arguments); where memory does not suffice, again with room for half as many tokens."""
-        while True:
+    def _batches(self, kind: str, bar: tqdm, inputs: list, work, *arguments):
+        """Yields a result for each input. work(inputs, *arguments) gives those of the first few, and how many tokens."""
+        while inputs:
+            began = time.time()
             try:
-                return work(*arguments)
+                results, tokens = work(inputs, *arguments)
             except torch.OutOfMemoryError:
                 if self.batch_size is not None or self.room < 1024:  # half the room would not help
                     raise
                 self.room //= 2
                 torch.cuda.empty_cache()
+                continue
+            inputs = inputs[len(results) :]
+            self._count(kind, bar, requests=len(results), tokens=tokens, seconds=time.time() - began)
+            yield from results
 
     # -- counting, and what goes in the manifest
 
@@ -444,10 +428,7 @@ class A2D:
             self.standard_errors += process_rows
 
     def get_model_info(self) -> dict:
-        return {"model": str(self), "model_dtype": self.model.config.dtype}
-
-    def __str__(self) -> str:
-        return f"a2d_{self.objective}"
+        return {"model_dtype": self.model.config.dtype}
 
     # -- processes
 
@@ -467,8 +448,7 @@ class A2D:
         return parts if self.rank == dst else None
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.barrier()
+        self._gather(None)
 
 
 @functools.cache
@@ -478,10 +458,11 @@ def models() -> dict[str, type[A2D]]:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 
-    classes = {f"a2d_{objective}": type("A2D", (A2D, TemplateLM), {"objective": objective}) for objective in OBJECTIVES}
-    for name, model in classes.items():
-        register_model(name)(model)
-    return classes
+    found = {}
+    for objective in OBJECTIVES:
+        name = f"a2d_{objective}"
+        found[name] = register_model(name)(type(name, (A2D, TemplateLM), {"objective": objective}))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def manifest(lm, counts: Counter, results: dict, argv: list[str], seconds: float
         "command": " ".join([*(["torchrun"] if lm.world_size > 1 else []), "evaluate.py", *argv]),
         "commit": git.stdout.strip() or None,
         "date": results["date"],
-        "model": str(lm),
+        "model": f"a2d_{lm.objective}",
         "checkpoint": str(lm.options.pretrained),
         "checkpoint_sha256": _digest(resolve(lm.options.pretrained)),
         "config": config_dict(lm.model.config),
