@@ -9,7 +9,6 @@ import inspect
 import itertools
 import json
 import logging
-import operator
 import os
 import re
 import sys
@@ -42,25 +41,21 @@ HERE = Path(__file__).resolve().parent
 class Checkpoint(Loading):
     "model"
 
-    pretrained: Annotated[Model, "CHECKPOINT"]
-    """a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id"""
+    pretrained: Annotated[Model, "CHECKPOINT"]  # a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id
     max_length: Tokens | None = None  # longest sequence (default: the model's context)
     enable_thinking: bool = False  # turn on thinking in the chat template
     add_bos_token: bool | None = None
-    """let the tokenizer add its special tokens to prompts (default: ar True, as lm-eval's hf; else False, as in
-    training)"""
+    """let the tokenizer add its special tokens to prompts (default: True for ar, as lm-eval's hf; else False)"""
     seed: Seed = 42  # of the noise of likelihoods and of sampling
 
 
 @dataclass(kw_only=True)
 class Generation(Sampling):
     max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
-    """masks that follow each prompt, at most: a task that asks for fewer gets fewer (default: what the task asks for,
-    else 256)"""
+    """masks after each prompt, at most: a task that asks for fewer gets fewer (default: the task's, else 256)"""
     steps: Count | None = None  # forwards for the whole answer (default: one a token)
     temperature: Temperature | None = None
-    """of the Gumbel noise on the logits; 0 takes the likeliest token (default: the task's where it has do_sample, else
-    0)"""
+    """of the Gumbel noise; 0 takes the likeliest token (default: the task's where it has do_sample, else 0)"""
 
 
 @dataclass(kw_only=True)
@@ -68,8 +63,7 @@ class Likelihood(Options):
     "likelihood"
 
     mc_num: Annotated[int, "N"] = 128  # draws of each block (mdlm: of the whole answer)
-    is_check_greedy: bool = False
-    """also find whether greedy decoding gives the answer, which costs a forward a token (ar always finds it)"""
+    is_check_greedy: bool = False  # find whether greedy decoding gives the answer: a forward a token (ar always does)
 
 
 @dataclass(kw_only=True)
@@ -139,9 +133,9 @@ class A2D:
         self.options = options = parse_model_args(model_args)
         if not re.fullmatch("auto.*|0*[1-9][0-9]*", str(batch_size)):
             raise ValueError(f"--batch_size {batch_size}: expected a number or auto")
-        # None: as many sequences as `room` allows
+        # With auto it is None: as many sequences as `room` allows, but no more than max_batch_size.
         self.batch_size = None if str(batch_size).startswith("auto") else int(batch_size)
-        self.max_batch_size = max_batch_size
+        self.max_batch_size = max_batch_size or 2**30
 
         # torchrun starts a process for each GPU; lm-eval gives each its share of the requests.
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -171,9 +165,7 @@ class A2D:
 
         # For the manifest, what this process did: requests, tokens, forwards (each sequence counts) and seconds of the
         # kinds "generated" and "scored"; of each task a hash of every request; each likelihood's standard error.
-        self.counts = Counter()
-        self.prompts = defaultdict(set)
-        self.standard_errors = []
+        self.counts, self.prompts, self.standard_errors = Counter(), defaultdict(set), []
 
     def _sampling(self, **otherwise) -> dict:
         """The fields of Sampling by the model_args; `otherwise` has values for those that are None."""
@@ -199,8 +191,7 @@ class A2D:
     def _cut(self, context: list[int], room: int) -> list[int]:
         """The end of a context, as much as there is room for before an answer."""
         if room < 1:
-            answer = f"an answer of {self.max_length - room} tokens or more"
-            way = "lower max_new_tokens or the task's max_gen_toks, or choose another task"
+            answer, way = f"an answer of {self.max_length - room} tokens", "lower max_new_tokens or max_gen_toks"
             raise ValueError(f"{answer} leaves no room for a context in the model's {self.max_length}; {way}")
         cut = len(context) - room
         if cut > 0:
@@ -277,22 +268,21 @@ class A2D:
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> tuple[list[tuple[float, float, bool]], int]:
         """_loglikelihood_tokens of the first (context ids, continuation ids), and their number of tokens."""
-        # As many questions as have 64 answers, but at least one.
+        # Whole questions, with at most 64 answers if that is more than one question.
         batch = []
-        for _, answers in itertools.groupby(pairs, key=operator.itemgetter(0)):
+        for _, answers in itertools.groupby(pairs, key=lambda pair: pair[0]):
             answers = list(answers)
             if batch and len(batch) + len(answers) > max(64, self.batch_size or 0):
                 break
             batch += answers
         contexts, continuations = map(list, zip(*batch))
+
         longest = max(len(context) + len(answer) for context, answer in batch)
-        check_greedy = self.objective == "ar" or self.options.is_check_greedy
-        options = {"draws": self.options.mc_num, "forward_tokens": self._rows(longest) * longest}
-        generator = torch.Generator().manual_seed(self.options.seed)
-        found = log_likelihood(
-            self.model, contexts, continuations, generator=generator, check_greedy=check_greedy, **options
-        )
-        estimate, error, greedy = (part.tolist() for part in (*found, torch.zeros(len(batch), dtype=torch.bool))[:3])
+        options = {"draws": self.options.mc_num, "generator": torch.Generator().manual_seed(self.options.seed)}
+        options |= {"check_greedy": self.objective == "ar" or self.options.is_check_greedy}
+        options |= {"forward_tokens": self._rows(longest) * longest}
+        found = [part.tolist() for part in log_likelihood(self.model, contexts, continuations, **options)]
+        estimate, error, greedy = [*found, [False] * len(batch)][:3]
         return list(zip(estimate, error, greedy)), sum(map(len, continuations))
 
     # -- generation
@@ -377,14 +367,14 @@ class A2D:
             texts = [text.split(stop)[0] for text in texts]
         return texts, sum(min(len(row) + 1, new) for row in rows)  # with the end token
 
-    # -- batches and memory
+    # -- batches, and what goes in the manifest
 
     def _rows(self, longest: int) -> int:
         """Sequences of `longest` tokens for a forward."""
-        return self.batch_size or max(1, min(self.room // longest, self.max_batch_size or 2**30))
+        return self.batch_size or max(1, min(self.room // longest, self.max_batch_size))
 
     def _batches(self, kind: str, bar: tqdm, inputs: list, work, *arguments):
-        """Yields a result for each input. work(inputs, *arguments) gives those of the first few, and how many tokens."""
+        """Yields a result for each input; work(inputs, ...) gives those of the first few, and how many tokens."""
         while inputs:
             began = time.time()
             try:
@@ -398,8 +388,6 @@ class A2D:
             inputs = inputs[len(results) :]
             self._count(kind, bar, requests=len(results), tokens=tokens, seconds=time.time() - began)
             yield from results
-
-    # -- counting, and what goes in the manifest
 
     def _bar(self, total: int, what: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=what, disable=disable or self.rank != 0, unit="request")
@@ -426,11 +414,6 @@ class A2D:
             for task, digest in process_hashes:
                 self.prompts[task].add(digest)
             self.standard_errors += process_rows
-
-    def get_model_info(self) -> dict:
-        return {"model_dtype": self.model.config.dtype}
-
-    # -- processes
 
     def _gather(self, obj) -> list:
         """The objects of all processes."""
