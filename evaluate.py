@@ -231,8 +231,8 @@ class A2D:
         """Log-likelihoods of whole texts: the sums over windows of the model's length."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows, owners = [], []
-        room = self.max_length - int(self.objective != "ar")  # ar is not fed the last token of a window
+        # ar is not fed the last token of a window.
+        windows, owners, room = [], [], self.max_length - int(self.objective != "ar")
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, room, 1):
@@ -254,16 +254,14 @@ class A2D:
         room = self.max_length + int(self.objective == "ar")
         pairs = [(self._cut(context, room - len(answer)), answer) for _, context, answer in requests]
         results = [None] * len(requests)
-        bar = self._bar(len(requests), "log-likelihood", disable_tqdm)
         hook = self.model.register_forward_pre_hook(lambda _, inputs: self._count("scored", forwards=len(inputs[0])))
         # Questions of about the same length come one after the other, and all answers to one of them together.
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
-        for i, result in zip(order, self._batches("scored", bar, [pairs[i] for i in order], self._score)):
+        for result, i in zip(self._batches("scored", self._score, [pairs[i] for i in order], disable_tqdm), order):
             results[i] = result
             if requests[i][0] is not None:  # None: a window, which is not a request of its own
                 self.cache_hook.add_partial("loglikelihood", requests[i][0], result[::2])
         hook.remove()
-        bar.close()
         return results
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> tuple[list[tuple[float, float, bool]], int]:
@@ -288,22 +286,17 @@ class A2D:
     # -- generation
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        answers = [None] * len(requests)
-        bar = self._bar(len(requests), "generation", disable_tqdm)
+        answers, inputs = [None] * len(requests), []
+        for text, given in (request.args for request in requests):
+            until, sampling = self._request_options(given)
+            prompt = self._cut(self.tok_encode(text), self.max_length - sampling["max_new_tokens"])
+            inputs.append((json.dumps(given, sort_keys=True, default=str), prompt, until, sampling))
         # Requests of the same options are generated together, the longest prompts first.
-        kinds = defaultdict(list)
-        for i, request in enumerate(requests):
-            kinds[json.dumps(request.args[1], sort_keys=True, default=str)].append(i)
-        for members in kinds.values():
-            until, sampling = self._request_options(requests[members[0]].args[1])
-            room = self.max_length - sampling["max_new_tokens"]
-            prompts = {i: self._cut(self.tok_encode(requests[i].args[0]), room) for i in members}
-            order = sorted(members, key=lambda i: (-len(prompts[i]), prompts[i]))
-            inputs = [prompts[i] for i in order]
-            for i, text in zip(order, self._batches("generated", bar, inputs, self._generate, until, sampling)):
-                answers[i] = text
-                self.cache_hook.add_partial("generate_until", requests[i].args, text)
-        bar.close()
+        order = sorted(range(len(inputs)), key=lambda i: (inputs[i][0], -len(inputs[i][1]), inputs[i][1]))
+        batches = self._batches("generated", self._generate, [inputs[i] for i in order], disable_tqdm)
+        for text, i in zip(batches, order):
+            answers[i] = text
+            self.cache_hook.add_partial("generate_until", requests[i].args, text)
         self._record(requests)
         return answers
 
@@ -329,16 +322,17 @@ class A2D:
             sampling = self._sampling(**otherwise, **choice)
         return until, sampling | {"max_new_tokens": length}
 
-    def _generate(self, prompts: list[list[int]], until: list[str], sampling: dict) -> tuple[list[str], int]:
-        """The answers to the first prompts, as many as a forward has room for: their texts up to the first stop string,
-        and how many tokens were generated."""
+    def _generate(self, inputs: list[tuple[str, list[int], list[str], dict]]) -> tuple[list[str], int]:
+        """The answers to the first (options, prompt, stop strings, fields of Sampling), as many as a forward has room
+        for: texts up to the first stop string; and how many tokens were generated."""
+        key, longest, until, sampling = inputs[0]
         new = sampling["max_new_tokens"]
-        prompts = prompts[: self._rows(max(1, len(prompts[0])) + new)]
-        prompts = [prompt or [self.prefix_token_id] for prompt in prompts]
+        inputs = inputs[: self._rows(max(1, len(longest)) + new)]
+        prompts = [prompt or [self.prefix_token_id] for options, prompt, *_ in inputs if options == key]
         # A stop string that is a special token ends an answer as the end tokens do.
         added = self.tokenizer.core.get_added_tokens_decoder()
         ends = {*self.tokenizer.end_ids, *(i for i, token in added.items() if token.special and token.content in until)}
-        # Seeded by the prompts: nothing random depends on what else is evaluated.
+        # The prompts are the seed: nothing random depends on what else is evaluated.
         digest = hashlib.sha256(json.dumps(prompts).encode()).digest()
         generator = torch.Generator(self._device).manual_seed(self.options.seed + int.from_bytes(digest[:4]))
 
@@ -351,6 +345,7 @@ class A2D:
                 rows.append(tokens[len(prompt) : stop])
             return rows
 
+        # A row that is done takes part in no further forward.
         running = len(prompts)
         for step in denoise(self.model, prompts, **sampling, end_ids=tuple(sorted(ends)), generator=generator):
             self._count("generated", forwards=running if step.forwards else 0)
@@ -373,12 +368,13 @@ class A2D:
         """Sequences of `longest` tokens for a forward."""
         return self.batch_size or max(1, min(self.room // longest, self.max_batch_size))
 
-    def _batches(self, kind: str, bar: tqdm, inputs: list, work, *arguments):
-        """Yields a result for each input; work(inputs, ...) gives those of the first few, and how many tokens."""
+    def _batches(self, kind: str, work, inputs: list, disable_tqdm: bool):
+        """Yields a result for each of inputs; work(inputs) gives those of the first few, and how many tokens."""
+        bar = tqdm(total=len(inputs), desc=kind, disable=disable_tqdm or self.rank != 0, unit="request")
         while inputs:
             began = time.time()
             try:
-                results, tokens = work(inputs, *arguments)
+                results, tokens = work(inputs)
             except torch.OutOfMemoryError:
                 if self.batch_size is not None or self.room < 1024:  # half the room would not help
                     raise
@@ -386,27 +382,25 @@ class A2D:
                 torch.cuda.empty_cache()
                 continue
             inputs = inputs[len(results) :]
-            self._count(kind, bar, requests=len(results), tokens=tokens, seconds=time.time() - began)
-            yield from results
+            self._count(kind, requests=len(results), tokens=tokens, seconds=time.time() - began)
 
-    def _bar(self, total: int, what: str, disable: bool) -> tqdm:
-        return tqdm(total=total, desc=what, disable=disable or self.rank != 0, unit="request")
-
-    def _count(self, kind: str, bar: tqdm | None = None, **spent: float) -> None:
-        self.counts.update({(kind, name): value for name, value in spent.items()})
-        if bar is not None:
+            # The bar has the rates of the whole run.
             tokens, forwards, seconds = (self.counts[kind, name] for name in ("tokens", "forwards", "seconds"))
-            rate = f"{tokens / max(seconds, 1e-9):.0f}"
-            bar.set_postfix({"tokens/s": rate, "tokens/forward": f"{tokens / max(forwards, 1):.2f}"})
-            bar.update(spent["requests"])
+            rates = {"tokens/s": f"{tokens / max(seconds, 1e-9):.0f}"}
+            bar.set_postfix(rates | {"tokens/forward": f"{tokens / max(forwards, 1):.2f}"})
+            bar.update(len(results))
+            yield from results
+        bar.close()
+
+    def _count(self, kind: str, **spent: float) -> None:
+        self.counts.update({(kind, name): value for name, value in spent.items()})
 
     def _record(self, requests, values=(), errors=()) -> None:
         """Adds the requests of all processes to the prompts, and their standard errors where there are some."""
-        hashes = []
-        for request in requests:
-            text = json.dumps(request.args, default=str)
-            hashes.append((request.task_name, hashlib.sha256(text.encode()).hexdigest()))
-        rows = {}  # by request: lm-eval repeats some, so that all processes have the same number
+        texts = [json.dumps(request.args, default=str).encode() for request in requests]
+        hashes = [(request.task_name, hashlib.sha256(text).hexdigest()) for request, text in zip(requests, texts)]
+        # By request, because lm-eval repeats some so that all processes have the same number.
+        rows = {}
         for request, value, error in zip(requests, values, errors):
             row = {"task": request.task_name, "doc": request.doc_id, "choice": request.idx}
             rows[tuple(row.values())] = row | {"log_likelihood": value, "error": error}

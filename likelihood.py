@@ -49,25 +49,17 @@ class _Row:
 
 @torch.no_grad()
 def log_likelihood(
-    model: LanguageModel,
-    contexts: list[list[int]],
-    continuations: list[list[int]],
-    *,
-    draws: int = 128,
-    generator: torch.Generator | None = None,
-    forward_tokens: int = 4096,
-    check_greedy: bool = False,
+    model: LanguageModel, contexts, continuations, *, draws=128, generator=None, forward_tokens=4096, check_greedy=False
 ) -> tuple[Tensor, ...]:
-    """(estimate, standard error), (B,) float64 each: of log p(continuation | context) in nats. Exact for ar.
+    """(estimate, standard error), (B,) float64 each: of log p(continuation | context), lists of ids, in nats.
 
-    mdlm: an unbiased estimate of the lower bound (MDLM, arXiv 2406.07524, equation 10, with the number of masks in
-    place of the noise level). bd3lm: the sum over blocks of that bound given the clean past (BD3LM, arXiv 2503.09573,
-    equation 8). draws: subsets to mask of each block (mdlm: of the continuation). forward_tokens: the most of a
-    forward, unless one row alone has more. check_greedy: a third tensor, (B,) bool: greedy decoding gives this
+    ar: exact. mdlm: an unbiased estimate of the lower bound (MDLM, arXiv 2406.07524, equation 10, with the number of
+    masks in place of the noise level). bd3lm: the sum over blocks of that bound given the clean past (BD3LM, arXiv
+    2503.09573, equation 8). draws: subsets to mask of each block (mdlm: of the continuation). forward_tokens: the most
+    of a forward, unless one row alone has more. check_greedy: a third tensor, (B,) bool: greedy decoding gives the
     continuation. Raises ValueError for a request longer than the model, or whose first token nothing predicts.
     """
-    config = model.config
-    objective = config.objective or "mdlm"
+    config, objective = model.config, model.config.objective or "mdlm"
     K = {"ar": 1, "mdlm": None, "bd3lm": config.block_length}[objective]
     if objective != "ar" and config.mask_token_id is None:
         raise ValueError("the checkpoint declares no mask_token_id; make a diffusion checkpoint of it with convert.py")
@@ -81,8 +73,7 @@ def log_likelihood(
     # size: of L / n times the sum over S of log p(token | all tokens outside S). The draws form sets that each estimate
     # it. A request has a sum over its queries for each set, and a last one of what is enumerated.
     sets = min(max(draws // 2, 2), 16)
-    sums = np.zeros((len(contexts), sets + 1))
-    greedy = np.ones(len(contexts), dtype=bool)
+    sums, greedy = np.zeros((len(contexts), sets + 1)), np.ones(len(contexts), dtype=bool)
     for batch in _batches(_plan(config, K, contexts, continuations, draws, sets, seed), forward_tokens):
         # Requests that share a row often want the same log-probability, which is read once.
         queries = [np.concatenate(row.queries) for row in batch]
@@ -146,18 +137,17 @@ def _plan(config: Config, K: int | None, contexts, continuations, draws: int, se
 
 
 def _subsets(m: int, draws: int, sets: int, noise: np.random.Generator) -> Iterator[tuple[np.ndarray, float, int]]:
-    """Yields (masked (m,) bool, weight, set): subsets of m tokens whose weighted sums, added in each set, are unbiased.
-
-    All of them if they are no more than `draws`. Otherwise set r draws n at the levels (i + u_r) / b of its b draws.
-    Its subsets lie one after the other around a circle on which the tokens are in random order: each is uniform among
-    those of its size, and together they mask the tokens about equally often.
-    """
+    """Yields (masked (m,) bool, weight, set): subsets of m tokens whose weighted sums in each set are unbiased."""
+    # All of them if they are no more than `draws`: one token is exact.
     if m < 30 and 2**m - 1 <= draws:
         for code in range(1, 2**m):
             masked = code >> np.arange(m) & 1 == 1
             n = int(masked.sum())
             yield masked, 1 / (n * math.comb(m, n)), ENUMERATED
         return
+    # Otherwise set r draws n at the levels (i + u_r) / b of its b draws. Its subsets lie one after the other around a
+    # circle on which the tokens are in random order: each is uniform among those of its size, and together they mask
+    # the tokens about equally often.
     shift = noise.random(sets)
     circle = noise.random((m, sets)).argsort(axis=0).argsort(axis=0)  # where token j is on the circle of set r
     for r in range(sets):
@@ -262,8 +252,7 @@ def _forward(model: LanguageModel, fed: np.ndarray, cache: KVCache | None, K: in
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """For each of hidden (N, D): its target's log-probability, and whether no token is likelier."""
-        log_p, likeliest = [], []
-        chunk = CHUNK[hidden.device.type]
+        log_p, likeliest, chunk = [], [], CHUNK[hidden.device.type]
         for rows, target in zip(hidden.split(chunk), targets.split(chunk)):
             # Logits exist for a slice of the vocabulary at a time; of each its maximum and log-sum-exp are enough.
             chosen, tops, norms = None, [], []
@@ -300,10 +289,8 @@ def is_greedy(model: LanguageModel, contexts: list[list[int]], continuations: li
     verdict = torch.ones(len(contexts), dtype=torch.bool)
     if not any(map(len, continuations)):
         return verdict
-    rows, masks = [], []
-    for context, continuation in zip(contexts, continuations, strict=True):
-        rows.append([*context, *continuation])
-        masks.append([False] * len(context) + [True] * len(continuation))
+    rows = [[*context, *answer] for context, answer in zip(contexts, continuations, strict=True)]
+    masks = [[False] * len(context) + [True] * len(answer) for context, answer in zip(contexts, continuations)]
     wanted = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
     answer = pad_sequence([torch.tensor(mask, dtype=torch.bool) for mask in masks], batch_first=True)
 

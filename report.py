@@ -58,11 +58,11 @@ def manifest(lm, counts: Counter, results: dict, argv: list[str], seconds: float
 
 def _digest(directory: Path) -> str:
     """A hash of a checkpoint's files."""
+    # Each file is hashed on its own, so that the weights are never in memory as a whole.
     digest = hashlib.sha256()
-    for file in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors"), *directory.glob("*.jinja")]):
-        digest.update(file.name.encode())
+    for file in sorted(file for kind in ("json", "safetensors", "jinja") for file in directory.glob(f"*.{kind}")):
         with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
 
 
