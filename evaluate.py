@@ -345,7 +345,7 @@ class A2D:
                 rows.append(tokens[len(prompt) : stop])
             return rows
 
-        # A row that is done takes part in no further forward.
+        # Of the rows of a forward, those count that were not done before it.
         running = len(prompts)
         for step in denoise(self.model, prompts, **sampling, end_ids=tuple(sorted(ends)), generator=generator):
             self._count("generated", forwards=running if step.forwards else 0)
