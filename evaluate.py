@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -468,12 +467,13 @@ def read_command_line(argv: list[str]):
 
 def run(argv: list[str]) -> None:
     """Hands the command line to lm-eval, with our models and tasks; then writes the manifest."""
-    if find_spec("lm_eval") is None:
-        raise ValueError("lm-eval is missing: pip install 'lm-eval[math]==0.4.13'")
-    import yaml
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-    from lm_eval.tasks._yaml_loader import load_yaml
-    from lm_eval.utils import setup_logging
+    try:
+        import yaml
+        from lm_eval.config.evaluate_config import EvaluatorConfig
+        from lm_eval.tasks._yaml_loader import load_yaml
+        from lm_eval.utils import setup_logging
+    except ModuleNotFoundError as error:
+        raise ValueError(f"lm-eval is needed ({error}): pip install 'lm-eval[math]==0.4.13'") from error
 
     began = time.time()
     setup_logging("ERROR" if int(os.environ.get("RANK", 0)) else logging.INFO)
