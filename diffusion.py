@@ -54,12 +54,10 @@ def row_of(table: dict, name: str, what: str):
 
 
 def alpha(t: Tensor, scheduler: str = "linear") -> Tensor:
-    """Probability that a token is still clean at time t."""
     return row_of(SCHEDULES, scheduler, "scheduler")[0](t)
 
 
 def alpha_derivative(t: Tensor, scheduler: str = "linear") -> Tensor:
-    """d alpha / dt."""
     return row_of(SCHEDULES, scheduler, "scheduler")[1](t)
 
 

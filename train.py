@@ -7,8 +7,7 @@
     train                           the loop: read this first
     gradients, update               one optimizer step
 
-Examples and their loss are in diffusion.py; what a run reads is in loaders.py; its directory in resume.py; its log in
-log.py; many processes in parallel.py.
+Beside it: loaders.py (what it reads), resume.py (its directory), log.py (its log), parallel.py (many processes).
 """
 
 import itertools
