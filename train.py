@@ -34,7 +34,7 @@ from cli import one_line_errors
 from diffusion import NORMS, Batch, Example, Noising, loss, training_example
 from files import naming_file
 from loaders import Batching, ChatBatching, Workers, build_loaders, prefetch
-from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, summarize, train_flops
+from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, readable, summarize, train_flops
 from model import OBJECTIVES, Config, LanguageModel
 from options import (
     Count,
@@ -447,7 +447,7 @@ class Run:
         nats = evaluate(self.engine, self.model, rows, collate, batch_size=size, ranks=self.ranks)
         perplexity = math.exp(min(nats, 700))
         self.log.write(self.step, eval_loss=nats, eval_perplexity=perplexity, minutes=self.minutes)
-        self.log.print(f"step {self.step}: evaluation {nats:.4f} nats per token, perplexity {perplexity:,.4g}")
+        self.log.print(f"step {self.step}: evaluation {nats:.4f} nats per token, perplexity {readable(perplexity)}")
         return self.step > 0 and goal is not None and nats <= goal
 
     def evaluation_is_due(self) -> bool:
