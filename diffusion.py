@@ -2,14 +2,14 @@
 
     Schedules and weights   SCHEDULES, WEIGHTS: alpha(t) and a masked token's weight; a new one is a row of its table
     Noise                   Noising, draw_noise: which tokens of a clean Batch are masked, as an explicit Noise
-    Objectives              ar_example, mdlm_example, bd3lm_example: a Batch and its Noise as an Example
+    Objectives              training_example: a Batch and its Noise as an Example, for ar, mdlm or bd3lm
     The loss                loss: of an Example, the same for all three objectives
     Sampling                Sampling: its options. RULES, REMASKING: how many tokens a forward reveals, and which
     The sampler             denoise and Decoding: fills in the masks of a canvas, block by block
     Choosing a token        choose_tokens: from hidden states, without the whole logits
 
 Masked diffusion: MDLM, arXiv 2406.07524. Block diffusion: BD3LM, arXiv 2503.09573. Time t is in (0, 1], 1 = all masked;
-alpha(t) is the probability that a token is still clean. Letters as in model.py, and S for steps.
+alpha(t) is the probability that a token is still clean. The reference is dLLM. Letters as in model.py, and S for steps.
 """
 
 import itertools
@@ -54,12 +54,10 @@ def row_of(table: dict, name: str, what: str):
 
 
 def alpha(t: Tensor, scheduler: str = "linear") -> Tensor:
-    """Probability that a token is still clean at time t."""
     return row_of(SCHEDULES, scheduler, "scheduler")[0](t)
 
 
 def alpha_derivative(t: Tensor, scheduler: str = "linear") -> Tensor:
-    """d alpha / dt."""
     return row_of(SCHEDULES, scheduler, "scheduler")[1](t)
 
 
@@ -121,15 +119,15 @@ class Noise(NamedTuple):
     masked: Tensor
 
 
-# A noise type: (level, uniform, rank, size, noising) -> (level, masked), all (B, T): a token's block has a level in
-# (0, 1) and `size` supervised tokens; the token has a uniform number, and a rank by that among them.
+# A noise type: (level, uniform, rank, size, noising) -> (level, masked), all (B, T). Of a token's block: a draw `level`
+# in [0, 1), `size` supervised tokens. Of the token: a draw `uniform`, and its rank by that in the block.
 
 
 def _by_level(level, uniform, rank, size, noising):
     """Masks each token with probability 1 - alpha(t), t between time_epsilon and time_max."""
     level = noising.time_epsilon + (noising.time_max - noising.time_epsilon) * level
     masked = uniform < 1 - alpha(level, noising.scheduler)
-    return level, masked | (rank == 0) if noising.at_least_one else masked
+    return level, masked | (rank == 0) if noising.at_least_one else masked  # rank 0 is masked anyway if any token is
 
 
 def _by_count(level, uniform, rank, size, noising):
@@ -180,7 +178,7 @@ class Noising(Options):
 def draw_noise(
     batch: Batch, noising: Noising | None = None, *, block_length: int | None = None, seed: int = 0
 ) -> Noise:
-    """The noise of a batch, which is a function of seed, epoch and each row's `sample` alone.
+    """The noise of a batch: that of a row is a function of seed, epoch, its `sample` and the row, not of its batch.
 
     block_length: of the noise; None: one block a document (MDLM). BD3LM draws a level for each block (arXiv 2503.09573,
     equation 8); level_per "sequence" draws one for the row, as the reference does.
@@ -189,12 +187,13 @@ def draw_noise(
     supervised = batch.supervised
     B, T = supervised.shape
 
-    # Number the blocks of each row, over all its documents. `size` is indexed by that number.
+    # Number the blocks of each row, over all its documents. `size` and `level` are indexed by that number, until
+    # `gather` below spreads them over the tokens.
     run = _block_number(batch.document, 0 if block_length is None else batch.position // block_length)
     size = torch.zeros_like(run).scatter_add_(1, run, supervised.long())  # (B, T): supervised tokens of block r
     learned = size > 0
 
-    # Levels cover (0, 1] evenly without coupling rows or processes: sample n has level frac(u + n * golden ratio), and
+    # Levels cover [0, 1) evenly without coupling rows or processes: sample n has level frac(u + n * golden ratio), and
     # its blocks frac(level + a random permutation / blocks), so that no stratum is tied to a place in the row. Blocks
     # without a supervised token take no stratum. All of it, and a uniform number for each token, comes from the
     # sample's own generator.
@@ -269,13 +268,13 @@ def training_example(batch: Batch, config: Config, noising: Noising, *, seed: in
     """The Example of a clean batch for the config's objective, under the noise that `seed` draws."""
     if config.objective == "ar":
         return ar_example(batch, norm_type=norm_type)
-    blocks = {"block_length": config.block_length} if config.objective == "bd3lm" else {}
-    noise = draw_noise(batch, noising, seed=seed, **blocks)
+    K = config.block_length if config.objective == "bd3lm" else None
+    noise = draw_noise(batch, noising, block_length=K, seed=seed)
     if noising.complementary_masks:
         batch, noise = with_complement(batch, noise)
     how = {"weight_type": noising.loss_weight_type, "scheduler": noising.scheduler, "norm_type": norm_type}
     how |= {"mask_id": config.mask_token_id, "right_shift": config.right_shift}
-    return bd3lm_example(batch, noise, **how, **blocks) if blocks else mdlm_example(batch, noise, **how)
+    return mdlm_example(batch, noise, **how) if K is None else bd3lm_example(batch, noise, block_length=K, **how)
 
 
 def ar_example(batch: Batch, *, norm_type: str = "token") -> Example:
@@ -283,18 +282,20 @@ def ar_example(batch: Batch, *, norm_type: str = "token") -> Example:
     document = batch.document if (batch.document > 0).any() else None  # right padding is never seen by a causal query
     layout = Layout.of(batch.position, document, 1)
     weight = torch.ones(batch.tokens.shape)
-    return _example(batch, batch.tokens, layout, _columns(batch) - 1, batch.supervised, weight, True, norm_type)
+    return _example(
+        batch, batch.tokens, layout, torch.arange(batch.tokens.shape[1]) - 1, batch.supervised, weight, True, norm_type
+    )
 
 
 def mdlm_example(
     batch: Batch,
     noise: Noise,
     *,
-    mask_id: int,
-    right_shift: bool = False,
-    weight_type: str = "scheduler",
-    norm_type: str = "token",
-    scheduler: str = "linear",
+    mask_id,
+    right_shift=False,
+    weight_type="scheduler",
+    norm_type="token",
+    scheduler="linear",
 ) -> Example:
     """Masked diffusion (arXiv 2406.07524, equation 11): masked tokens from the whole row.
 
@@ -304,7 +305,7 @@ def mdlm_example(
     document = batch.document if (batch.document != 0).any() else None
     layout = Layout.of(batch.position, document)
     noised = batch.tokens.masked_fill(noise.masked, mask_id)
-    predictor = _columns(batch) - int(right_shift)
+    predictor = torch.arange(batch.tokens.shape[1]) - int(right_shift)
     weight = loss_weight(noise.level, weight_type, scheduler)
     return _example(batch, noised, layout, predictor, noise.masked, weight, right_shift, norm_type)
 
@@ -325,8 +326,8 @@ def bd3lm_example(
     Two streams in one sequence: the noisy copy, then the clean one. With right_shift, block_length 1 and everything
     masked it is the causal model exactly.
     """
-    # The noisy stream: only blocks with a supervised token have a noisy copy, since of the others nobody sees it, nor
-    # is it predicted from. In plain text these are all blocks, in chat the answer's.
+    # Only blocks with a supervised token get a noisy copy; any other would be neither seen nor scored.
+    # In plain text these are all blocks, in chat the answer's.
     clean = Layout.of(batch.position, batch.document, block_length)
     columns, place = _learned_blocks(clean, batch.supervised)
     W = columns.shape[1]
@@ -340,15 +341,17 @@ def bd3lm_example(
     # first token that is the clean stream's previous position.
     predictor = place
     if right_shift:
-        predictor = torch.where(batch.position % block_length == 0, W + _columns(batch) - 1, place - 1)
+        predictor = torch.where(
+            batch.position % block_length == 0, W + torch.arange(batch.tokens.shape[1]) - 1, place - 1
+        )
     weight = loss_weight(noise.level, weight_type, scheduler)
     return _example(batch, streams, layout, predictor, noise.masked, weight, right_shift, norm_type)
 
 
 def _learned_blocks(layout: Layout, supervised: Tensor) -> tuple[Tensor, Tensor]:
     """(columns (B, W), place (B, T)): the columns of the blocks with a supervised token, in order, and where among them
-    a column stands. Where a row has fewer than W, others fill it, whose outputs nobody uses. W is a multiple of T / 16,
-    so that shapes recur."""
+    a column stands. Where a row has fewer than W, others fill it, whose outputs nobody uses. W is T or a multiple
+    of T // 16, so that shapes recur."""
     B, T = supervised.shape
     run = _block_number(layout.document, layout.block)
     learned = torch.zeros(B, T, dtype=torch.bool).scatter_reduce_(1, run, supervised, "amax").gather(1, run)
@@ -356,10 +359,6 @@ def _learned_blocks(layout: Layout, supervised: Tensor) -> tuple[Tensor, Tensor]
     W = min(T, -(-max(1, int(learned.sum(dim=1).max())) // step) * step)
     columns = (~learned).to(torch.int8).argsort(dim=1, stable=True)[:, :W]  # the learned first, then others
     return columns, learned.cumsum(dim=1) - 1
-
-
-def _columns(batch: Batch) -> Tensor:
-    return torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape)
 
 
 NORMS = {  # name: (tokens (B, 1), rows) -> what divides each row's weights, and what divides the sum
@@ -385,12 +384,12 @@ def _example(batch, inputs, layout, predictor, masked, weight, right_shift, norm
 # The loss
 
 # Rows of logits that exist at a time, each V wide. CPU: with 128 a step takes 5 % longer, with 512 no less. CUDA, not
-# measured: each chunk reads and writes the weight's whole gradient, 12 bytes for each of its 2 * chunk multiply-adds.
+# measured: every chunk reads and writes the weight's whole gradient again, so a larger one moves fewer bytes in all.
 CHUNK = {"cpu": 256, "cuda": 2048}
 
 
 def loss(model: LanguageModel, example: Example) -> tuple[Tensor, float]:
-    """(total, denominator): the sum over masked tokens of weight * cross-entropy in nats, and what to divide it by.
+    """(total, denominator): the sum over targets of weight * cross-entropy in nats, and what to divide it by.
 
     The two are summed over all micro-batches and ranks of a step before they are divided, so that neither the loss nor
     its gradient depends on how the global batch is cut.
@@ -403,7 +402,7 @@ def loss(model: LanguageModel, example: Example) -> tuple[Tensor, float]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of weights * cross-entropy of hidden (N, D) @ weight.T (V, D) against targets (N,)."""
+    """Sum of weights * cross-entropy of hidden (N, D) @ weight.T (D, V) against targets (N,)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights):
@@ -422,7 +421,7 @@ class _CrossEntropy(torch.autograd.Function):
             rows = slice(start, min(start + chunk, len(hidden)))
             target, w = targets[rows, None], weights[rows, None].to(wide)
 
-            # The loss is log(norm) minus the target's score, where the likeliest token's probability is 1 / norm.
+            # Scores count from the row's maximum: the largest softmax is exp(0) / norm, log(norm) without another pass.
             scores = torch.mm(hidden[rows], matrix.T, out=buffer[: rows.stop - start]).to(wide)  # (chunk, V)
             chosen = scores.gather(1, target) - scores.amax(dim=1, keepdim=True)
             torch.softmax(scores, dim=1, out=scores)  # in place, a row at a time: one pass over memory
@@ -460,7 +459,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 # A decoding rule: (confidence, token, masked, quota, generator) -> masked'. confidence, token and masked are (B, T),
 # masked being the positions of each row's current block that may still be chosen; quota (B,) is what the schedule would
-# reveal at this step. Every rule leaves fewer masked of a row that has any, so that decoding ends.
+# reveal at this step; none uses token or generator yet. Every rule leaves fewer masked of a row that has any.
 
 
 def ranks(confidence: Tensor, masked: Tensor) -> Tensor:
@@ -513,10 +512,10 @@ def confidence_factor(factor: float):
 
 
 def path_planning(confidence, token, masked, quota, generator):
-    """Masks the least confident of the block's answer, revealed ones included, `quota` fewer than there were.
+    """Masks the least confident generated positions of a block, revealed ones too; the number masked falls by `quota`.
 
-    P2 with self-planning (arXiv 2502.03540), as Open-dLLM decodes: a revealed position's confidence is that of the
-    token now predicted there, yet it keeps the one it has until it is masked again. confidence is -inf elsewhere.
+    P2 with self-planning (arXiv 2502.03540), as Open-dLLM decodes: a revealed position is scored by the token now
+    predicted there, but keeps its own unless it is masked again. confidence is -inf elsewhere.
     """
     answer = confidence > -math.inf
     keep = answer.sum(dim=1) - (masked.sum(dim=1) - quota)
@@ -534,10 +533,10 @@ REMASKING = {  # which tokens stay where the schedule says how many: the rule, a
     "p2": (path_planning, "probability"),
 }
 
-ALL = "leave it out to choose among all tokens"
+OR_ALL = "leave it out to choose among all tokens"
 Temperature = Annotated[float, Bound(lambda t: t >= 0, "0 (the likeliest token) or more"), "T"]
-TopK = Annotated[int, Bound(lambda k: k >= 1, f"at least 1; {ALL}"), "K"]
-TopP = Annotated[float, Bound(lambda p: 0 < p <= 1, f"above 0 and at most 1; {ALL}"), "P"]
+TopK = Annotated[int, Bound(lambda k: k >= 1, f"at least 1; {OR_ALL}"), "K"]
+TopP = Annotated[float, Bound(lambda p: 0 < p <= 1, f"above 0 and at most 1; {OR_ALL}"), "P"]
 Threshold = Annotated[float, Bound(lambda p: 0 < p < 1, "a probability between 0 and 1, 0.9 say"), "P"]
 Entropy = Annotated[float, Bound(lambda nats: nats >= 0, "0 nats or more, 0.1 say"), "NATS"]
 Factor = Annotated[float, Bound(lambda f: f > 0, "above 0, 1 say"), "F"]
@@ -549,11 +548,11 @@ class Sampling(Options):
 
     max_new_tokens: Annotated[Natural, "TOKENS"] = 128  # masks that follow each prompt
     steps: Count = 128
-    """forwards for the whole answer, shared evenly by its blocks; fewer steps reveal more tokens each. More steps than
-    tokens are allowed; those that would reveal nothing are left out. ar takes one a token"""
+    """forwards for the whole answer, shared by as many blocks as it fills (one that straddles blocks takes a few more);
+    fewer steps reveal more tokens each. Steps that would reveal nothing are left out. ar takes one a token"""
     block_size: Tokens | None = None
     """tokens of a decoding block; blocks are decoded from left to right. For bd3lm the checkpoint's block length, where
-    it declares one (default: bd3lm that, mdlm 32; ar has none)"""
+    it declares one (default: bd3lm that; mdlm 32, in Python the whole canvas; ar has none)"""
     steps_per_block: Count | None = None  # forwards for one block (default: by --steps)
     block_align: Literal["sequence", "prompt"] | None = None
     """where blocks start. sequence: multiples of the block size from the first token of the prompt, as in training, so
@@ -675,10 +674,10 @@ def denoise(
     prefix: for a single row of ar or bd3lm. The complete blocks of the prompt's longest common prefix with
     prefix.tokens are taken from its cache instead of being computed again, with the same outcome; it then holds this
     row's.
-    static (default: on CUDA): shapes that recur, and nothing that is read back before the step after it is under way;
-    on CUDA a forward with its choice of tokens is then recorded as a graph and replayed.
+    static (default: on CUDA): a few fixed shapes, and `done` is read only when the next step is under way, so that the
+    CPU never waits; on CUDA a step is then recorded as a graph and replayed.
 
-    Raises ValueError for options that contradict the model, the prompts or each other.
+    Raises ValueError, when the first step is taken, for options that contradict the model, the prompts or each other.
     """
     static = model.head_weight.is_cuda if static is None else static
     batch = Decoding(model, prompts, Sampling(**options), canvas_masks, end_ids, prefix, generator, static)
@@ -718,7 +717,7 @@ class Decoding:
         self.cached = self.objective != "mdlm"
         self.right_shift = int(self.objective == "ar" or bool(config.right_shift))
         self.rule, self.score = options.rule
-        self.fixed_count = self.rule is fixed_count
+        self.fixed_count = self.rule is fixed_count  # for graphs.py, which then knows when blocks begin
         self.remasks = options.remasking == "p2"
         self.copies = 2 if options.cfg_scale else 1  # with guidance every row is fed twice
         check_canvas(config, self.objective, options, prompts, canvas_masks, end_ids, prefix)
@@ -763,21 +762,21 @@ class Decoding:
         options, K = self.options, self.K
         self.offset = torch.zeros_like(self.length)
         align = options.block_align or ("sequence" if self.cached else "prompt")
-        if align == "prompt" and not infilling:
+        if align == "prompt" and not infilling:  # then blocks begin where the prompt ends, at length - max_new_tokens
             self.offset = (options.max_new_tokens - self.length) % K
         self.block = (self.column + self.offset[:, None]) // K
         blocks = int((((self.length - 1).clamp(min=0) + self.offset) // K).max()) + 1
-        self.masks = torch.zeros(self.B, blocks, dtype=torch.int64, device=self.column.device)
-        self.masks.scatter_add_(1, self.block.clamp(max=blocks - 1), self.masked.long())
+        masks = torch.zeros(self.B, blocks, dtype=torch.int64, device=self.column.device)
+        masks.scatter_add_(1, self.block.clamp(max=blocks - 1), self.masked.long())
 
         # The steps are shared evenly by the blocks of the answer (of an infilled canvas: by all its blocks).
         spans = lengths if infilling else [options.max_new_tokens] * self.B
         budgets = [options.steps_per_block or math.ceil(options.steps / max(1, math.ceil(span / K))) for span in spans]
-        self.schedule = self.masks.new_zeros(*self.masks.shape, max(budgets))
+        self.schedule = masks.new_zeros(*masks.shape, max(budgets))
         drawn = {"stochastic": options.stochastic_transfer, "generator": self.generator}
         for steps in set(budgets):
             rows = [row for row in range(self.B) if budgets[row] == steps]
-            self.schedule[rows, :, :steps] = reveal_schedule(self.masks[rows], steps, options.scheduler, **drawn)
+            self.schedule[rows, :, :steps] = reveal_schedule(masks[rows], steps, options.scheduler, **drawn)
 
     def _make_context(self) -> None:
         """Who sees whom, and what is attended to: a cache, or for mdlm the canvas itself under one mask."""
@@ -786,7 +785,7 @@ class Decoding:
         self.cache = self.mask = None
         if self.cached:
             self.layout = Layout.of(self.column, document, self.K, self.offset)
-            # Its last column, T, is a dump: what is written there is never attended to by what matters.
+            # Column T is a dump: what is written there is never attended to by what matters.
             self.cache = KVCache(config, self.copies * self.B, self.T + 1, dtype=weight.dtype, device=weight.device)
         else:
             self.layout = Layout.of(self.column, document if (document < 0).any() else None)
@@ -843,14 +842,15 @@ class Decoding:
         self.done.copy_(self.ended())
 
     def window(self) -> Window:
-        """What is clean and not yet in the cache, and the current block; with right shift also the position before it,
-        which predicts its first token. AR feeds no mask, mdlm everything."""
+        """The current block, and the columns to feed: for mdlm all, for the others what is not yet in the cache."""
         last = (self.length - 1).clamp(min=0)
         first_masked = torch.where(self.masked.any(dim=1), self.masked.int().argmax(dim=1), last)
         current = self.block.gather(1, first_masked[:, None])[:, 0]
         start = (current * self.K - self.offset).clamp(min=0)
         if not self.cached:
             return Window(current, start, torch.zeros_like(start), self.length)
+        # From the first column not in the cache to the block's end. Right shift also needs the column before the block.
+        # With K = 1 the only mask is never fed: its predictor is enough.
         first, stop = self.filled, torch.minimum((current + 1) * self.K - self.offset, self.length)
         if self.right_shift:
             first = torch.minimum(self.filled, (start - 1).clamp(min=0))
@@ -870,7 +870,7 @@ class Decoding:
         columns = window.first[:, None] + torch.arange(W, device=self.tokens.device)
         inside, fetch = columns < window.stop[:, None], columns.clamp(max=self.T - 1)
         layout = self.layout.map(lambda field: field.gather(1, fetch))
-        # Outside, padding: in block 0, so that it sees the dump, since a query that sees nothing may give NaN.
+        # Padding queries see the dump, by block 0: softmax over nothing gives NaN.
         document, block = torch.where(inside, layout.document, -1), torch.where(inside, layout.block, 0)
         layout = layout._replace(document=document, block=block)
         return self.tokens.gather(1, fetch), self.given.gather(1, fetch), layout, torch.where(inside, columns, self.T)
@@ -881,7 +881,7 @@ class Decoding:
         row, column = self.asked_columns(window, asked)
         predictor = (column.clamp(max=self.T - 1) - self.right_shift - window.first[row]).clamp(0, W - 1)
         index = row * W + predictor
-        if self.copies == 2:  # guidance: the rows once more, with what is given masked
+        if self.copies == 2:  # the rows once more, with what is given masked
             tokens, layout = torch.cat([tokens, tokens.masked_fill(given, self.mask_id)]), self._copied(layout)
             index, columns = (
                 torch.cat([index, index + self.B * W]),
@@ -1070,12 +1070,13 @@ def choose_tokens(hidden: list[Tensor], weight: Tensor, options: Sampling, mask_
 
 def _choose_in_slice(logits, start: int, options: Sampling, mask_id, generator, entropy, restricted) -> Slice:
     """logits (N, v) of the tokens from `start` on; they are overwritten."""
+    # Some tokens are never chosen.
     inside = range(start, start + logits.shape[1])
     for token in options.suppress_tokens:
         if token in inside:
             logits[:, token - start].fill_(-math.inf)
     if mask_id in inside:  # never chosen, yet its share of the probability counts, as in the reference
-        share = logits[:, mask_id - start].clone()
+        mask_logit = logits[:, mask_id - start].clone()
         logits[:, mask_id - start].fill_(-math.inf)
 
     # The choice: the likeliest token, or at a temperature the likeliest after Gumbel noise.
@@ -1087,10 +1088,10 @@ def _choose_in_slice(logits, start: int, options: Sampling, mask_id, generator, 
         uniform = torch.rand(noisy.shape, generator=generator, device=noisy.device, dtype=torch.float64)
         best, token = gumbel(noisy, T, uniform).max(dim=1)
 
-    # Its probability, in which tokens of begin_suppress_tokens have no share.
+    # Its probability, over the whole slice with the mask's logit restored, but for tokens of begin_suppress_tokens.
     if mask_id in inside:
-        logits[:, mask_id - start].copy_(share)
-        top = torch.maximum(top, share)
+        logits[:, mask_id - start].copy_(mask_logit)
+        top = torch.maximum(top, mask_logit)
     for suppressed in options.begin_suppress_tokens:
         if suppressed in inside:
             logits[:, suppressed - start].fill_(-math.inf)

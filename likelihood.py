@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from diffusion import CHUNK, denoise, vocabulary_slices
 from model import Config, KVCache, LanguageModel, Layout
@@ -31,13 +32,10 @@ PAST, ENUMERATED, PADDING = -1, -1, -1  # in place of the number of a copy, of a
 
 @dataclass
 class _Row:
-    """One sequence to feed: a clean past, then noisy copies of blocks; and the queries that it answers.
+    """One sequence to feed: a clean past, then noisy copies of blocks; and the queries that it answers."""
 
-    A copy is a block with some tokens masked. The copies of a row see its past but not each other, so that one past
-    serves them all. ar has only a past; mdlm has no past and one copy, the whole sequence. Requests that need the same
-    past (mdlm: the same copy) share a row.
-    """
-
+    # A copy is a block with some tokens masked. Copies see the past but not each other, so that one past serves them
+    # all. ar has only a past, mdlm only a copy, the whole sequence. Requests with the same past (copy) share a row.
     past: tuple[int, ...]
     shared: int  # so many tokens of the past are complete blocks of the context, which other rows may have as well
     copies: dict[tuple[int, bytes], int] = field(default_factory=dict)  # (start, int64 tokens): number of the copy
@@ -51,34 +49,17 @@ class _Row:
 
 @torch.no_grad()
 def log_likelihood(
-    model: LanguageModel,
-    contexts: list[list[int]],
-    continuations: list[list[int]],
-    *,
-    draws: int = 128,
-    generator: torch.Generator | None = None,
-    forward_tokens: int = 4096,
-    check_greedy: bool = False,
+    model: LanguageModel, contexts, continuations, *, draws=128, generator=None, forward_tokens=4096, check_greedy=False
 ) -> tuple[Tensor, ...]:
-    """Returns (estimate, standard_error), (B,) float64 each: log p(continuation | context) in nats.
+    """(estimate, standard error), (B,) float64 each: of log p(continuation | context), lists of ids, in nats.
 
     ar: exact. mdlm: an unbiased estimate of the lower bound (MDLM, arXiv 2406.07524, equation 10, with the number of
-    masks in place of the noise level): over n ~ uniform 1..L of a continuation's L tokens and S a random subset of size
-    n, the mean of L / n times the sum over S of log p(token | all tokens outside S). bd3lm: the sum over blocks of that
-    bound given the clean past (BD3LM, arXiv 2503.09573, equation 8). Blocks start at multiples of the block length, as
-    in training; the last one ends with the continuation.
-
-    draws: subsets of each block (mdlm: of the continuation). A block with no more subsets than that is enumerated, so
-    that one token is exact. Otherwise the draws form sets, each systematic over n with a random shift of its own, and
-    the error is that of the mean over sets. Noise is a function of the generator, the context and the block: answers to
-    one question share it, and the batch does not change it. forward_tokens: the most of a forward, unless one row alone
-    has more. check_greedy: a third tensor, (B,) bool: greedy decoding gives this continuation.
-
-    Raises ValueError for a request longer than the model, and for an empty context where the first token then has no
-    predictor (ar, right shift).
+    masks in place of the noise level). bd3lm: the sum over blocks of that bound given the clean past (BD3LM, arXiv
+    2503.09573, equation 8). draws: subsets to mask of each block (mdlm: of the continuation). forward_tokens: the most
+    of a forward, unless one row alone has more. check_greedy: a third tensor, (B,) bool: greedy decoding gives the
+    continuation. Raises ValueError for a request longer than the model, or whose first token nothing predicts.
     """
-    config = model.config
-    objective = config.objective or "mdlm"
+    config, objective = model.config, model.config.objective or "mdlm"
     K = {"ar": 1, "mdlm": None, "bd3lm": config.block_length}[objective]
     if objective != "ar" and config.mask_token_id is None:
         raise ValueError("the checkpoint declares no mask_token_id; make a diffusion checkpoint of it with convert.py")
@@ -86,13 +67,13 @@ def log_likelihood(
         raise ValueError("bd3lm needs a block length and the checkpoint declares none; see convert.py --block_size")
     if draws < 2:
         raise ValueError(f"draws {draws}: expected at least 2, or there is no standard error")
-    device = "cpu" if generator is None else generator.device
-    seed = int(torch.randint(2**62, (), generator=generator, device=device))
-    sets = min(max(draws // 2, 2), 16)
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
 
-    # A request's log-likelihood is a sum over its queries: one sum for each set, and a last one of what is enumerated.
-    sums = np.zeros((len(contexts), sets + 1))
-    greedy = np.ones(len(contexts), dtype=bool)
+    # The bound is a mean over the number n of masks, uniform in 1..L for a block's L tokens, and over subsets S of that
+    # size: of L / n times the sum over S of log p(token | all tokens outside S). The draws form sets that each estimate
+    # it. A request has a sum over its queries for each set, and a last one of what is enumerated.
+    sets = min(max(draws // 2, 2), 16)
+    sums, greedy = np.zeros((len(contexts), sets + 1)), np.ones(len(contexts), dtype=bool)
     for batch in _batches(_plan(config, K, contexts, continuations, draws, sets, seed), forward_tokens):
         # Requests that share a row often want the same log-probability, which is read once.
         queries = [np.concatenate(row.queries) for row in batch]
@@ -125,10 +106,12 @@ def _plan(config: Config, K: int | None, contexts, continuations, draws: int, se
             raise ValueError("an empty context has nothing to predict from; begin it with the BOS or EOS token")
         if P == T:
             continue
-        # All blocks with a token of the continuation are scored; what is before the last of them is the past.
+        # All blocks with a token of the continuation are scored; what is before the last of them is the past. Blocks
+        # start at multiples of the block length, as in training; the last one ends with the continuation.
         size = K or T
         shared = P // size * size
         past = tuple(tokens[: (T - 1) // size * size].tolist())
+        # Noise depends on the context and the block, so answers to one question share it, and batches do not matter.
         stream = int.from_bytes(hashlib.blake2b(tokens[:P].tobytes(), digest_size=7).digest())
         for start in range(shared, T, size):
             first, stop = max(P, start), min(start + size, T)
@@ -154,18 +137,17 @@ def _plan(config: Config, K: int | None, contexts, continuations, draws: int, se
 
 
 def _subsets(m: int, draws: int, sets: int, noise: np.random.Generator) -> Iterator[tuple[np.ndarray, float, int]]:
-    """Yields (masked (m,) bool, weight, set): subsets of m tokens whose weighted sums, added in each set, are unbiased.
-
-    All of them if they are no more than `draws`. Otherwise set r draws n at the levels (i + u_r) / b of its b draws.
-    Its subsets lie one after the other around a circle on which the tokens are in random order: each is uniform among
-    those of its size, and together they mask the tokens about equally often.
-    """
+    """Yields (masked (m,) bool, weight, set): subsets of m tokens whose weighted sums in each set are unbiased."""
+    # All of them if they are no more than `draws`: one token is exact.
     if m < 30 and 2**m - 1 <= draws:
         for code in range(1, 2**m):
             masked = code >> np.arange(m) & 1 == 1
             n = int(masked.sum())
             yield masked, 1 / (n * math.comb(m, n)), ENUMERATED
         return
+    # Otherwise set r draws n at the levels (i + u_r) / b of its b draws. Its subsets lie one after the other around a
+    # circle on which the tokens are in random order: each is uniform among those of its size, and together they mask
+    # the tokens about equally often.
     shift = noise.random(sets)
     circle = noise.random((m, sets)).argsort(axis=0).argsort(axis=0)  # where token j is on the circle of set r
     for r in range(sets):
@@ -180,8 +162,7 @@ def _subsets(m: int, draws: int, sets: int, noise: np.random.Generator) -> Itera
 def _batches(rows: list[_Row], forward_tokens: int) -> Iterator[list[_Row]]:
     """Yields rows for one forward each. Side by side: rows of similar length, and the answers to one question."""
     batch, cost = [], 0
-    order = sorted(rows, key=lambda row: (len(row.past) + row.width, row.past[: row.shared]), reverse=True)
-    for row in order:
+    for row in sorted(rows, key=lambda row: (len(row.past) + row.width, row.past[: row.shared]), reverse=True):
         if batch and (len(batch) + 1) * cost > forward_tokens:
             yield batch
             batch, cost = [], 0
@@ -265,30 +246,13 @@ def _put(fed: np.ndarray, tokens, start: int, column: int, noisy: int, K: int | 
 
 def _forward(model: LanguageModel, fed: np.ndarray, cache: KVCache | None, K: int | None, index: list, reads: list):
     """The scores of each row's reads from one forward; index: the flat positions in fed (B, T) of their predictors."""
-    device = model.head_weight.device
 
     def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
-
-    # The kinds of layout for which attention needs no mask: without a cache, ar's, and mdlm's if no row is padded.
-    kind = "any"
-    if cache is None and (K == 1 or (K is None and not (fed["document"] == PADDING).any())):
-        kind = "causal" if K else "full"
-    layout = Layout(*(tensor(fed[name]) for name in Layout._fields[:4]), kind)
-    index, head = tensor(np.concatenate(index)), _head(tensor(np.concatenate(reads)["target"]))
-    columns = None if cache is None else tensor(fed["column"])
-    log_p, likeliest = model(tensor(fed["token"]), layout, cache=cache, columns=columns, index=index, head=head)
-    scores = np.zeros(len(index), dtype=SCORE)
-    scores["log_p"], scores["likeliest"] = log_p.cpu().numpy(), likeliest.cpu().numpy()
-    return np.split(scores, np.cumsum([len(read) for read in reads])[:-1])
-
-
-def _head(targets: Tensor):
-    """A head that returns, for each of hidden (N, D), its target's log-probability and whether none is likelier."""
+        return torch.from_numpy(np.ascontiguousarray(x)).to(model.head_weight.device)
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        log_p, likeliest = [], []
-        chunk = CHUNK[hidden.device.type]
+        """For each of hidden (N, D): its target's log-probability, and whether no token is likelier."""
+        log_p, likeliest, chunk = [], [], CHUNK[hidden.device.type]
         for rows, target in zip(hidden.split(chunk), targets.split(chunk)):
             # Logits exist for a slice of the vocabulary at a time; of each its maximum and log-sum-exp are enough.
             chosen, tops, norms = None, [], []
@@ -304,28 +268,34 @@ def _head(targets: Tensor):
             likeliest.append(chosen == torch.stack(tops).amax(dim=0))
         return torch.cat(log_p), torch.cat(likeliest)
 
-    return head
+    # The kinds of layout for which attention needs no mask: without a cache, ar's, and mdlm's if no row is padded.
+    kind = "any"
+    if cache is None and (K == 1 or (K is None and not (fed["document"] == PADDING).any())):
+        kind = "causal" if K else "full"
+    layout = Layout(*(tensor(fed[name]) for name in Layout._fields[:4]), kind)
+    index, targets = tensor(np.concatenate(index)), tensor(np.concatenate(reads)["target"])
+    columns = None if cache is None else tensor(fed["column"])
+    found = model(tensor(fed["token"]), layout, cache=cache, columns=columns, index=index, head=head)
+    scores = np.zeros(len(index), dtype=SCORE)
+    scores["log_p"], scores["likeliest"] = (part.cpu().numpy() for part in found)
+    return np.split(scores, np.cumsum([len(read) for read in reads])[:-1])
 
 
 @torch.no_grad()
 def is_greedy(model: LanguageModel, contexts: list[list[int]], continuations: list[list[int]]) -> Tensor:
-    """(B,) bool: greedy decoding gives the continuation: a token a forward, of a block's the likeliest first.
-
-    Stops when every row has failed.
-    """
+    """(B,) bool: greedy decoding gives the continuation: a token a forward, of a block's the likeliest first."""
     if model.config.objective == "ar":
         return log_likelihood(model, contexts, continuations, check_greedy=True)[2]
-    rows = [[*context, *continuation] for context, continuation in zip(contexts, continuations, strict=True)]
-    T = max(map(len, rows), default=0)
-    wanted, answer = torch.zeros(len(rows), T, dtype=torch.int64), torch.zeros(len(rows), T, dtype=torch.bool)
-    for i, (context, row) in enumerate(zip(contexts, rows)):
-        wanted[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        answer[i, len(context) : len(row)] = True
-    verdict = torch.ones(len(rows), dtype=torch.bool)
-    if not answer.any():
+    verdict = torch.ones(len(contexts), dtype=torch.bool)
+    if not any(map(len, continuations)):
         return verdict
-    canvas_masks = [mask[: len(row)] for mask, row in zip(answer.tolist(), rows)]
-    for step in denoise(model, rows, canvas_masks=canvas_masks, max_new_tokens=0, steps_per_block=T):
+    rows = [[*context, *answer] for context, answer in zip(contexts, continuations, strict=True)]
+    masks = [[False] * len(context) + [True] * len(answer) for context, answer in zip(contexts, continuations)]
+    wanted = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+    answer = pad_sequence([torch.tensor(mask, dtype=torch.bool) for mask in masks], batch_first=True)
+
+    # A row has failed at its first wrong token; no further forward is needed once all have.
+    for step in denoise(model, rows, canvas_masks=masks, max_new_tokens=0, steps_per_block=wanted.shape[1]):
         wrong = answer & ~step.masked.cpu() & (step.tokens.cpu() != wanted)
         verdict = ~wrong.any(dim=1)
         if not verdict.any():

@@ -61,8 +61,7 @@ class Log:
         """On the bar, which shows the time left by itself; left: minutes."""
         if self.silent:
             return
-        shown = {name: f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}" for name, value in metrics.items()}
-        text = " ".join(f"{name} {value}" for name, value in shown.items())
+        text = " ".join(f"{name} {readable(value)}" for name, value in metrics.items())
         if self.bar.disable:
             print(f"step {step}/{self.total} {text} minutes_left {left:.3g}", flush=True)
         else:
@@ -94,6 +93,10 @@ class Log:
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def readable(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def import_wandb():

@@ -6,10 +6,10 @@
     LanguageModel           the decoder; module names equal Hugging Face names, so a state dict is the checkpoint
 
 Causal, bidirectional and block-causal attention, the two streams of BD3LM training, packed documents and padding are
-all values of these three integers, never another code path.
+all values of these three integers, never another definition; only the kernel differs.
 
-B batch, T tokens, K tokens of a block, N selected tokens, D hidden, H heads, G key/value heads, C head width,
-V vocabulary, L layers.
+B batch, T tokens, Q queries, K keys (elsewhere tokens of a block), N selected tokens, D hidden, H heads, G key/value
+heads, C head width, V vocabulary, L layers.
 """
 
 import functools
@@ -118,7 +118,8 @@ class Layout(NamedTuple):
         return cls(position, zeros if document is None else document, block, zeros, kind)
 
     def two_stream(self) -> "Layout":
-        """(B, 2T): a noisy copy of every token, then the clean ones (BD3LM training; arXiv 2503.09573, section 3.2)."""
+        """(B, 2T): a noisy copy of every token, then the clean ones (arXiv 2503.09573, section 3.2). The plain
+        form that tests compare with: bd3lm_example leaves out the copies that nobody needs."""
         position, document, block, noisy = (torch.cat([field, field], dim=1) for field in self[:4])
         noisy[:, : self.noisy.shape[1]] = 1
         return Layout(position, document, block, noisy)
@@ -147,8 +148,8 @@ def attention_mask(q: Layout, k: Layout):
     if q is k and q.kind != "any":
         return q.kind
 
-    # On CUDA FlexAttention skips the tiles in which nothing is visible. Within one tile nothing can be skipped, nor has
-    # torch 2.13 a kernel for all of those with grouped heads; a cache's queries are few; and it has no CPU backward.
+    # On CUDA FlexAttention skips the tiles in which nothing is visible. Not within one tile (nothing to skip, and torch
+    # 2.13 lacks some kernels for grouped heads), with a cache (few queries), or on a CPU (no backward).
     if q.position.is_cuda and q is k and q.position.shape[1] > TILE:
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -166,7 +167,7 @@ def _compiled(function):
 
 
 def folded(mask: Tensor, share: int, dtype: torch.dtype) -> Tensor:
-    """A bool mask (B, 1, Q, K) as `attention` adds it to the scores of `share` heads' queries: (B, 1, share * Q, K)."""
+    """A bool mask (B, 1, Q, K) as 0 and -inf, repeated for the `share` query heads of a group: (B, 1, share * Q, K)."""
     # On CUDA only the flash kernel, which takes no mask, and the slow one know groups of heads (torch's manual). So a
     # group's queries stand in one row, as if of one head; exact, and as fast on a CPU.
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf).repeat(1, 1, share, 1)
@@ -175,7 +176,7 @@ def folded(mask: Tensor, share: int, dtype: torch.dtype) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """Softmax attention of q (B, H, Q, C) over k, v (B, G, K, C), H a multiple of G.
 
-    mask: `attention_mask`'s, a tensor among them `folded`.
+    mask: from `attention_mask`; if it is a tensor, `folded`.
     """
     if isinstance(mask, str):  # full or causal
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=True)
@@ -218,7 +219,7 @@ class KVCache:
 
 
 def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, C) of the rotary angles at `position` (B, T), computed in float32, as `rotate` takes them:
+    """cos, and sin with its first half negated, (B, 1, T, C), of the rotary angles at `position` (B, T), in float32:
     RoPE, arXiv 2104.09864, in the half-split form of the published checkpoints."""
     C = config.head_dim
     frequency = config.rope_theta ** -(torch.arange(0, C, 2, dtype=torch.float32, device=position.device) / C)
@@ -316,6 +317,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """A container that gives Hugging Face's names; `LanguageModel.forward` runs it."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -7,8 +7,7 @@
     train                           the loop: read this first
     gradients, update               one optimizer step
 
-Examples and their loss are in diffusion.py; what a run reads is in loaders.py; its directory in resume.py; its log in
-log.py; many processes in parallel.py.
+Beside it: loaders.py (what it reads), resume.py (its directory), log.py (its log), parallel.py (many processes).
 """
 
 import itertools
@@ -37,7 +36,7 @@ from cli import one_line_errors
 from diffusion import NORMS, Batch, Example, Noising, loss, training_example
 from files import naming_file
 from loaders import Batching, ChatBatching, Workers, build_loaders, prefetch
-from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, summarize, train_flops
+from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, readable, summarize, train_flops
 from model import OBJECTIVES, Config, LanguageModel
 from options import (
     Count,
@@ -88,8 +87,8 @@ class Optimization(Options):
     "optimization"
 
     loss_norm_type: Literal[*NORMS] = "token"
-    """what the loss is divided by. token: the supervised tokens of the global batch. sequence: each row's by its own,
-    and by the rows. batch: the rows alone"""
+    """what the loss is averaged over. token: supervised tokens of the global batch. sequence: tokens within each row,
+    then rows. batch: rows"""
     optim: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the layers' matrices, AdamW on the rest; much faster from random weights"""
     learning_rate: Annotated[Positive, "RATE"] = 1e-4  # peak; Muon's is scaled to the size of AdamW's updates
@@ -97,8 +96,8 @@ class Optimization(Options):
     """how the learning rate falls to 0 after the warm-up; constant: it stays at its peak"""
     warmup_ratio: Share = 0.1  # part of the run, 0 to 1, in which the learning rate rises from 0
     weight_decay: Annotated[NonNegative, "RATE"] = 0.0  # of the matrices, a step, times learning rate
-    adam_beta1: Decay = 0.9  # AdamW's beta1
-    adam_beta2: Decay = 0.999  # AdamW's beta2
+    adam_beta1: Decay = 0.9  # AdamW's decay of the gradient's mean
+    adam_beta2: Decay = 0.999  # AdamW's decay of its mean square
     adam_epsilon: Annotated[NonNegative, "E"] = 1e-8  # added to the root of AdamW's mean square
     max_grad_norm: Annotated[NonNegative, "NORM"] = 1.0  # clip the gradient's norm; 0: do not
     num_train_epochs: Annotated[Positive, "N"] = 20.0  # passes over the data
@@ -155,7 +154,7 @@ class Settings(
         super().__post_init__()
         if self.optim == "muon" and self.parallel != "ddp":
             raise ValueError(
-                f"--optim muon needs whole matrices, which --parallel {self.parallel} shards; use ddp, or adamw"
+                f"--optim muon needs whole matrices, which --parallel {self.parallel} shards; use ddp or adamw"
             )
         if self.packing and self.stage == "pt":
             raise ValueError("--packing is for --stage sft; plain text is always packed")
@@ -179,7 +178,9 @@ class Settings(
 
     def check_noise(self, objective: str) -> None:
         """Refuses noise for ar, which has none, once the checkpoint has declared the objective."""
-        for name in self.given & flags(Noising).keys() if objective == "ar" else ():
+        if objective != "ar":
+            return
+        for name in self.given & flags(Noising).keys():
             raise ValueError(f"--{name} {getattr(self, name)}: ar has no noise; leave it out, or pass --objective")
 
     @property
@@ -190,7 +191,7 @@ class Settings(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model and data
+# The model
 
 
 def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
@@ -207,19 +208,21 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
         tokenizer = Tokenizer(source)
         model = load_model(source, dtype=torch.float32)
         mask_id = None if tokenizer.mask_added else tokenizer.mask_id
-    config = declare(
+    declare(
         model.config,
         objective=args.objective,
         block_length=args.block_size,
         right_shift=args.right_shift_logits,
         mask_token_id=mask_id,
     )
+    config = model.config
     tokenizer.fit(config.vocab_size, mask=config.objective != "ar")
     K = config.block_length if config.objective == "bd3lm" else 1
     if K > args.max_length:
         raise ValueError(f"block size {K} exceeds --max_length {args.max_length}; lower the one or raise the other")
     if args.packing and config.objective == "mdlm":
         raise ValueError("--packing: mdlm learns chat with its padding, which packed rows do not have; leave it out")
+    # bd3lm fills chat rows up to whole blocks; plain text is cut at max_length.
     longest = -(-args.max_length // K) * K if args.stage == "sft" else args.max_length
     if args.pad_to is not None and args.pad_to < longest:
         raise ValueError(f"--pad_to {args.pad_to} is less than the longest row, {longest}; raise it, or leave it out")
@@ -279,7 +282,7 @@ def evaluate(engine, model: LanguageModel, rows: data.Rows, collate, *, batch_si
     """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased.
 
     Mask counts with weight m/n (diffusion.draw_noise) under noise that is fixed, whatever the run trains with. Padding
-    that mdlm or bd3lm must predict costs nats but is no token, so that the three objectives compare. Rows are taken in
+    that mdlm or bd3lm predict adds to the sum, not to the count, so that the objectives compare. Rows are taken in
     order of length, so that a batch has little padding, and always the same. The ranks take batches in turn.
     """
     noising = Noising(noise_type="count")
@@ -355,7 +358,7 @@ class Run:
         # The first step's data is read here, so that what cannot be read is refused before anything is written.
         self.prefetched = prefetch(self._prepare_steps(), PREFETCH[ranks.device.type])
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
-        self._write_first(begin_at)
+        self._prepare_directory(begin_at)
         self.log = Log(self.output, self.step, self.steps, silent=ranks.rank > 0, wandb=wandb)
         dtype = args.computes_in(ranks.device)
         self.log.print(describe(args, self.model, self.loaders.about, self.steps, ranks, dtype))
@@ -393,7 +396,7 @@ class Run:
                 examples = [example.map(Tensor.pin_memory) for example in examples]
             yield StepData(micro_batches, examples, flops, self.loaders.train.state)
 
-    def _write_first(self, begin_at: Path | None) -> None:
+    def _prepare_directory(self, begin_at: Path | None) -> None:
         """The directory, without what an overwritten run left in it, and args.json."""
         if self.ranks.rank == 0:
             for path in resume.existing_files(self.output, overwrite=True) if begin_at is None else []:
@@ -474,7 +477,7 @@ class Run:
             )
         perplexity = math.exp(min(nats, 700))
         self.log.write(self.step, eval_loss=nats, eval_perplexity=perplexity, minutes=self.minutes)
-        self.log.print(f"step {self.step}: evaluation {nats:.4f} nats per token, perplexity {perplexity:,.4g}")
+        self.log.print(f"step {self.step}: evaluation {nats:.4f} nats per token, perplexity {readable(perplexity)}")
         return self.step > 0 and goal is not None and nats <= goal
 
     def evaluation_is_due(self) -> bool:
@@ -507,10 +510,11 @@ class Run:
     def save_final(self) -> None:
         resume.save_whole(self.model, self.output / resume.FINAL, self.save_dtype, self.tokenizer, self.ranks)
 
-    def end_early(self) -> None:
+    def end_early(self) -> bool:
         goal = self.args.stop_at_eval_loss
         self.log.print(f"step {self.step}: the evaluated bound is at most {goal}; the run ends")
         self.save_final()
+        return True
 
     def close(self) -> None:
         self.prefetched.close()
@@ -535,27 +539,27 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
     run = Run(args, ranks, resume.resume_point(args, output, ranks))
 
     # From here on a signal ends the run after its step, with a save. First evaluate the model as it came.
-    signals.steps, ended, stopped = True, False, False
+    signals.steps = True
+    ended = stopped = False
     now = run.progress(run.minutes_before, run.step)
     if run.evaluation_is_due() and run.evaluate():
-        run.end_early()
-        ended = True
+        ended = run.end_early()
 
     while not ended and run.step < run.steps:
         began = time.perf_counter()
         batch = next(run.steps_data)
 
-        # The loss is divided by the supervised tokens of the GLOBAL batch, so the ranks add theirs up before the first
-        # backward pass. With them travel signals, as all ranks must stop at the same step, and the clock of rank 0.
+        # The loss is divided by a count over the GLOBAL batch (supervised tokens, by default): the ranks add theirs up
+        # before the first backward pass. With it travel signals, so that all stop at the same step, and rank 0's clock.
         clock = run.minutes if ranks.rank == 0 else 0
         denominator, signalled, minutes = ranks.sum(batch.denominator, signals.number > 0, clock)
 
         # The learning rate follows the steps or, where --max_minutes ends the run earlier, the time; with steps counted
-        # so that neither the first nor the last has rate 0.
+        # so that neither the first nor the last has rate 0 (but for one that ends at the time's cap).
         spent = 0.0 if args.max_minutes is None else minutes / args.max_minutes
         rate = learning_rate(min(1.0, max((run.step + 1) / (run.steps + 1), spent)), args)
 
-        # Forward, backward, update. A loss that is not finite on one rank makes the gradient not finite on all of them,
+        # A loss that is not finite on one rank makes the gradient not finite on all of them,
         # so that all leave the step out.
         total, norm = gradients(run.engine, run.sync, run.model, batch.examples, denominator, args.max_grad_norm, ranks)
         run.step += 1
@@ -566,7 +570,7 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
             run.skip(batch)
             run.count(batch, 0.0, 0, time.perf_counter() - began)
 
-        # Once in a while: log, save, evaluate. The last step does all three, and a signal saves.
+        # The last step logs, saves and evaluates, others once in a while; a signal saves.
         ended = run.step == run.steps or (args.max_minutes is not None and minutes >= args.max_minutes)
         stopped = signalled > 0 and not ended
         before, now = now, run.progress(minutes, run.step)
@@ -578,13 +582,11 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
             run.save_final()
         if stopped:
             break
-        if run.loaders.eval_rows is not None and (run.due(run.eval_every, before, now) or ended):
-            reached = run.evaluate()
-            if reached and not ended:
-                run.end_early()
-                ended = True
-                if run.step % args.logging_steps:
-                    run.write_metrics(batch.epoch, rate, norm)
+        due = run.loaders.eval_rows is not None and (run.due(run.eval_every, before, now) or ended)
+        if due and run.evaluate() and not ended:
+            ended = run.end_early()
+            if run.step % args.logging_steps:
+                run.write_metrics(batch.epoch, rate, norm)
 
     run.close()
     if stopped:
@@ -629,7 +631,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with one_line_errors("train.py"):
             args = Settings.parse(argv)
-            ranks = setup()  # here a rank may wait for others, deaf to signals: until then they do what they always do
+            ranks = setup()  # may block, waiting for other ranks; so our signal handlers are installed after it
             with Signals() as signals:
                 status = train(args, ranks, signals)
     except SystemExit as end:
@@ -637,7 +639,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code)  # to leave the group in order would be to wait for the others, and not to leave it may abort
+        os._exit(end.code)  # destroy_process_group would wait for the other ranks; an exit without it may abort
     if dist.is_initialized():
         dist.destroy_process_group()
     if status:

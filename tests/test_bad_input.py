@@ -282,7 +282,7 @@ def test_a_chat_template_that_fails_is_told(refused, tmp_path, template):
         refused(program, command(program, model), f"the chat template refuses these messages: .*{BROKEN[template]}")
     if evaluate is not None:
         with pytest.raises(ValueError, match=BROKEN[template]):
-            evaluate.MDLM(pretrained=str(model)).apply_chat_template([{"role": "user", "content": "a"}])
+            evaluate.models()["a2d_mdlm"](pretrained=str(model)).apply_chat_template([{"role": "user", "content": "a"}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
 
 
 def lm(checkpoints, objective: str, batch_size=4, **model_args):
-    return evaluate.MODELS[f"a2d_{objective}"](batch_size=batch_size, pretrained=checkpoints[objective], **model_args)
+    return evaluate.models()[f"a2d_{objective}"](batch_size=batch_size, pretrained=checkpoints[objective], **model_args)
 
 
 def words(n: int, seed: int = 0) -> str:
@@ -339,11 +339,11 @@ def test_wrong_model_args_are_named(model_args, message):
 
 def test_an_objective_that_is_not_the_models_is_refused(checkpoints):
     with pytest.raises(ValueError, match=r"--model a2d_bd3lm contradicts .* declares objective mdlm; pass --model a2d"):
-        evaluate.BD3LM(pretrained=checkpoints["mdlm"], block_size=4)
+        evaluate.models()["a2d_bd3lm"](pretrained=checkpoints["mdlm"], block_size=4)
     with pytest.raises(ValueError, match="contradicts the checkpoint"):
-        evaluate.AR(pretrained=checkpoints["bd3lm"])
+        evaluate.models()["a2d_ar"](pretrained=checkpoints["bd3lm"])
     with pytest.raises(ValueError, match="batch_size 0"):
-        evaluate.AR(pretrained=checkpoints["ar"], batch_size=0)
+        evaluate.models()["a2d_ar"](pretrained=checkpoints["ar"], batch_size=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

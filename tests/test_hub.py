@@ -89,7 +89,7 @@ def test_ar_is_lm_evals_own_hf_on_every_task(repo, tmp_path, manager, capsys):
         convert.main(["--model_name_or_path", path, "--to", "ar", "--output_dir", str(tmp_path / "ar")])
         path = str(tmp_path / "ar")
     given = {"pretrained": path, "dtype": "float32", "batch_size": 4}
-    models = [evaluate.AR(**given), hf(**given, device="cpu", enable_thinking=False)]
+    models = [evaluate.models()["a2d_ar"](**given), hf(**given, device="cpu", enable_thinking=False)]
     lines, seconds = [], [0.0, 0.0]
     for task, (shots, chat, length) in CELLS.items():
         runs = []
