@@ -1,13 +1,10 @@
-"""Evaluation: what lm-eval is told and hears, the tasks in tasks/, the sandbox, manifests and their table."""
+"""Evaluation: what lm-eval is told and hears, the tasks in tasks/, manifests and their table."""
 
-import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,17 +26,6 @@ from options import flags
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def load(name: str):
-    """A module of tasks/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tasks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sandbox = load("sandbox")
 
 
 @pytest.fixture(scope="module")
@@ -503,91 +489,6 @@ def test_letters_are_read_as_the_task_files_say():
         for text, letter in answers.items():
             found = pattern.findall(text)
             assert (found[0] if found else None) == letter
-
-
-try:
-    sandbox.check()
-    no_sandbox = ""
-except ValueError as error:
-    no_sandbox = str(error)
-sandboxed = pytest.mark.skipif(bool(no_sandbox), reason=f"no namespaces here: {no_sandbox}")
-
-
-@sandboxed
-@pytest.mark.parametrize(
-    "program",
-    [
-        "def add(a, b): return a + b\nassert add(1, 2) == 3",
-        "import math, tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')",
-        "print('x' * 10**6)",
-        "import subprocess\nassert subprocess.run(['echo', '1'], capture_output=True).stdout == b'1\\n'",
-    ],
-)
-def test_a_program_that_raises_nothing_passes(program):
-    assert sandbox.passes(program)
-
-
-HOSTILE = {
-    "a wrong answer": "assert 1 == 2",
-    "leaving early": "import sys\nsys.exit(0)",
-    "leaving at once": "import os\nos._exit(0)",
-    "a fork bomb": "import os\nwhile True: os.fork()",
-    "a fork bomb that catches": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-    "an endless loop": "while True: pass",
-    "sleeping": "import time\ntime.sleep(60)",
-    "10 GB": "x = bytearray(10 << 30)",
-    "a large file": "with open('x', 'wb') as f: f.write(bytes(20 << 20))",
-    "a network connection": "import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=1)",
-    "reading standard input": "input()",
-    "a child that survives": "import subprocess\nsubprocess.Popen(['sleep', '4321'], start_new_session=True)",
-    "a grandchild that survives": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
-    "        time.sleep(4321)\n    os._exit(0)\nos.wait()",
-    "making the system writable": "import ctypes\nlibc = ctypes.CDLL(None)\n"
-    "assert libc.mount(b'none', b'/', None, 32 | 4096, None) == 0",
-    "ending its warden": "import os\nos.kill(1, 9)\nos.kill(-1, 9)",
-}
-
-
-@sandboxed
-@pytest.mark.parametrize("name", HOSTILE)
-def test_what_would_do_harm_is_contained_and_fails(name):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.01)
-        program = HOSTILE[name].replace("PORT", str(server.getsockname()[1]))
-        began = time.time()
-        assert not sandbox.passes(program, timeout=1.5)
-        assert time.time() - began < 60  # hundreds of processes take their time to end
-        with pytest.raises(TimeoutError):
-            server.accept()
-    running = [Path(path, "cmdline") for path in Path("/proc").glob("[0-9]*")]
-    assert not any(b"4321" in file.read_bytes() for file in running if file.exists() and b"sleep" in file.read_bytes())
-
-
-@sandboxed
-def test_a_file_written_elsewhere_is_not_written(tmp_path):
-    target = tmp_path / "escaped"
-    assert not sandbox.passes(f"open({str(target)!r}, 'w').write('x')")
-    assert not target.exists()
-
-
-@sandboxed
-def test_programs_and_scores_are_upstreams():
-    programs = load("programs")
-    doc = {"prompt": "def f(a):\n"}
-    assert programs.humaneval_programs([["    return a\n```\nbye"]], [doc]) == [["def f(a):\n    return a\n"]]
-    assert programs.mbpp_programs([["\ndef f(): pass\n```\nbye"]], [{}]) == [["def f(): pass"]]
-    assert programs.mbpp_programs([["def f(): pass\n```\nbye"]], [{}]) == [[" f(): pass"]]  # upstream's reading
-    assert programs.mbpp_programs([["nothing"]], [{}]) == [[""]]
-    good, bad, test = "def f(a):\n    return a\n", "def f(a):\n    return 0\n", "assert f(1) == 1"
-    assert programs.pass_at_k([test], [[good]], [1]) == {"pass@1": 1.0}
-    assert programs.pass_at_k([test], [[good, bad, bad, bad]], [1, 2]) == pytest.approx({"pass@1": 0.25, "pass@2": 0.5})
-    assert programs.pass_at_1([test], [[bad]]) == 0.0
-
-
-def test_without_namespaces_the_task_refuses_and_names_upstreams(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"unshare .* is missing.*humaneval_instruct"):
-        load("programs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
