@@ -42,8 +42,10 @@ def reading(file: Path):
         raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; fetch it again") from error
 
 
-def why_invalid(messages, *, answered: bool = False) -> str | None:
+def why_invalid(messages, tools=None, *, answered: bool = False) -> str | None:
     """Why `messages` are no valid chat, or None. answered: it must end with an assistant's turn, to be learnt."""
+    if tools and not named(tools):
+        return "tools that are no list of named functions"
     if not isinstance(messages, list) or not messages:
         return "no messages"
     for message in messages:
@@ -52,8 +54,7 @@ def why_invalid(messages, *, answered: bool = False) -> str | None:
             return f"unknown role {role!r:.40}"
         if not isinstance(message.get("content"), str):
             return "content that is no string"
-        calls = message.get("tool_calls") or []
-        if not isinstance(calls, list) or not all(isinstance(function_of(call).get("name"), str) for call in calls):
+        if message.get("tool_calls") and not named(message["tool_calls"]):
             return "tool calls that are no list of named functions"
     return "no assistant turn at the end" if answered and messages[-1]["role"] != "assistant" else None
 
@@ -62,6 +63,10 @@ def function_of(tool) -> dict:
     """The function of a tool, or of a call of one: a field of it, or itself."""
     tool = tool if isinstance(tool, dict) else {}
     return tool["function"] if isinstance(tool.get("function"), dict) else tool
+
+
+def named(tools) -> bool:
+    return isinstance(tools, list) and all(isinstance(function_of(tool).get("name"), str) for tool in tools)
 
 
 def reasoning(message: dict) -> str:
@@ -227,24 +232,25 @@ class Tokenizer:
         whole, last = self.text(messages, thinking=mode, tools=tools), len(messages) - 1
 
         def turn(before: list[dict], chat: list[dict], at: int) -> list[int] | None:
-            """The borders of the last turn of `chat`, which follows `before` and its text, that ends at `at` in the
-            whole; None where the whole has it otherwise."""
-            skip = len(self.text(before, thinking=mode, tools=tools)) if before else 0
-            text = whole if chat is messages else self.text(before + chat, thinking=mode, tools=tools)[skip:]
-            asked, options = before + chat[:-1], {"thinking": mode, "tools": tools}
-            if thinking is None:
-                options["thinking"] = bool(reasoning(chat[-1]))
-            prompt = self.fill(asked, reply=True, **options)[skip:]
-            begin = at + len(prompt)
-            if not whole.startswith(prompt, at):
-                # A prompt that ends in <think>, say, for an answer without: they share what comes before, by tokens.
-                question = self.fill(asked, reply=False, **options)[skip:]
-                ending, begin = prompt.removeprefix(question), at + len(question)
-                if ending == prompt or not whole.startswith(question, at):
-                    return None
-                ends = [end for _, end in self.core.encode(ending).offsets]
-                begin += max((end for end in ends if whole.startswith(ending[:end], begin)), default=0)
-            return [begin, at + len(text)] if whole.startswith(text, at) else None
+            """The borders of the last turn of `chat`, which follows `before`; the text of that ends at `at` in the
+            whole. None where the whole has it otherwise."""
+            base = self.text(before, thinking=mode, tools=tools) if before else ""
+            text = whole if chat is messages else self.text(before + chat, thinking=mode, tools=tools)
+            options = {"thinking": bool(reasoning(chat[-1])) if thinking is None else thinking, "tools": tools}
+            prompt = self.fill(before + chat[:-1], reply=True, **options)
+            if not (text.startswith(base) and prompt.startswith(base)):
+                return None
+            text, prompt = text[len(base) :], prompt[len(base) :]
+            if not whole.startswith(text, at) or whole.startswith(prompt, at):
+                return [at + len(prompt), at + len(text)] if whole.startswith(text, at) else None
+
+            # A prompt that ends in <think>, say, for an answer without: they share what comes before, by tokens.
+            question = self.fill(before + chat[:-1], reply=False, **options)[len(base) :]
+            ending, begin = prompt.removeprefix(question), at + len(question)
+            if ending == prompt or not whole.startswith(question, at):
+                return None
+            shared = [end for _, end in self.core.encode(ending).offsets if whole.startswith(ending[:end], begin)]
+            return [begin + max(shared, default=0), at + len(text)]
 
         # Templates seldom look far back. So that a long chat is not rendered from its beginning for every turn, a turn
         # follows the exchange before it alone, and only where this does not give the text of the whole, all turns.
