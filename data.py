@@ -158,7 +158,7 @@ def parse_specs(text: str) -> list[Spec]:
 
         # Its name
         if not (name := unquoted(match[1])):
-            raise ValueError(f"dataset spec {part!r} has an empty name")
+            raise ValueError(f"dataset spec {part!r:.99} has an empty name")
         specs.append(Spec(name, options.get("name"), options.get("lang"), limits, "whole" in options))
 
     # A file whose name holds a + was probably meant as one set
@@ -347,7 +347,9 @@ def local_source(spec: Spec, path: Path) -> tuple[str, dict]:
         options = {"sample_by": "document"} if spec.whole else {"keep_linebreaks": True}
     if path.is_file():
         return builders.pop(), {"data_files": glob.escape(str(path)), **options}
-    if options and spec.config is None and (builders == {"text"} or not (path / "README.md").exists()):
+    card = path / "README.md"
+    configured = builders != {"text"} and card.is_file() and b"configs:" in card.read_bytes()
+    if options and spec.config is None and not configured:
         return builders.pop(), {"data_dir": str(path), **options}
     return str(path), {}
 
@@ -409,7 +411,7 @@ def naming_errors(name: str):
 
         # The reason is the error beneath that of `datasets`
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
-        reason, kind = " ".join(str(cause).split()), type(cause).__name__
+        name, reason, kind = name[:300], " ".join(str(cause).split())[:600], type(cause).__name__
 
         # What users often meet gets a way out
         message = f"cannot load {name}: {reason}"
