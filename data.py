@@ -3,20 +3,26 @@
     parse_specs -> load_split -> RowEncoder (chat or plain text) -> Rows (-> Packed), for loaders.py
 
 A dataset spec is `name[key:value,...]`, several of them joined by `+` or `|`. A name is a dataset on the Hub, a local
-file (.jsonl .json .txt .parquet) or directory, here or under $BASE_DATASETS_DIR, or a builtin set, which needs no
-network: `builtin/sums` (chat), `builtin/stdlib` (plain text). A name or value that holds one of `+ | [ ] ,` is put in
-quotes: `'runs/a+b.jsonl'[train:10]`. Keys:
+file (.jsonl .json .csv .txt .parquet, also .gz and so on) or directory, here or under $BASE_DATASETS_DIR, or a builtin
+set, which needs no network: `builtin/sums` (chat), `builtin/stdlib` (plain text). A name or value that holds one of
+`+ | [ ] ,` is put in quotes: `'runs/a+b.jsonl'[train:10]`. Keys:
 
     train:5000       at most so many rows of a split (train, validation, test); without a number all of them
+    whole            each .txt file is one text; without it each line is
     name:CONFIG      the configuration of a Hub dataset
     lang:LANGUAGE    chat rows whose answer contains this word, as an answer with a ```python block does
 
 `python data.py --help`: tokenise a set once, for many runs, and show some of its rows.
 """
 
+import codecs
+import copy
+import csv
 import glob
 import hashlib
+import importlib
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -36,9 +42,10 @@ from cli import one_line_errors
 from files import check_directory, replacing
 from options import Count, Directory, Model, Natural, Options, Tokens
 from tasks.builtin import BUILTIN
-from tokenizer import Tokenizer, why_invalid
+from tokenizer import Tokenizer, function_of, reasoning, why_invalid
 
 SPLITS = ("train", "validation", "test")
+PROCESSES = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 # ---------------------------------------------------------------- options
@@ -49,15 +56,17 @@ class DataSet(Options):
     "data"
 
     dataset_args: Annotated[str, "SPEC"]
-    """data set, name[key:value,...], several joined by "+": Hub ids, local files (.jsonl .json .txt .parquet),
-    builtin/sums (chat), builtin/stdlib (text). Keys: train:5000 (row limit of a split), name:CONFIG, lang:LANGUAGE"""
+    """data set, name[key:value,...], several joined by "+": Hub ids, local files (.jsonl .json .csv .txt .parquet, also
+    .gz), builtin/sums (chat), builtin/stdlib (text). Keys: train:5000,validation:200 (row limits of splits),
+    name:CONFIG, lang:LANGUAGE, whole (of a .txt file the whole is one text, not each line)"""
 
 
 @dataclass(kw_only=True)
 class Workers(Options):
     "data"
 
-    num_proc: Count = 8  # processes that tokenise what is not builtin
+    num_proc: Count = PROCESSES
+    """processes that tokenise what is not builtin, at most one for 2,000 rows (default: 8, or as many as cores)"""
 
 
 @dataclass(kw_only=True)
@@ -105,6 +114,7 @@ class Spec(NamedTuple):
     config: str | None
     lang: str | None
     limits: dict[str, int | None]  # split -> row limit; None: all rows
+    whole: bool = False
 
 
 QUOTED = r"""(?:"[^"]*"|'[^']*')"""
@@ -121,34 +131,39 @@ def parse_specs(text: str) -> list[Spec]:
         match = PART.match(text, end)
         if not match:
             wanted = "name[key:value,...], where a name that holds one of + | [ ] is in quotes"
-            raise ValueError(f"dataset spec {text[end:]!r} in {text!r} is not of the form {wanted}")
+            raise ValueError(f"dataset spec {text[end:]!r:.99} in {text!r:.99} is not of the form {wanted}")
         part, joined, end = match[0], match[3], match.end()
 
         # Its items, which commas outside of quotes separate: at most one of each key
-        items = [item.strip() for item in re.split(rf",(?=(?:{QUOTED}|[^\"'])*$)", match[2])] if match[2] else []
+        split = re.sub(rf"({QUOTED})|,", lambda found: found[1] or "\0", match[2] or "").split("\0")
+        items = [item.strip() for item in split] if match[2] else []
         options, limits = {}, {}
         for item in items:
             key, _, value = (piece.strip() for piece in item.partition(":"))
             if key in options or key in limits:
-                raise ValueError(f"{key!r} occurs twice in dataset spec {part!r}")
+                raise ValueError(f"{key!r:.99} occurs twice in dataset spec {part!r:.99}")
             if key in ("name", "lang") and unquoted(value):
                 options[key] = unquoted(value)
+            elif item == "whole":
+                options[key] = True
             elif key in SPLITS and item == key:
                 limits[key] = None
             elif key in SPLITS and re.fullmatch(r"[1-9](_?[0-9])*", value):
                 limits[key] = int(value)
             else:
-                wanted = "train, validation or test, alone or with :ROWS (at least 1), or name:CONFIG, or lang:LANGUAGE"
-                raise ValueError(f"{item!r} in dataset spec {part!r}: expected {wanted}")
+                wanted = (
+                    "train, validation or test, alone or with :ROWS (at least 1), name:CONFIG, lang:LANGUAGE, whole"
+                )
+                raise ValueError(f"{item!r:.99} in dataset spec {part!r:.99}: expected {wanted}")
 
         # Its name
         if not (name := unquoted(match[1])):
-            raise ValueError(f"dataset spec {part!r} has an empty name")
-        specs.append(Spec(name, options.get("name"), options.get("lang"), limits))
+            raise ValueError(f"dataset spec {part!r:.99} has an empty name")
+        specs.append(Spec(name, options.get("name"), options.get("lang"), limits, "whole" in options))
 
     # A file whose name holds a + was probably meant as one set
     n = len(specs)
-    if n > 1 and Path(text).exists():
+    if n > 1 and os.path.exists(text):
         raise ValueError(f"{text} is there, but reads as {n} data sets; put quotes around it, within the shell's")
     return specs
 
@@ -159,17 +174,38 @@ def unquoted(text: str) -> str:
 
 # ---------------------------------------------------------------- row sources: a list of dicts or a datasets.Dataset
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard"}  # the modules that open them
+HEAD = 1 << 22  # bytes of a JSON file that are checked before `datasets` reads it
+# A JSON object that has its rows in a list `data`, perhaps after other fields
+WRAPPED = re.compile(rb'\{(?:\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,)*\s*"data"\s*:\s*\[')
 # Of sets with several configurations, by the last part of their names: what is read where a spec names none
 DEFAULT_CONFIG = {"smoltalk": "all"}
 ALL_CONFIGS = ("opc-sft-stage1", "opc-sft-stage2")
 
 
-def load_split(spec: Spec, split: str, *, num_proc: int = 1):
+def library():
+    """The module `datasets`, silent; it takes a second to import, and the builtin sets do not need it."""
+    import datasets
+
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
+    if not sys.stderr.isatty():  # where a bar would be a line at every step
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def processes(rows, num_proc: int) -> int | None:
+    """How many processes `datasets` is to start; for few rows it is quicker to start none."""
+    n = min(num_proc, -(-len(rows) // 2000))
+    return n if n > 1 else None
+
+
+def load_split(spec: Spec, split: str, *, num_proc: int = 1, hold_out: bool = True):
     """The rows of one split: a list of dicts (builtin sets) or a `datasets.Dataset`, cut to the spec's limit.
 
     validation and test stand in for each other. Where a set has neither, a random 5 % of its training rows are both,
     and are left out of train: the same whatever a run's seed, so no program tests on rows that another has trained on.
+    hold_out False: train has them, too, for a run that evaluates on nothing.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
@@ -178,12 +214,11 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
     found, parts, whole = open_split(spec, split, streaming=False)
     rows, builtin = parts[0], isinstance(parts[0], list)
     if not builtin:
-        import datasets  # here, not above: it takes a second, and the builtin sets do not need it
-
-        rows = datasets.concatenate_datasets(parts)
-    if whole:
+        rows = library().concatenate_datasets(parts)
+    if whole and (hold_out or split != "train"):
         if len(rows) < 2:
-            raise ValueError(f"{spec.name} has no test split, and with {len(rows)} row none can be made")
+            way_out = "name a set with more, or train with --eval_strategy no"
+            raise ValueError(f"{spec.name} has no test split, and with {len(rows)} row none can be made; {way_out}")
         rows = rows.train_test_split(test_size=0.05, seed=42)[found]
     if len(rows) == 0:
         raise ValueError(f"{spec.name} has no rows in its split {found}; name a set that has some")
@@ -194,7 +229,7 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1):
         if builtin:
             rows = [row for row in rows if keep_row(row)]
         else:
-            rows = rows.filter(keep_row, num_proc=num_proc if num_proc > 1 else None, desc=f"lang:{spec.lang}")
+            rows = rows.filter(keep_row, num_proc=processes(rows, num_proc), desc=f"lang:{spec.lang}")
         if len(rows) == 0:
             raise ValueError(f"{spec.name}[lang:{spec.lang}] has no rows: no answer in {found} contains {spec.lang!r}")
     # A limit is given for the split asked for, or for the one that serves as it
@@ -239,38 +274,33 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
 
     A local file has one, train. Splits that are named train_sft and test_sft are train and test.
     """
-    import datasets
-
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
+    datasets = library()
 
     # A local path, or else an id on the Hub, unless the name can only be a path
     paths, short = local_paths(spec.name), Path(spec.name).name
-    path = next((path for path in paths if path.exists()), None)
-    if path is None and (Path(spec.name).suffix in BUILDERS or spec.name[0] in "./~"):
+    path = next((path for path in paths if os.path.exists(path)), None)
+    if path is None and (builder_of(Path(spec.name)) or spec.name[0] in "./~"):
         wanted = f"a file, a directory, a Hub id or a builtin set ({', '.join(BUILTIN)})"
         raise FileNotFoundError(f"no data at {' or '.join(dict.fromkeys(map(str, paths)))}; expected {wanted}")
 
-    # What `datasets` is to load: a file or a directory of text by one of its builders, else a whole repository
-    source, files, configs = str(path or spec.name), {}, [spec.config or DEFAULT_CONFIG.get(short)]
-    if path and path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"cannot read {path}: expected one of {' '.join(BUILDERS)}")
-        if spec.config is not None:
-            raise ValueError(f"{path} is a file and has no configurations; leave name:{spec.config} out")
-        source, files = BUILDERS[path.suffix], {"data_files": glob.escape(str(path))}
-    elif path and re.search(r"[*?\[]", str(path)):
-        raise ValueError(f"the directory {path} has one of * ? [ in its name; rename it, or name a file in it")
-    elif path and spec.config is None and {file.suffix for file in path.rglob("*")} & BUILDERS.keys() == {".txt"}:
-        source, files = "text", {"data_dir": str(path)}
-    elif spec.config is None and short in ALL_CONFIGS:
+    # What `datasets` is to load
+    source, options = local_source(spec, path) if path else (spec.name, {})
+    configs = [spec.config or DEFAULT_CONFIG.get(short)]
+    if spec.config is None and short in ALL_CONFIGS and source == str(path or spec.name):
         with naming_errors(spec.name):
             configs = datasets.get_dataset_config_names(source)
-    if source == "text":
-        files["keep_linebreaks"] = True  # a row is a line, with its end
+    if spec.whole and source != "text":
+        raise ValueError(f"{spec.name}[whole]: only .txt files are texts as a whole; leave it out")
 
     # Configurations may differ in their columns: what they share remains
     with naming_errors(spec.name):
-        loaded = [datasets.load_dataset(source, name=config, streaming=streaming, **files) for config in configs]
+        loaded = []
+        for config in configs:
+            builder = datasets.load_dataset_builder(source, name=config, **options)
+            check_inside(path, builder.config.data_files or {})
+            if not streaming:
+                builder.download_and_prepare()
+            loaded.append(builder.as_streaming_dataset() if streaming else builder.as_dataset())
         if len(loaded) > 1:
             shared = set.intersection(*(set(columns_of(rows)) for part in loaded for rows in part.values()))
             loaded = [{name: rows.select_columns(sorted(shared)) for name, rows in part.items()} for part in loaded]
@@ -281,6 +311,91 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
         for name, rows in part.items():
             splits.setdefault(name.removesuffix("_sft"), []).append(rows)
     return splits
+
+
+def builder_of(path: Path) -> str | None:
+    """The builder of `datasets` for a file of that name, compressed or not."""
+    return BUILDERS.get(path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix)
+
+
+def local_source(spec: Spec, path: Path) -> tuple[str, dict]:
+    """What `datasets` is to load of a local file or directory, and its options."""
+    if path.is_file():
+        if not builder_of(path):
+            endings = f"{' '.join(BUILDERS)}, perhaps followed by {' '.join(COMPRESSED)}"
+            raise ValueError(f"cannot read {path}: expected one of {endings}")
+        if spec.config is not None:
+            raise ValueError(f"{path} is a file and has no configurations; leave name:{spec.config} out")
+    elif not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a directory; name one")
+    elif re.search(r"[*?\[]", str(path)):
+        raise ValueError(f"the directory {path} has one of * ? [ in its name; rename it, or name a file in it")
+
+    # What `datasets` does not find out by itself: the list that a JSON file has its rows in; that what a CSV file has
+    # is text, even 007 or NA; and that a row of text is a line, with its end
+    files, options = [file for file in (path, *path.rglob("*")) if file.is_file() and builder_of(file)], {}
+    builders = {builder_of(file) for file in files}
+    fields = {json_field(file) for file in files if builder_of(file) == "json"}
+    if builders == {"json"} and fields == {"data"}:
+        options = {"field": "data"}
+    elif builders == {"csv"}:
+        with naming_errors(str(files[0])), opened(files[0]) as file:
+            columns = next(csv.reader(io.TextIOWrapper(file, "utf-8-sig")), [])
+        texts = library().Features(dict.fromkeys(columns, library().Value("string")))
+        options = {"features": texts, "keep_default_na": False, "encoding": "utf-8-sig"}
+    elif builders == {"text"}:
+        options = {"sample_by": "document"} if spec.whole else {"keep_linebreaks": True}
+    if path.is_file():
+        return builders.pop(), {"data_files": glob.escape(str(path)), **options}
+    card = path / "README.md"
+    configured = builders != {"text"} and card.is_file() and b"configs:" in card.read_bytes()
+    if options and spec.config is None and not configured:
+        return builders.pop(), {"data_dir": str(path), **options}
+    return str(path), {}
+
+
+def opened(path: Path):
+    """A file open for reading its bytes, uncompressed."""
+    try:
+        return importlib.import_module(COMPRESSED.get(path.suffix, "io")).open(path, "rb")
+    except ImportError:
+        raise ValueError(f"pip install {COMPRESSED[path.suffix]} to read it, or uncompress it") from None
+
+
+def json_field(path: Path) -> str | None:
+    """ "data" where a JSON file is an object with its rows in a list of that name, else None. ValueError for what would
+    end `datasets`, and us, without a word: null as a row, and brackets nested by the thousand."""
+    with naming_errors(str(path)), opened(path) as file:
+        head = file.read(HEAD).removeprefix(codecs.BOM_UTF8).strip()
+    first, *rest = (line.strip() for line in head.split(b"\n"))
+    try:
+        try:
+            json.loads(first)
+        except json.JSONDecodeError:  # the file is not a value a line, but one in all
+            first, rest = head, []
+            json.loads(head)
+        for line in rest:
+            if line.count(b"[") + line.count(b"{") > 500:
+                json.loads(line)
+    except RecursionError:
+        raise ValueError(f"{path}: brackets are nested too deep; expected rows of text or messages") from None
+    except ValueError:
+        pass  # `datasets` says what is wrong, or the head ends within a value
+    if b"null" in (first, *rest):
+        number = [first, *rest].index(b"null") + 1
+        raise ValueError(f"{path}: row {number} is null; expected an object a line, or a list of objects")
+    return "data" if not rest and WRAPPED.match(head) else None
+
+
+def check_inside(path: Path | None, data_files: dict[str, list[str]]) -> None:
+    """ValueError where the README.md of a set names files outside the set: of this machine, which is not to be read."""
+    for file in map(str, itertools.chain(*data_files.values())):
+        if path:
+            inside = any(Path(os.path.abspath(file)).is_relative_to(root) for root in (path.absolute(), path.resolve()))
+        else:
+            inside = file.startswith(("hf://", "https://", "http://"))
+        if not inside:
+            raise ValueError(f"its README.md names {file}, which is outside the set; put it inside")
 
 
 @contextmanager
@@ -296,7 +411,7 @@ def naming_errors(name: str):
 
         # The reason is the error beneath that of `datasets`
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
-        reason, kind = " ".join(str(cause).split()), type(cause).__name__
+        name, reason, kind = name[:300], " ".join(str(cause).split())[:600], type(cause).__name__
 
         # What users often meet gets a way out
         message = f"cannot load {name}: {reason}"
@@ -326,32 +441,86 @@ def columns_of(rows) -> list[str]:
 # ---------------------------------------------------------------- from a row to messages or text
 
 
-# The columns of a chat: messages, or what the user says, perhaps a context, and the answer. A set is read by the first
-# of these that it has whole
-CHATS = (("messages",), ("instruction", "input", "output"), ("instruction", "output"), ("question", "answer"))
+# The columns of a chat: messages, or what the user says, perhaps a context, and the answer, each a text or messages. A
+# set is read by the first of these that it has whole
+CHATS = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("instruction", "input", "output"),
+    ("instruction", "output"),
+    ("question", "answer"),
+)
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "developer": "system"}
+ROLE_NAMES |= {"function": "tool", "observation": "tool", "ipython": "tool"}
+
+
+def without_none(value):
+    """A value without the None that Arrow puts where a row lacks a field that others have."""
+    if isinstance(value, dict):
+        return {key: without_none(field) for key, field in value.items() if field is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def from_json(value):
+    """What a JSON text holds; all else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def message_of(turn):
+    """A turn with role and content, whatever they are called in the set, and what else it has; parts of text joined."""
+    if not isinstance(turn, dict):
+        return turn
+    message = {{"from": "role", "value": "content"}.get(key, key): field for key, field in turn.items()}
+    role, content, calls = message.get("role"), message.get("content"), from_json(message.get("tool_calls"))
+    message["role"] = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if isinstance(calls, list) and calls:
+        functions = [function_of(call) for call in calls]
+        functions = [function | {"arguments": from_json(function.get("arguments", {}))} for function in functions]
+        calls = [call if isinstance(call, dict) and "function" in call else {"type": "function"} for call in calls]
+        message["tool_calls"] = [call | {"function": function} for call, function in zip(calls, functions)]
+        content = "" if content is None else content
+    return message | {"content": content}
 
 
 class Content:
-    """Gives what a row has in one column, or the chat that two or three make; None where it has nothing."""
+    """What a row has to encode, as arguments of an encoder: the text of one column, or (messages, tools)."""
 
-    def __init__(self, *columns: str):
-        self.columns = columns
+    def __init__(self, *columns: str, chat: bool):
+        self.columns, self.chat = columns, chat
 
-    def __call__(self, row):
+    def __call__(self, row) -> tuple:
         fields = [row.get(column) for column in self.columns]
-        if len(fields) == 1:
-            return fields[0]
+        if not self.chat:
+            return (fields[0],)
 
         # A context follows what the user says, and then all are stripped
         if len(fields) == 3:
             user, context, answer = (field.strip() if isinstance(field, str) else field for field in fields)
             fields = f"{user}\n\n{context}" if isinstance(user, str) and context else user, answer
-        return [{"role": role, "content": field} for role, field in zip(("user", "assistant"), fields)]
+        if len(fields) == 1:
+            turns = from_json(fields[0])
+        else:
+            pairs = zip(("user", "assistant"), fields)
+            turns = [field if isinstance(field, list) else [{"role": role, "content": field}] for role, field in pairs]
+            turns = turns[0] + turns[1]
+
+        turns = [message_of(turn) for turn in without_none(turns)] if isinstance(turns, list) else None
+
+        # The system's message may have a column of its own
+        if isinstance(row.get("system"), str) and row["system"].strip() and turns:
+            turns = [{"role": "system", "content": row["system"]}, *turns]
+        return turns, without_none(from_json(row.get("tools"))) or None
 
 
 def chat_format(columns: list[str]) -> Content | None:
     """What makes messages of a row, or None where the set is no chat."""
-    return next((Content(*needed) for needed in CHATS if set(needed) <= set(columns)), None)
+    return next((Content(*needed, chat=True) for needed in CHATS if set(needed) <= set(columns)), None)
 
 
 def content_of(spec: Spec, columns: list[str], stage: str, text_field: str) -> Content:
@@ -365,7 +534,7 @@ def content_of(spec: Spec, columns: list[str], stage: str, text_field: str) -> C
     if stage == "sft" and to_messages is None:
         way_out = f"sft needs {' or '.join('/'.join(needed) for needed in CHATS)}; plain text is for --stage pt"
         raise ValueError(f"{spec.name} has no column 'messages' (it has {present}); {way_out}")
-    return Content(text_field) if stage == "pt" else to_messages
+    return Content(text_field, chat=False) if stage == "pt" else to_messages
 
 
 def source_code() -> list[str]:
@@ -385,7 +554,7 @@ class AnswerContains:
             raise ValueError(f"{spec.name}[lang:{spec.lang}]: {why}; leave it out")
 
     def __call__(self, row) -> bool:
-        messages = self.to_messages(row)
+        messages, _ = self.to_messages(row)
         return why_invalid(messages, answered=True) is None and self.word in messages[-1]["content"]
 
 
@@ -396,7 +565,8 @@ def raw(dataset_args: str, split: str):
         to_messages = chat_format(columns_of(rows))
         with naming_errors(spec.name):
             for row in rows:
-                yield {**row, "messages": to_messages(row)} if to_messages else dict(row)
+                messages, tools = to_messages(row) if to_messages else (None, None)
+                yield dict(row) | ({"messages": messages} if to_messages else {}) | ({"tools": tools} if tools else {})
 
 
 def texts(dataset_args: str, stage: str, text_field: str = "text"):
@@ -405,7 +575,7 @@ def texts(dataset_args: str, stage: str, text_field: str = "text"):
         rows = load_split(spec, "train")
         content = content_of(spec, columns_of(rows), stage, text_field)
         with naming_errors(spec.name):
-            for found in map(content, rows):
+            for found, *_ in map(content, rows):
                 if stage == "pt" and isinstance(found, str):
                     yield found
                 elif stage == "sft" and why_invalid(found, answered=True) is None:
@@ -436,9 +606,43 @@ class TextEncoder:
         if not isinstance(text, str):
             return Encoded([], [], "dropped:no text" if text is None else "dropped:not text")
         tokens = self.tokenizer.encode(text)
+        if self.tokenizer.mask_id in tokens:
+            return Encoded([], [], f"dropped:{self.tokenizer.mask_token} in the text")
         if self.insert_eos and tokens[-1:] != [self.tokenizer.eos_id]:
             tokens.append(self.tokenizer.eos_id)
         return Encoded(tokens, [True] * len(tokens), "kept" if text else "empty")
+
+
+def left_out(tokenizer, messages: list[dict], tools: list | None, train_on: str) -> str | None:
+    """What of a chat the template leaves out of the text, or None. Of what the assistant thinks, what is learnt counts:
+    the thinking in earlier turns is left out on purpose."""
+    kinds, (chat, functions) = [], copy.deepcopy((messages, tools or []))
+
+    def mark(kind: str) -> str:
+        kinds.append(kind)
+        return f"Mark{len(kinds)}x"
+
+    # Every part gets a mark at its end; which of them are in the text?
+    for i, message in enumerate(chat):
+        if message["content"]:
+            message["content"] += mark(f"{message['role']} content")
+        if message["role"] == "assistant" and (train_on == "all" or i == len(chat) - 1) and reasoning(message):
+            if message.get("reasoning_content"):
+                message["reasoning_content"] += mark("reasoning")
+            else:
+                message["content"] = message["content"].replace("</think>", mark("reasoning") + "</think>", 1)
+        for function in map(function_of, message.get("tool_calls", [])):
+            function["name"] += mark("tool calls")
+            if isinstance(function.get("arguments"), dict):
+                function["arguments"]["mark"] = mark("tool calls")
+            elif isinstance(function.get("arguments"), str):
+                function["arguments"] += mark("tool calls")
+    for function in map(function_of, functions):
+        function["name"] += mark("tools")
+    text = tokenizer.text(chat, thinking=bool(reasoning(messages[-1])), tools=functions or None)
+    found = set(re.findall(r"Mark(\d+)x", text))
+    missing = (kind for n, kind in enumerate(kinds, 1) if str(n) not in found)
+    return next((f"{kind} not rendered by the template" for kind in missing), None)
 
 
 class ChatEncoder:
@@ -454,15 +658,18 @@ class ChatEncoder:
             except ValueError as error:
                 raise ValueError(f"--stage sft --train_on {self.train_on}: {error}") from error
 
-    def __call__(self, messages) -> Encoded:
-        # What is no chat, or none that the template takes, is dropped
-        if reason := why_invalid(messages, answered=True):
-            return Encoded([], [], f"dropped:{reason}")
-        try:
-            tokens, supervised = self.tokenizer.render(messages, train_on=self.train_on)
-        except ValueError as error:
-            reason = re.sub(r" \(.*?\)(?=;|$)", "", str(error))  # what is in brackets differs from row to row
+    def __call__(self, messages, tools: list | None = None) -> Encoded:
+        # What is no chat, or none that the template renders whole, is dropped
+        if not (reason := why_invalid(messages, tools, answered=True)):
+            try:
+                tokens, supervised = self.tokenizer.render(messages, tools=tools, train_on=self.train_on)
+                reason = left_out(self.tokenizer, messages, tools, self.train_on)
+            except ValueError as error:
+                reason = re.sub(r" \(.*?\)(?=;|$)", "", str(error))  # what is in brackets differs from row to row
+        if reason:
             return Encoded([], [], f"dropped:{reason:.100}")
+        if self.tokenizer.mask_id in tokens:
+            return Encoded([], [], f"dropped:{self.tokenizer.mask_token} in the text")
         if not self.mask_prompt_loss:
             supervised = [True] * len(tokens)
 
@@ -486,7 +693,7 @@ class RowEncoder:
         self.content, self.encode, self.source = content, encode, source_code()
 
     def __call__(self, row) -> dict:
-        tokens, supervised, outcome = self.encode(self.content(row))
+        tokens, supervised, outcome = self.encode(*self.content(row))
         return {"tokens": np.array(tokens, np.int32), "supervised": np.array(supervised, np.uint8), "outcome": outcome}
 
 
@@ -529,18 +736,20 @@ class Rows:
         return {"tokens": tokens, "supervised": np.concatenate([self.supervised[c][s] for c, s in slices]).astype(bool)}
 
 
-def load(dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc: int = 1, rows_of=load_split) -> Rows:
+def load(
+    dataset_args: str, split: str, tokenizer, reading: Reading, *, num_proc=1, rows_of=load_split, hold_out=True
+) -> Rows:
     """The rows of one split of all sets of a spec, one after another, none longer than max_length.
 
     num_proc processes tokenise what comes through `datasets`, which stores the result in its cache. rows_of gives the
-    rows of a set: load_split, or that of stream.py.
+    rows of a set: load_split, or that of stream.py. hold_out: see there.
     """
     encode = ENCODERS[reading.stage](tokenizer, reading)
 
     # All sets end to end, as chunks of one stream; a set that gives nothing is refused even if others give rows
     chunks = []
     for spec in parse_specs(dataset_args):
-        rows = rows_of(spec, split, num_proc=num_proc)
+        rows = rows_of(spec, split, num_proc=num_proc, hold_out=hold_out)
         content = content_of(spec, columns_of(rows), reading.stage, reading.text_field)
         with naming_errors(spec.name):
             of_set = list(encoded_chunks(rows, RowEncoder(content, encode), num_proc))
@@ -578,7 +787,7 @@ def encoded_chunks(rows, encode: RowEncoder, num_proc: int):
 
     # `datasets` maps the rows, or finds them in its cache; its Arrow columns are read where they lie
     features = {"tokens": Sequence(Value("int32")), "supervised": Sequence(Value("uint8")), "outcome": Value("string")}
-    options = {"remove_columns": rows.column_names, "num_proc": num_proc if num_proc > 1 else None}
+    options = {"remove_columns": rows.column_names, "num_proc": processes(rows, num_proc)}
     encoded = rows.map(encode, features=Features(features), desc="tokenize", **options)
     for batch in encoded.data.to_batches():
         tokens, supervised, outcomes = (batch.column(key) for key in features)
@@ -630,27 +839,48 @@ def load_preprocessed(directory: str | Path, split: str, tokenizer, reading: Rea
         way_out = "python data.py --output_dir writes such a set"
         raise FileNotFoundError(f"{directory} holds no preprocessed.json; {way_out}")
 
-    # How it was made, and of each split the stream, one chunk that stays on disk, and its bounds
-    arrays = {}
-    try:
+    # How it was made: as this run would make it
+    with naming_damage(path):
         made = json.loads((path / "preprocessed.json").read_bytes())
-        counts = {name: Counter(of_split) for name, of_split in made["counts"].items()}
-        for name in counts:
-            files = [path / name / f"{array}.npy" for array in ("tokens", "supervised", "bounds")]
-            arrays[name] = [np.load(file, mmap_mode="r") for file in files]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged; make the set anew by data.py ({error!r})") from error
-
-    # It must have been made as this run would make it
+        counts = {name: Counter(made["counts"][name]) for name in SPLITS if name in made["counts"]}
+        if not all(isinstance(count, int) for of_split in counts.values() for count in of_split.values()):
+            raise ValueError("counts that are no numbers")
     for name, value in settings_of(tokenizer, reading).items():
         if made.get(name) != value:
             differs = f"was made with {name} {made.get(name)}, this run has {value}"
             raise ValueError(f"{path} {differs}; make the set anew by data.py, or change the run")
 
-    # The split that serves
+    # Of the split that serves, the stream, one chunk that stays on disk, and its bounds
     found = find_split(str(path), counts, split)
-    tokens, supervised, bounds = arrays[found]
+    with naming_damage(path):
+        files = [path / found / f"{array}.npy" for array in ("tokens", "supervised", "bounds")]
+        tokens, supervised, bounds = (np.load(file, mmap_mode="r") for file in files)
+        last_id = max(i for i in tokenizer.ids if i != tokenizer.mask_id)
+        check_arrays(tokens, supervised, bounds, last_id, reading.max_length)
     return Rows([tokens], [supervised], np.asarray(bounds), counts[found])
+
+
+@contextmanager
+def naming_damage(path: Path):
+    """Turns what a preprocessed set raises that is not as data.py wrote it into one line."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged; make the set anew by data.py ({error!r:.200})") from error
+
+
+def check_arrays(tokens: np.ndarray, supervised: np.ndarray, bounds: np.ndarray, last_id: int, max_length: int) -> None:
+    """ValueError unless the arrays are a stream of ids up to last_id, and bounds of rows in it."""
+    for name, array, kinds in (("tokens", tokens, "iu"), ("supervised", supervised, "iub"), ("bounds", bounds, "iu")):
+        if array.ndim != 1 or array.dtype.kind not in kinds:
+            raise ValueError(f"{name} of {array.ndim} dimensions and type {array.dtype}")
+    lengths = np.diff(bounds.astype(np.int64))
+    if not len(lengths) or bounds[0] < 0 or bounds[-1] > len(tokens) or lengths.min() < 1 or lengths.max() > max_length:
+        raise ValueError(f"bounds that are not those of rows of 1 to {max_length} of {len(tokens)} tokens")
+    if len(supervised) != len(tokens):
+        raise ValueError(f"{len(supervised)} marks of what is supervised for {len(tokens)} tokens")
+    if tokens.min() < 0 or tokens.max() > last_id:
+        raise ValueError(f"token ids {tokens.min()} to {tokens.max()}, where the tokenizer has 0 to {last_id}")
 
 
 # ---------------------------------------------------------------- packing

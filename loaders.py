@@ -98,7 +98,12 @@ def collate_for(args, config: Config, tokenizer: Tokenizer) -> Callable:
     chat, objective = args.stage == "sft", config.objective
     block_length = config.block_length if chat and objective == "bd3lm" else None
     canvas = {"length": args.pad_to, "train_on_padding": chat and objective == "mdlm", "block_length": block_length}
-    return partial(collate, pad_id=tokenizer.pad_id, eos_id=tokenizer.eos_id, **canvas)
+    # Padding that nobody learns may be any token, but what ends an answer may not
+    pad_id, learnt = tokenizer.pad_id, {"mdlm": tokenizer.pad_id, "bd3lm": tokenizer.eos_id}
+    if chat and learnt.get(objective, 0) is None:
+        way_out = "name an eos_token in its tokenizer_config.json"
+        raise ValueError(f"{objective} learns from EOS where an answer ends, and the tokenizer has none; {way_out}")
+    return partial(collate, pad_id=0 if pad_id is None else pad_id, eos_id=tokenizer.eos_id, **canvas)
 
 
 # ---------------------------------------------------------------- loaders
@@ -355,20 +360,21 @@ class Loaders(NamedTuple):
 
 def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Loaders:
     """What a training run reads. args: train.Settings."""
-    reading = data.Reading(**args.only(data.Reading))
+    reading, hold_out = data.Reading(**args.only(data.Reading)), args.eval_strategy != "no"
+    collate = collate_for(args, config, tokenizer)
 
     def load(split: str) -> data.Rows:
         if args.load_preprocessed_data:
             return data.load_preprocessed(args.dataset_args, split, tokenizer, reading)
         rows_of = stream.load_split if args.streaming else data.load_split
-        return data.load(args.dataset_args, split, tokenizer, reading, num_proc=args.num_proc, rows_of=rows_of)
+        how = {"num_proc": args.num_proc, "rows_of": rows_of, "hold_out": hold_out}
+        return data.load(args.dataset_args, split, tokenizer, reading, **how)
 
     # The rows to evaluate on are few: those of a stream are a list, too
-    eval_rows = None if args.eval_strategy == "no" else load("validation")
+    eval_rows = load("validation") if hold_out else None
     about_eval = "no evaluation" if eval_rows is None else f"{len(eval_rows):,} rows to evaluate on"
 
     # What both loaders need
-    collate = collate_for(args, config, tokenizer)
     batches = {"seed": args.seed, "collate": collate, "rank": ranks.rank, "world_size": ranks.world_size, "prefetch": 2}
     batches["micro_batch_size"] = args.per_device_train_batch_size
     batches["accumulation"] = args.gradient_accumulation_steps
@@ -380,7 +386,7 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
     # A stream reads while training runs
     if args.streaming:
         packing = {"pack_length": pack_length, **blocks} if args.packing else {}
-        endless = stream.Stream(args.dataset_args, tokenizer, reading, **packing)
+        endless = stream.Stream(args.dataset_args, tokenizer, reading, hold_out=hold_out, **packing)
         shuffling = {"shuffle_buffer": args.shuffle_buffer, "workers": args.dataloader_num_workers}
         loader = StreamLoader(stream=endless, **shuffling, **batches)
         about = f"{args.dataset_args}: streamed; {about_eval}"

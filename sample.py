@@ -1,5 +1,6 @@
 """Answers prompts, fills in masks, or scores a chat data set. `python sample.py --help` is the manual."""
 
+import io
 import json
 import sys
 import time
@@ -139,7 +140,7 @@ def requests(args: Sample) -> list[Request]:
     name = "standard input" if args.input in (None, "-") else args.input
     content = sys.stdin.buffer.read() if args.input in (None, "-") else Path(name).read_bytes()
     try:
-        lines = content.decode("utf-8").splitlines()
+        lines = io.StringIO(content.decode("utf-8"), newline=None).read().split("\n")  # not at U+2028 and its like
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it, iconv -t utf-8 say") from error
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -169,7 +170,9 @@ def to_score(row: dict, source: str) -> Request:
     messages = check_chat(row["messages"], source, answered=True)
     if len(messages) < 2:
         raise ValueError(f"{source}: a chat of an answer alone, {messages}; scoring needs a turn before it")
-    return Request(messages[:-1], task=row.get("task"), expected=messages[-1]["content"])
+    return Request(
+        messages[:-1], task=None if row.get("task") is None else str(row["task"]), expected=messages[-1]["content"]
+    )
 
 
 def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokenizer: Tokenizer, chat: bool) -> None:

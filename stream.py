@@ -59,8 +59,9 @@ class Source(NamedTuple):
         return list(row)
 
 
-def _source(spec: data.Spec, split: str) -> Source:
-    """Where a set has no test split, every 20th row or so of train is its test split, by a hash of its number."""
+def _source(spec: data.Spec, split: str, hold_out: bool = True) -> Source:
+    """Where a set has no test split, every 20th row or so of train is its test split, by a hash of its number; with
+    hold_out False train has them, too."""
     found, parts, whole = data.open_split(spec, split, streaming=True)
     if isinstance(parts[0], list):
         shards = parts
@@ -68,11 +69,13 @@ def _source(spec: data.Spec, split: str) -> Source:
         with data.naming_errors(spec.name):
             shards = [rows.shard(rows.num_shards, i) for rows in parts for i in range(rows.num_shards)]
     limit = spec.limits.get(split, spec.limits.get(found))
-    return Source(spec.name, shards, limit, test_side=split != "train" if whole else None)
+    return Source(
+        spec.name, shards, limit, test_side=split != "train" if whole and (hold_out or split != "train") else None
+    )
 
 
-def load_split(spec: data.Spec, split: str, *, num_proc: int = 1) -> list[dict]:
-    """The rows that a Stream leaves to evaluate on, for data.load (num_proc is not used: they are few)."""
+def load_split(spec: data.Spec, split: str, **_) -> list[dict]:
+    """The rows that a Stream leaves to evaluate on, for data.load (whose other options are not used: they are few)."""
     source = _source(spec, split)
     if spec.lang:
         source = source._replace(keep_row=AnswerContains(spec, source.columns()))
@@ -86,17 +89,19 @@ class Stream:
     """The training rows of a spec's sets, read and tokenised while training runs; pass after pass, without end.
 
     The sets give rows in turn, until the longest is read to its end, and then all begin again. Of a set without a test
-    split a hash of each row's number holds out 5 %, other rows than data.load holds out.
+    split a hash of each row's number holds out 5 %, other rows than data.load holds out, if anything is to be.
     """
 
-    def __init__(self, dataset_args, tokenizer, reading: Reading, *, pack_length=None, block_length=None, eos_id=None):
+    def __init__(
+        self, dataset_args, tokenizer, reading, *, hold_out=True, pack_length=None, block_length=None, eos_id=None
+    ):
         """pack_length: chat rows are packed into canvases of that length (block_length, eos_id: as in data.Packed)."""
         self.name, self.reading = dataset_args, Reading(**reading.only(Reading))  # the workers get no more
         self.pack_length, self.block_length, self.eos_id = pack_length, block_length, eos_id
         self.longest = pack_length or reading.max_length  # of its canvases
         self.sources, encode = [], data.ENCODERS[reading.stage](tokenizer, reading)
         for spec in data.parse_specs(dataset_args):
-            source = _source(spec, "train")
+            source = _source(spec, "train", hold_out)
             columns = source.columns()
             encode_row = RowEncoder(data.content_of(spec, columns, reading.stage, reading.text_field), encode)
             keep_row = AnswerContains(spec, columns) if spec.lang else None

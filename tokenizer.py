@@ -6,9 +6,9 @@ Reads and writes the files of a Hugging Face directory, by `tokenizers` and `jin
 import functools
 import json
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise, takewhile
 from pathlib import Path
 
 import tokenizers
@@ -17,6 +17,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MASK = "<|mask|>"
+MARK = "Mark0Of0Text"  # in place of a text, it shows where a template puts that
 END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")  # ends of a turn or a text, in Qwen and Llama
 ROLES = ("system", "user", "assistant", "tool")
 CONFIG, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
@@ -41,8 +42,10 @@ def reading(file: Path):
         raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; fetch it again") from error
 
 
-def why_invalid(messages, *, answered: bool = False) -> str | None:
+def why_invalid(messages, tools=None, *, answered: bool = False) -> str | None:
     """Why `messages` are no valid chat, or None. answered: it must end with an assistant's turn, to be learnt."""
+    if tools and not named(tools):
+        return "tools that are no list of named functions"
     if not isinstance(messages, list) or not messages:
         return "no messages"
     for message in messages:
@@ -51,7 +54,26 @@ def why_invalid(messages, *, answered: bool = False) -> str | None:
             return f"unknown role {role!r:.40}"
         if not isinstance(message.get("content"), str):
             return "content that is no string"
+        if message.get("tool_calls") and not named(message["tool_calls"]):
+            return "tool calls that are no list of named functions"
     return "no assistant turn at the end" if answered and messages[-1]["role"] != "assistant" else None
+
+
+def function_of(tool) -> dict:
+    """The function of a tool, or of a call of one: a field of it, or itself."""
+    tool = tool if isinstance(tool, dict) else {}
+    return tool["function"] if isinstance(tool.get("function"), dict) else tool
+
+
+def named(tools) -> bool:
+    return isinstance(tools, list) and all(isinstance(function_of(tool).get("name"), str) for tool in tools)
+
+
+def reasoning(message: dict) -> str:
+    """What the assistant thinks before it answers: a field, or what its content has up to </think>."""
+    content = message["content"]
+    inline = content.partition("</think>")[0].rpartition("<think>")[2] if "</think>" in content else ""
+    return (message.get("reasoning_content") or inline).strip()
 
 
 class Tokenizer:
@@ -167,53 +189,106 @@ class Tokenizer:
             text = content if name == TEMPLATE else json.dumps(content, indent=2, ensure_ascii=False)
             Path(directory, name).write_text(text, encoding="utf-8")
 
-    def render(self, messages: list[dict], *, reply=False, thinking=False, train_on="last") -> tuple[list, list]:
+    def render(self, messages: list[dict], *, reply=False, thinking=None, train_on="last", tools=None) -> tuple:
         """(ids, whether each is learnt) of a chat, by the checkpoint's template.
 
         reply: end with the prompt for the assistant's next turn (nothing is learnt then). thinking: the template's
-        `enable_thinking`. train_on: the "last" assistant turn or "all", each from the end of its prompt through its end
-        token; ValueError where the template rewrites earlier turns (Qwen3 drops their thinking).
+        `enable_thinking` (default: whether the answer begins with some). tools: what the assistant may call, or None.
+        train_on: the "last" assistant turn or "all", each from the end of its prompt through its end token; ValueError
+        where the template rewrites earlier turns (Qwen3 drops their thinking).
         """
         if train_on not in ("last", "all"):
             raise ValueError(f"train_on {train_on!r}: expected last or all")
-        whole = self.fill(messages, reply=reply, thinking=thinking)
-        ids = self.encode(whole)
         if reply:
+            ids = self.encode(self.fill(messages, reply=True, thinking=bool(thinking), tools=tools))
             return ids, [False] * len(ids)
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("the messages do not end with an assistant turn; nothing in them is learnt")
 
-        # Of each learnt turn two prefixes of the whole text: up to its prompt's end, and up to its own.
-        last, texts = len(messages) - 1, []
-        for i, message in enumerate(messages):
-            if i < last and (train_on == "last" or message["role"] != "assistant"):
-                continue
-            prompt = self.fill(messages[:i], reply=True, thinking=thinking)
-            turn = whole if i == last else self.fill(messages[: i + 1], reply=False, thinking=thinking)
-            if not (whole.startswith(prompt) and whole.startswith(turn)):
-                rewritten = f"the chat template renders turn {i + 1} otherwise inside the whole chat"
-                way_out = "train on the last turn only" if i < last else "is the answer for the other `thinking`?"
-                raise ValueError(f"{rewritten} (its prompt ends in {prompt[-40:]!r}); {way_out}")
-            texts += [prompt, turn]
-
-        # The turn's ids lie between the lengths of the two. Where a token spans the border of a turn, encode the parts
-        # one by one: in sampling the prompt is encoded alone, too.
-        prefixes = [self.encode(text) for text in texts]
-        if any(ids[: len(prefix)] != prefix for prefix in prefixes):
-            ids, prefixes = [], []
-            for a, b in pairwise([0, *map(len, texts)]):
-                ids = ids + self.encode(whole[a:b])
-                prefixes.append(ids)
+        # The ids of a turn lie between two borders. Where a token spans a border, the parts are encoded one by one: in
+        # sampling the prompt is encoded alone, too.
+        whole, borders = self._borders(messages, train_on, thinking, tools)
+        parts = [self.encode(whole[a:b]) for a, b in pairwise([0, *borders])]
+        ids, sizes, together = list(chain(*parts)), list(accumulate(map(len, parts))), self.core.encode(whole)
+        if ids != together.ids:
+            # Or does the tokenizer mark the beginning of every text? The borders by the first difference tell soonest.
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, together.ids)))
+            first, found = together.offsets[min(same, len(together.ids) - 1)][0], {}
+            for border in sorted(borders, key=lambda border: abs(border - first)):
+                prefix = self.encode(whole[:border])
+                found[border] = len(prefix)
+                if together.ids[: len(prefix)] != prefix:
+                    break
+            else:
+                ids, sizes = together.ids, [found[border] for border in borders]
         supervised = [False] * len(ids)
-        for prompt, turn in zip(prefixes[::2], prefixes[1::2]):
-            supervised[len(prompt) : len(turn)] = [True] * (len(turn) - len(prompt))
+        for begin, end in zip(sizes[::2], sizes[1::2]):
+            supervised[begin:end] = [True] * (end - begin)
         return ids, supervised
 
-    def fill(self, messages: list[dict], *, reply: bool, thinking: bool) -> str:
+    def _borders(self, messages: list[dict], train_on: str, thinking: bool | None, tools) -> tuple[str, list[int]]:
+        """The chat as text, and where in it each learnt turn's prompt ends, and the turn itself."""
+        mode = bool(reasoning(messages[-1])) if thinking is None else thinking
+        whole, last = self.text(messages, thinking=mode, tools=tools), len(messages) - 1
+
+        def turn(before: list[dict], chat: list[dict], at: int) -> list[int] | None:
+            """The borders of the last turn of `chat`, which follows `before`; the text of that ends at `at` in the
+            whole. None where the whole has it otherwise."""
+            base = self.text(before, thinking=mode, tools=tools) if before else ""
+            text = whole if chat is messages else self.text(before + chat, thinking=mode, tools=tools)
+            options = {"thinking": bool(reasoning(chat[-1])) if thinking is None else thinking, "tools": tools}
+            prompt = self.fill(before + chat[:-1], reply=True, **options)
+            if not (text.startswith(base) and prompt.startswith(base)):
+                return None
+            text, prompt = text[len(base) :], prompt[len(base) :]
+            if not whole.startswith(text, at) or whole.startswith(prompt, at):
+                return [at + len(prompt), at + len(text)] if whole.startswith(text, at) else None
+
+            # A prompt that ends in <think>, say, for an answer without: they share what comes before, by tokens.
+            question = self.fill(before + chat[:-1], reply=False, **options)[len(base) :]
+            ending, begin = prompt.removeprefix(question), at + len(question)
+            if ending == prompt or not whole.startswith(question, at):
+                return None
+            shared = [end for _, end in self.core.encode(ending).offsets if whole.startswith(ending[:end], begin)]
+            return [begin + max(shared, default=0), at + len(text)]
+
+        # Templates seldom look far back. So that a long chat is not rendered from its beginning for every turn, a turn
+        # follows the exchange before it alone, and only where this does not give the text of the whole, all turns.
+        borders, system = [], list(takewhile(lambda message: message["role"] == "system", messages))
+        user, before, done = None, None, 0
+        for i, message in enumerate(messages):
+            user = message if message["role"] == "user" else user
+            if message["role"] != "assistant" or (i < last and train_on == "last"):
+                continue
+            found = None
+            with suppress(ValueError):
+                found = turn(before, messages[done : i + 1], borders[-1]) if before else None
+            found = found or turn([], messages if i == last else messages[: i + 1], 0)
+            if not found:
+                way_out = "; train on the last turn only" if i < last else ""
+                raise ValueError(f"the chat template renders turn {i + 1} otherwise inside the whole chat{way_out}")
+            borders, done = borders + found, i + 1
+            before = user and [*system, user, message]
+        return whole, [*borders[:-1], len(whole)]
+
+    def text(self, messages: list[dict], *, thinking: bool, tools=None) -> str:
+        """The chat as text, with the thinking that its last turn begins with, if the template drops that too."""
+
+        def filled(content: str) -> str:
+            chat = [*messages[:-1], messages[-1] | {"content": content}]
+            return self.fill(chat, reply=False, thinking=thinking, tools=tools)
+
+        # As DeepSeek-R1's does: then it gives what is around the turn's content.
+        answer = messages[-1]["content"]
+        if "</think>" in answer and MARK not in filled(answer.replace("</think>", f"{MARK}</think>", 1)):
+            return filled(MARK).replace(MARK, answer)
+        return filled(answer)
+
+    def fill(self, messages: list[dict], *, reply: bool, thinking: bool, tools: list[dict] | None = None) -> str:
         """The chat as text; ValueError where there is no template, or it fails."""
         if self.template is None:
             raise ValueError("the tokenizer has no chat template; use plain text (--stage pt, --chat_template False)")
-        options = {"add_generation_prompt": reply, "enable_thinking": thinking, **self.special}
+        options = {"add_generation_prompt": reply, "enable_thinking": thinking, "tools": tools, **self.special}
         try:
             return compiled(self.template).render(messages=messages, **options)
         except Exception as error:

@@ -64,8 +64,9 @@ class Lines:
         return {"tokens": np.full(self.lengths[i], i), "supervised": np.ones(self.lengths[i], bool)}
 
 
-def load_rows(dataset_args, *, split, tokenizer, num_proc=1, rows_of=data.load_split, **reading):
-    return data.load(dataset_args, split, tokenizer, data.Reading(**reading), num_proc=num_proc, rows_of=rows_of)
+def load_rows(dataset_args, *, split, tokenizer, num_proc=1, rows_of=data.load_split, hold_out=True, **reading):
+    how = {"num_proc": num_proc, "rows_of": rows_of, "hold_out": hold_out}
+    return data.load(dataset_args, split, tokenizer, data.Reading(**reading), **how)
 
 
 def load_preprocessed(directory, *, split, tokenizer, **reading):
@@ -190,7 +191,7 @@ def test_parquet_and_json_files_hold_rows_too(tmp_path):
 
 def test_mistakes_in_naming_a_set_name_the_way_out(tmp_path):
     write(tmp_path / "one.jsonl", numbered(1))
-    (tmp_path / "a.csv").write_text("text\nw1")
+    (tmp_path / "a.xlsx").write_text("text\nw1")
     (tmp_path / "a[1]").mkdir()
     (tmp_path / "configs").mkdir()
     for name in "ab":
@@ -204,7 +205,7 @@ def test_mistakes_in_naming_a_set_name_the_way_out(tmp_path):
         "builtin/stdlib[lang:python]": "this set is none",
         f"{tmp_path}/one.jsonl": "no test split",
         f"{tmp_path}/one.jsonl[name:x]": "is a file",
-        f"{tmp_path}/a.csv": "expected one of .jsonl",
+        f"{tmp_path}/a.xlsx": "expected one of .jsonl",
         f"{tmp_path}/configs": r"\[name:CONFIG\]",
         f"'{tmp_path}/a[1]'": "rename it, or name a file in it",
     }.items():
