@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -38,12 +39,14 @@ from tqdm import tqdm
 from checkpoint import load_config, resolve
 from cli import MDLM_BLOCK, Loading, Opening, one_line_errors, open_model
 from diffusion import Sampling, Temperature, denoise
+from display import printable
 from files import check_directory
 from likelihood import log_likelihood
-from options import Count, Model, Natural, Options, Seed, Tokens, flags, nearest
-from report import table, write_manifest
+from options import Model, Natural, Options, Seed, Steps, Tokens, flags, nearest
+from report import cache_key, table, write_manifest
 
 HERE = Path(__file__).resolve().parent
+NO_OPS = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "min_p": 0.0}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model_args
@@ -68,7 +71,7 @@ class Generation(Sampling):
     max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
     """masks that follow each prompt, at most: a task that asks for fewer gets fewer (default: what the task asks for,
     else 256)"""
-    steps: Count | None = None  # forwards for the whole answer (default: one a token)
+    steps: Steps | None = None  # forwards for the whole answer (default: one a token)
     temperature: Temperature | None = None
     """of the Gumbel noise on the logits; 0 takes the likeliest token (default: the task's where it has do_sample, else
     0)"""
@@ -365,6 +368,7 @@ class A2D(TemplateLM):
         wanted = normalize_gen_kwargs(given, 256 if longest is None else longest)
         until = [stop for stop in wanted.pop("until") if stop]
         length, sample = wanted.pop("max_gen_toks"), wanted.pop("do_sample")
+        wanted = {name: value for name, value in wanted.items() if name not in NO_OPS or value != NO_OPS[name]}
         length = length if longest is None else min(length, longest)
         otherwise = {
             "steps": max(1, length),
@@ -381,6 +385,15 @@ class A2D(TemplateLM):
         if sample and sampling["temperature"]:  # else the task's top_k and top_p would change nothing
             sampling = self._sampling(**otherwise, **choice)
         return until, sampling | {"max_new_tokens": length}
+
+    def check_options(self, task: str, given: dict) -> None:
+        """ValueError for a task's generation options that the sampler would refuse."""
+        try:
+            _, sampling = self._request_options(given)
+            self._cut([], self.max_length - sampling["max_new_tokens"])
+            Sampling(**sampling)
+        except ValueError as error:
+            raise ValueError(f"task {task}: {error}") from error
 
     def _generate(self, prompts: list[list[int]], until: list[str], sampling: dict) -> tuple[list[str], int]:
         """The answers' texts up to their first stop string, and how many tokens were generated."""
@@ -563,8 +576,12 @@ def run(argv: list[str]) -> None:
     if given.get("model") in MODELS:
         options = {name: given[name] for name in ("batch_size", "max_batch_size", "device") if name in given}
         lm = args.model = MODELS[given["model"]].create_from_arg_obj(given.get("model_args") or {}, options)
+        # Another checkpoint or sampler never gets these answers from a cache.
+        if given.get("use_cache"):
+            args.use_cache = f"{given['use_cache']}_{cache_key(lm)}"
     try:
-        harness.execute(args)
+        with checked_tasks(lm) if lm else nullcontext():
+            harness.execute(args)
     except (ImportError, yaml.YAMLError) as error:
         raise ValueError(f"a task cannot be loaded: {error}") from error
     if lm is None:
@@ -574,6 +591,26 @@ def run(argv: list[str]) -> None:
         print(write_manifest(lm, counts, given["output_path"], argv, began))
     if lm.world_size > 1:
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def checked_tasks(lm: A2D):
+    """Inside, lm-eval begins to evaluate only if `lm` can take every task's generation options."""
+    from lm_eval import evaluator
+
+    evaluate = evaluator.evaluate
+
+    def checked(**options):
+        for name, task in options["task_dict"]["tasks"].items():
+            if task.OUTPUT_TYPE == "generate_until":
+                lm.check_options(name, task.get_config("generation_kwargs") or {})
+        return evaluate(**options)
+
+    evaluator.evaluate = checked
+    try:
+        yield
+    finally:
+        evaluator.evaluate = evaluate
 
 
 def check_tasks(directories: list[str]) -> None:
@@ -595,7 +632,7 @@ def main(argv: list[str] | None = None) -> None:
             _, model_args = Evaluation.parser().format_help().split("show this help message and exit\n")
             print(inspect.getdoc(Evaluation) + "\n" + model_args.replace("--", ""))
         elif argv[0] == "--table":
-            print(table(argv[1:] or ["."]))
+            print(printable(table(argv[1:] or ["."])))
         else:
             run(argv)
 

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +69,12 @@ def _digest(directory: Path) -> str:
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
+
+
+def cache_key(lm) -> str:
+    """What answers depend on besides their requests, as a hash: the checkpoint's files and every option."""
+    options = {**asdict(lm.options), "pretrained": _digest(resolve(lm.options.pretrained)), "model": str(lm)}
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _hardware(device: torch.device) -> str:
