@@ -117,7 +117,7 @@ ERRORS = {
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 16000000000 bytes."),
         "no room for 16000000000 bytes; lower",
     ),
-    "cuda": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "no room for 20.00 MiB"),
+    "gpu": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "no room for 20.00 MiB"),
     "recursion": (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
     "overflow": (OverflowError("int too big to convert"), "a number is too large .int too big to convert."),
     "escapes": (ValueError(f"no column {HOSTILE}\nat all"), "no column \ufffd.*at all"),
