@@ -10,20 +10,8 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from cli import (
-    BLANK,
-    Answers,
-    Opening,
-    canvas,
-    check_chat,
-    explain,
-    idle_steps,
-    in_force,
-    is_chat,
-    one_line_errors,
-    open_model,
-    sampler_options,
-)
+import cli
+from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Prefix, Sampling, denoise
 from display import LEGEND, MASKED, Stream, cost, one_line, shorten, show, terminal
 from files import read_text, replacing_file
@@ -143,7 +131,7 @@ class Conversation:
             if name == "seed":
                 self.generator.manual_seed(changed.seed)
         shown = self.options.only(Talking)
-        shown |= in_force(sampler_options(self.options, self.model.config.objective), self.model.config)
+        shown |= cli.in_force(sampler_options(self.options, self.model.config.objective), self.model.config)
         for each in [name] if name else known:
             note(f"{each} {shown[each]}")
 
@@ -171,7 +159,8 @@ class Conversation:
         """/save FILE: write the conversation, a row of JSONL as train.py reads it"""
         # Replace no file but this conversation's own, as it left it: of other rows, or changed since, none is lost.
         path = home(rest)
-        if path.exists() and read_text(path) != self.files.get(path.resolve()):
+        known = self.files.get(path.resolve())
+        if path.exists() and (known is None or read_text(path) != known):
             raise ValueError(f"{path} exists and is not this conversation's; choose another name")
         row = json.dumps({"messages": self._system() + self.messages}, ensure_ascii=False) + "\n"
         replacing = ", replacing the earlier ones" if path.exists() else ""
@@ -289,7 +278,7 @@ class Conversation:
         notes += ["stopped"] if pressed else []
         note(f"[{'; '.join(notes)}]")
         if not answer.text.strip() and not pressed:
-            note(BLANK)
+            note(cli.BLANK)
         return answer.text, bool(pressed)
 
     def _system(self) -> list[dict]:
@@ -360,7 +349,7 @@ def talk(conversation: Conversation, interactive: bool) -> None:
             raise
         except Exception as error:
             # Whatever it is: what was said so far is worth more.
-            print(f"error: {explain(error) or one_line(repr(error))}")
+            print(f"error: {cli.explain(error) or one_line(repr(error))}")
 
 
 def recall(file: str, *, save: bool = False) -> None:

@@ -104,7 +104,7 @@ class Evaluation(Checkpoint, Generation, Likelihood):
       --limit N               only the first N questions of each task: for trying out
       --output_path DIR       where results go, and a manifest beside them: everything that made the numbers
       --log_samples           write prompts and answers there, too
-      --use_cache PATH        keep answers, and take them from there when the command is run again
+      --use_cache PATH        keep answers, each checkpoint's and each model_args' by themselves, for the next time
       --gen_kwargs K=V,...    the task's until, max_gen_toks, do_sample, temperature, top_k, top_p
       --confirm_run_unsafe_code   for tasks that run generated programs
 

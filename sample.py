@@ -10,20 +10,9 @@ from typing import Annotated, ClassVar
 import torch
 from tqdm import tqdm
 
+import cli
 import data
-from cli import (
-    BLANK,
-    Answers,
-    Opening,
-    canvas,
-    check_chat,
-    idle_steps,
-    in_force,
-    is_chat,
-    one_line_errors,
-    open_model,
-    sampler_options,
-)
+from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Sampling
 from display import LEGEND, MASKED, STRONG, Region, Spans, Trace, cost, one_line, picture, pieces, plain, show, wrap
 from files import check_file, read_text, replacing_file
@@ -318,7 +307,7 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
         "dtype": str(model.head_weight.dtype).removeprefix("torch."),
         "seed": args.seed,
         "batch_size": args.batch_size,
-        **in_force(options, model.config),
+        **cli.in_force(options, model.config),
     }
     # The file takes its name when it is complete.
     with replacing_file(args.output) as file, file.open("w", encoding="utf-8") as lines:
@@ -359,7 +348,7 @@ def sample(args: Sample) -> int:
         answers = decode(model, tokenizer, batch, options=options, generator=generator, watch=args.show)
         seconds[batch[0].task] = seconds.get(batch[0].task, 0.0) + answers.seconds
         if batch[0] is todo[0]:
-            trace = traced(answers, todo[0].ids, in_force(options, model.config), objective)
+            trace = traced(answers, todo[0].ids, cli.in_force(options, model.config), objective)
         progress.update(len(batch))
         while not args.dataset_args and printed < len(todo) and todo[printed].answer is not None:
             printed += 1
@@ -374,7 +363,7 @@ def sample(args: Sample) -> int:
         print(remark)
     blank = sum(not request.answer.text.strip() for request in todo if request.new)
     if blank:
-        print(f"{blank} of {len(todo)} answers {BLANK}")
+        print(f"{blank} of {len(todo)} answers {cli.BLANK}")
     if args.picture is not None:
         with replacing_file(args.picture) as file:
             file.write_bytes(picture(trace, args.picture))
