@@ -10,10 +10,11 @@ from typing import Annotated, ClassVar
 
 import torch
 
+import cli
 from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Prefix, Sampling, denoise
-from display import MASKED, Stream, cost, shorten, show, terminal
-from files import replacing_file
+from display import LEGEND, MASKED, Stream, cost, one_line, shorten, show, terminal
+from files import read_text, replacing_file
 from model import LanguageModel
 from options import Options, Seed, flags, nearest
 from tokenizer import Tokenizer
@@ -35,8 +36,8 @@ class Talking(Sampling):  # all that /set changes
     "display"
 
     visualize: bool = True
-    """redraw the answer in place: masked, just settled (green), settled. False, and always where there is no terminal:
-    write text as it settles from the left"""
+    """redraw the answer in place: masked (░), just settled (green), settled; ∎ is an end token behind masks. False, and
+    always where there is no terminal: write text as it settles from the left"""
     seed: Seed = Opening.seed  # of all random numbers
 
 
@@ -76,7 +77,7 @@ class Conversation:
         self.messages = []  # turns of user and assistant, without the system message
         self.left_out = 0  # how many messages at the start the model no longer sees
         self.prefix = Prefix()  # the cache of earlier turns
-        self.files = set()  # that this conversation was saved to or loaded from
+        self.files = {}  # path: what this conversation has saved there, or loaded
         self._check(self.options)  # now, not at the first message
 
     def obey(self, line: str) -> None:
@@ -102,6 +103,7 @@ class Conversation:
         for name in COMMANDS:
             usage, _, meaning = getattr(self, name).__doc__.partition(": ")
             note(f"{usage:<21}{meaning}")
+        note(f"signs: {LEGEND}")
 
     def reset(self, rest: str) -> None:
         """/reset: begin anew; the system message and the options stay"""
@@ -128,13 +130,15 @@ class Conversation:
             self.options = changed
             if name == "seed":
                 self.generator.manual_seed(changed.seed)
+        shown = self.options.only(Talking)
+        shown |= cli.in_force(sampler_options(self.options, self.model.config.objective), self.model.config)
         for each in [name] if name else known:
-            note(f"{each} {getattr(self.options, each)}")
+            note(f"{each} {shown[each]}")
 
     def undo(self, rest: str) -> None:
         """/undo: take the last exchange back"""
         self.messages, text = self._last_exchange("undo")
-        note(f"took back: {one_line(text)}")
+        note(f"took back: {brief(text)}")
 
     def retry(self, rest: str) -> None:
         """/retry: answer the last message once more; at temperature 0 only other options change the answer"""
@@ -149,28 +153,31 @@ class Conversation:
         if not self.templated:
             raise ValueError("a system message needs a chat template, and here text is continued")
         self.system_message = rest or None
-        note(f"system message: {one_line(rest)}" if rest else "no system message")
+        note(f"system message: {brief(rest)}" if rest else "no system message")
 
     def save(self, rest: str) -> None:
         """/save FILE: write the conversation, a row of JSONL as train.py reads it"""
-        # Replace no file but this conversation's own.
-        path = Path(rest).expanduser()
-        if path.exists() and path.resolve() not in self.files:
+        # Replace no file but this conversation's own, as it left it: of other rows, or changed since, none is lost.
+        path = home(rest)
+        known = self.files.get(path.resolve())
+        if path.exists() and (known is None or read_text(path) != known):
             raise ValueError(f"{path} exists and is not this conversation's; choose another name")
-        row = {"messages": self._system() + self.messages}
+        row = json.dumps({"messages": self._system() + self.messages}, ensure_ascii=False) + "\n"
+        replacing = ", replacing the earlier ones" if path.exists() else ""
         with replacing_file(path) as file:
-            file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.files.add(path.resolve())
-        note(f"saved {len(self.messages)} messages to {path}")
+            file.write_text(row, encoding="utf-8")
+        self.files[path.resolve()] = row
+        note(f"saved {len(self.messages)} messages to {path}{replacing}")
 
     def load(self, rest: str) -> None:
         """/load FILE: go on with a conversation that was saved"""
-        path = Path(rest).expanduser()
+        path = home(rest)
         if not path.exists():
             raise ValueError(f"there is no file {path}")
         try:
-            row = json.loads(path.read_bytes().decode("utf-8").split("\n", 1)[0])
-        except ValueError as error:
+            line = read_text(path).split("\n", 1)[0]
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} holds no conversation ({error}); expected what /save writes") from error
 
         # At most one system message, then a user's turn and an answer, as often as you like.
@@ -185,9 +192,9 @@ class Conversation:
         # From here on nothing can fail.
         self.system_message = system[0] if system else None
         self.messages, self.left_out = turns, 0
-        self.files.add(path.resolve())
+        self.files[path.resolve()] = line + "\n"
         for message in turns:
-            note(f"{message['role']}: {one_line(message['content'])}")
+            note(f"{message['role']}: {brief(message['content'])}")
 
     def infill(self, rest: str) -> None:
         """/infill TEXT: fill in each <|mask|> of a text, outside of the conversation"""
@@ -208,7 +215,7 @@ class Conversation:
         turns = [*(self.messages if before is None else before), {"role": "user", "content": text}]
         answer, stopped = self._decode(self._prompt(turns))
         if stopped and not answer:
-            note(f"stopped before anything had settled; took back: {one_line(text)}")
+            note(f"stopped before anything had settled; took back: {brief(text)}")
         else:
             self.messages = [*turns, {"role": "assistant", "content": answer}]
 
@@ -270,6 +277,8 @@ class Conversation:
         notes += idle_steps(options, objective, sum(holes or []) + options["max_new_tokens"])
         notes += ["stopped"] if pressed else []
         note(f"[{'; '.join(notes)}]")
+        if not answer.text.strip() and not pressed:
+            note(cli.BLANK)
         return answer.text, bool(pressed)
 
     def _system(self) -> list[dict]:
@@ -309,8 +318,16 @@ def note(text: str) -> None:
     show([(text, MASKED)], sys.stdout if terminal(sys.stdout) else sys.stderr)
 
 
-def one_line(text: str) -> str:
-    return shorten(" ".join(text.split()), 70)
+def brief(text: str) -> str:
+    return shorten(one_line(text), 70)
+
+
+def home(file: str) -> Path:
+    """The path of a file name, which may begin with ~ or ~USER."""
+    try:
+        return Path(file).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{file}: there is no such user; write the path out") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,15 +345,20 @@ def talk(conversation: Conversation, interactive: bool) -> None:
             conversation.obey(input("> "))  # which edits lines
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit leaves)")
-        except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}")
+        except EOFError:
+            raise
+        except Exception as error:
+            # Whatever it is: what was said so far is worth more.
+            print(f"error: {cli.explain(error) or one_line(repr(error))}")
 
 
 def recall(file: str, *, save: bool = False) -> None:
     """Turns line editing on, with what was typed before, or saves what was typed; '' keeps nothing."""
     import readline  # changes how `input` reads, and Windows lacks it
 
-    path = Path(file).expanduser()
+    path = home(file)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return  # a device, which keeps nothing, or never ends
     try:
         if file and save:
             readline.set_history_length(1000)  # lines

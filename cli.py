@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 
 from checkpoint import DTYPES, declare, load_config, load_model, resolve
 from diffusion import RULES, Prefix, Sampling, denoise
-from display import Spans, shorten, spans
+from display import Spans, one_line, shorten, spans
 from model import OBJECTIVES, LanguageModel
 from options import Model, Options, Seed
 from tokenizer import ROLES, Tokenizer, why_invalid
@@ -29,10 +30,26 @@ def end_quietly() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def explain(error: Exception) -> str | None:
+    """What an error says in one printable line, with a way out; None for one that is no user's mistake."""
+    said = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said:
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)|[Uu]nable to allocate ([\d.]+ \w+)", said)
+        parts = f"the memory has no room for {next(filter(None, asked.groups()))}" if asked else "out of memory"
+        said = f"{parts}; lower the batch size, the steps, the length of texts or --max_new_tokens"
+    elif isinstance(error, RecursionError):
+        said = f"something is nested too deeply to be read ({said}); use another file"
+    elif isinstance(error, OverflowError):
+        said = f"a number is too large ({said}); pass or declare a smaller one"
+    elif not isinstance(error, ValueError | OSError):
+        return None
+    return one_line(said)
+
+
 @contextmanager
 def one_line_errors(prog: str):
-    """Turns a ValueError or OSError raised inside into `PROG: message` on standard error and exit status 2, and Ctrl-C
-    into one line and status 130. Under `python -X dev` an error shows where it was raised instead."""
+    """Turns what `explain` knows into `PROG: message` on standard error and exit status 2, and Ctrl-C into one line and
+    status 130. Under `python -X dev` an error shows where it was raised instead."""
     # Standard streams that were closed before the program started are None; with an encoding other than UTF-8, a
     # character that is not in it would raise, perhaps after hours of work.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -58,17 +75,15 @@ def one_line_errors(prog: str):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for what Python still writes when it ends)
         print(f"{prog}: what read the output has ended, and so does this", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        time.sleep(0 if first else 10)
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
+    except Exception as error:
+        line = None if sys.flags.dev_mode else explain(error)
         # gloo's words when another process is gone: connection closed, or reset, by peer.
-        if "by peer" in str(error):
+        if (line and not first) or (isinstance(error, RuntimeError) and "by peer" in str(error)):
             time.sleep(10)
-        raise
+        if line is None:
+            raise
+        print(f"{prog}: {line}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,6 +216,17 @@ def idle_steps(options: dict, objective: str, tokens: int) -> list[str]:
     if objective == "ar" or not scheduled or not 0 < tokens < options["steps"] != Sampling.steps:
         return []
     return [f"steps {options['steps']} for at most {tokens} tokens: those that would reveal none are left out"]
+
+
+def in_force(options: dict, config) -> dict:
+    """Options of `sampler_options` with the blocks that they come to; ar has none."""
+    if config.objective == "ar":
+        return options
+    align = options["block_align"] or ("sequence" if config.objective == "bd3lm" else "prompt")
+    return options | {"block_size": options["block_size"] or config.block_length, "block_align": align}
+
+
+BLANK = "blank: an end token at once, or white space; ask as in training, for as many tokens (--max_new_tokens 8, say)"
 
 
 class Answer(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 
 from checkpoint import EMBEDDING, HEAD, load_config, load_model, resolve, save_model
 from cli import one_line_errors
+from display import printable
 from files import check_directory
 from model import OBJECTIVES, Config, LanguageModel
 from options import Directory, Model, Options, Seed
@@ -162,7 +163,7 @@ def convert(args: Convert) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors("convert.py"):
         for what, value in convert(Convert.parse(argv)).items():
-            print(f"{what:<15} {value}")
+            print(printable(f"{what:<15} {value}"))
 
 
 if __name__ == "__main__":

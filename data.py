@@ -39,6 +39,7 @@ import numpy as np
 
 from checkpoint import resolve
 from cli import one_line_errors
+from display import printable
 from files import check_directory, replacing
 from options import Count, Directory, Model, Natural, Options, Tokens
 from tasks.builtin import BUILTIN
@@ -982,7 +983,7 @@ def marked_text(row: dict, tokenizer, *, colour: bool) -> str:
     marks = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     parts, pairs = [], zip(row["supervised"].tolist(), row["tokens"].tolist())
     for learnt, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        text = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+        text = printable(tokenizer.decode([token for _, token in run], skip_special_tokens=False))
         parts.append(f"{marks[0]}{text}{marks[1]}" if learnt else text)
     return "".join(parts)
 
@@ -1010,7 +1011,7 @@ def prepare(args: Prepare) -> None:
         # How many there are, and how much of them is learnt
         counts = ", ".join(f"{name} {n:,}" for name, n in rows.counts.items())
         learnt = sum(int(chunk.sum(dtype=np.int64)) for chunk in rows.supervised)
-        print(f"{split}: {len(rows):,} rows of {rows.lengths.mean():.1f} tokens ({counts})")
+        print(printable(f"{split}: {len(rows):,} rows of {rows.lengths.mean():.1f} tokens ({counts})"))
         print(f"{split}: {rows.useful:,} tokens, {learnt / sum(map(len, rows.supervised)):.1%} of them supervised")
 
         # What a model will see of the first rows

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from graphs import static_steps
 from model import OBJECTIVES, Config, KVCache, LanguageModel, Layout, attention_mask
-from options import Bound, Count, Ids, Natural, Options, Tokens
+from options import Bound, Ids, Natural, Options, Steps, Tokens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules and weights
@@ -72,15 +72,18 @@ def reverse_mask_prob(s: Tensor, t: Tensor, scheduler: str = "linear") -> Tensor
 
 
 def reveal_schedule(
-    masks: Tensor, steps: int, scheduler: str = "linear", *, stochastic=False, generator=None
+    masks: Tensor, steps: int, scheduler: str = "linear", *, width: int | None = None, stochastic=False, generator=None
 ) -> Tensor:
     """(..., S) int64: how many of masks (...) to reveal at each of `steps` equal steps of time from 1 to 0; together
-    they are all of them."""
+    they are all of them. width: S, where it is less; as many as there are masks hold all steps that reveal any."""
     grid = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
     t, s = grid[:-1].float(), grid[1:].float()  # float32, as the reference computes its probabilities
     reveal = (1 - reverse_mask_prob(s, t, scheduler).double()).to(masks.device)  # (S,)
 
-    # Each step reveals the expected number of what is left, rounded half to even, or a binomial draw.
+    # Each step reveals the expected number of what is left, rounded half to even, or a binomial draw. Steps that would
+    # round to none even of all masks cost nothing, however many they are.
+    if not stochastic:
+        reveal = reveal[(reveal * masks.max().clamp(min=1)).round() > 0]
     remaining, schedule = masks.double(), []
     for p in reveal:
         if stochastic:
@@ -93,7 +96,7 @@ def reveal_schedule(
 
     # Steps that reveal nothing move to the end, so that no forward is spent on them.
     order = (schedule == 0).to(torch.int8).argsort(dim=-1, stable=True)
-    return schedule.gather(-1, order)
+    return F.pad(schedule.gather(-1, order), (0, (width or steps) - schedule.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,13 +550,13 @@ class Sampling(Options):
     "sampling"
 
     max_new_tokens: Annotated[Natural, "TOKENS"] = 128  # masks that follow each prompt
-    steps: Count = 128
+    steps: Steps = 128
     """forwards for the whole answer, shared by as many blocks as it fills (one that straddles blocks takes a few more);
     fewer steps reveal more tokens each. Steps that would reveal nothing are left out. ar takes one a token"""
     block_size: Tokens | None = None
     """tokens of a decoding block; blocks are decoded from left to right. For bd3lm the checkpoint's block length, where
     it declares one (default: bd3lm that; mdlm 32, in Python the whole canvas; ar has none)"""
-    steps_per_block: Count | None = None  # forwards for one block (default: by --steps)
+    steps_per_block: Steps | None = None  # forwards for one block (default: by --steps)
     block_align: Literal["sequence", "prompt"] | None = None
     """where blocks start. sequence: multiples of the block size from the first token of the prompt, as in training, so
     the prompt's last partial block is denoised with the prompt fixed. prompt: where the prompt ends, as dLLM does
@@ -772,11 +775,12 @@ class Decoding:
         # The steps are shared evenly by the blocks of the answer (of an infilled canvas: by all its blocks).
         spans = lengths if infilling else [options.max_new_tokens] * self.B
         budgets = [options.steps_per_block or math.ceil(options.steps / max(1, math.ceil(span / K))) for span in spans]
-        self.schedule = masks.new_zeros(*masks.shape, max(budgets))
-        drawn = {"stochastic": options.stochastic_transfer, "generator": self.generator}
+        width = min(max(budgets), max(1, int(masks.max())))
+        self.schedule = masks.new_zeros(*masks.shape, width)
+        drawn = {"width": width, "stochastic": options.stochastic_transfer, "generator": self.generator}
         for steps in set(budgets):
             rows = [row for row in range(self.B) if budgets[row] == steps]
-            self.schedule[rows, :, :steps] = reveal_schedule(masks[rows], steps, options.scheduler, **drawn)
+            self.schedule[rows] = reveal_schedule(masks[rows], steps, options.scheduler, **drawn)
 
     def _make_context(self) -> None:
         """Who sees whom, and what is attended to: a cache, or for mdlm the canvas itself under one mask."""

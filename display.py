@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 from rich.cells import cell_len
 
 MASK, END = "░", "∎"  # a masked token; an end token with masks before it
+LEGEND = f"{MASK} masked  {END} ends the answer, once nothing before it is masked"
 MASKED, FRESH, SETTLED, STRONG = "2", "1;32", "", "1"  # SGR attributes: dim; bold green; none; bold
 Spans = list[tuple[str, str]]  # texts, each with its attributes
 
@@ -84,7 +86,14 @@ def terminal(stream) -> bool:
 
 def printable(text: str) -> str:
     """`text` without control characters, which a terminal would obey, but with its line ends."""
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\ufffd" for c in text)
+    # Wide spaces and the joiners of some scripts count as unprintable, and do no harm.
+    harmless = "\n\u00a0\u3000\u200c\u200d"
+    return "".join(c if c.isprintable() or c in harmless else " " if c == "\t" else "\ufffd" for c in text)
+
+
+def one_line(text: str) -> str:
+    """`text` in one printable line."""
+    return printable(" ".join(text.split()))
 
 
 def characters(shown: Spans) -> Spans:
@@ -229,6 +238,8 @@ class Trace(NamedTuple):
     confidence: list[float]
     forwards: int
     title: str
+    prompt: str = ""  # what comes before the canvas
+    borders: Sequence[int] = ()  # positions at which a block begins
 
 
 ANCHORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis at 0, 1/4, ... 1
@@ -263,9 +274,14 @@ def _png(trace: Trace) -> bytes:
     axes, scale = figure.subplots(1, 2, width_ratios=(max(0.2 * T, 4), 1.1))
     axes.imshow(image, aspect="auto", interpolation="nearest", extent=(-0.5, T - 0.5, S + 0.5, -0.5))
     axes.set(xlabel="token" if T <= 80 else "position", ylabel="forward")
-    axes.set_title(trace.title, fontsize=9, loc="left")
+    for border in trace.borders:
+        axes.axvline(border - 0.5, color="black", linewidth=0.6)
+
+    # No dollar sign begins a formula, and in labels white space is visible.
+    width = max(int(max(0.2 * T, 4) * 14), 60)  # characters above the canvas
+    prompt = [shorten(one_line(trace.prompt), width).replace("$", r"\$")] if trace.prompt else []
+    axes.set_title("\n".join([*prompt, trace.title]), fontsize=9, loc="left")
     if T <= 80:
-        # White space is made visible, and no dollar sign begins a formula.
         visible = str.maketrans({"\n": "\\n", " ": "␣", "$": r"\$"})
         labels = [shorten(printable(text).translate(visible), 12) or "·" for text in trace.texts]
         axes.set_xticks(range(T), labels, rotation=90, fontsize=7, family="monospace")
@@ -299,22 +315,27 @@ def page(trace: Trace) -> str:
         red, green, blue = rgb = colour(settled, confidence, S)
         ink = "#fff" if red * 0.3 + green * 0.59 + blue * 0.11 < 130 else "#000"
         shown = html.escape(text or "·").replace("\n", "↵\n")
-        words.append(f'<span style="background:rgb{rgb};color:{ink}" title="{tip}">{shown}</span>')
+        border = ";border-left:1px solid #000" if t in trace.borders else ""
+        words.append(f'<span style="background:rgb{rgb};color:{ink}{border}" title="{tip}">{shown}</span>')
         # ... and as a column that is grey above the forward which settled it.
         top = height * max(settled, 0)
         bars.append(
             f'<g transform="translate({14 * t})"><title>{tip}</title><rect width="13" height="{top}" fill="rgb{HOLE}"/>'
             f'<rect y="{top}" width="13" height="{height * (S + 1) - top}" fill="rgb{rgb}"/></g>'
+            + (f'<rect x="{14 * t - 1}" width="1" height="{height * (S + 1)}"/>' if border else "")
         )
     title = html.escape(trace.title)
+    prompt = f'<pre style="color:#777">{html.escape(trace.prompt)}</pre>' if trace.prompt else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.7 system-ui, sans-serif; margin: 2em; color: #222; background: #fff }}
 h1 {{ font-size: 1.1em }} pre {{ font: 15px/1.8 ui-monospace, monospace; white-space: pre-wrap }}
+pre {{ overflow-wrap: anywhere }}
 span {{ border-radius: 3px; padding: 1px 0 }} span:hover, g:hover {{ outline: 2px solid #d33 }}
 </style></head><body><h1>{title}</h1>
 <p>Colour: when a token settled, from violet (first forward) to yellow (last, {S}); pale: unsure; grey: masked or given.
-Hover for the numbers.</p><pre>{"".join(words)}</pre><div style="overflow-x: auto">
+A black line: a block begins. Hover for the numbers.</p>{prompt}<pre>{"".join(words)}</pre>
+<div style="overflow-x: auto">
 <svg width="{14 * len(bars)}" height="{height * (S + 1)}" role="img" aria-label="token x forward">{"".join(bars)}</svg>
 </div><p>Across: position. Down: forward, 0 to {S}.</p></body></html>
 """

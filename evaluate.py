@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -24,13 +25,15 @@ from tqdm import tqdm
 from checkpoint import load_config, resolve
 from cli import MDLM_BLOCK, Loading, Opening, one_line_errors, open_model
 from diffusion import Sampling, Temperature, denoise
+from display import printable
 from files import check_directory
 from likelihood import log_likelihood
 from model import OBJECTIVES
-from options import Count, Model, Natural, Options, Seed, Tokens, nearest
-from report import table, write_manifest
+from options import Model, Natural, Options, Seed, Steps, Tokens, nearest
+from report import cache_key, table, write_manifest
 
 HERE = Path(__file__).resolve().parent
+NO_OPS = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "min_p": 0.0}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model_args
@@ -52,7 +55,7 @@ class Checkpoint(Loading):
 class Generation(Sampling):
     max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
     """masks after each prompt, at most: a task that asks for fewer gets fewer (default: the task's, else 256)"""
-    steps: Count | None = None  # forwards for the whole answer (default: one a token)
+    steps: Steps | None = None  # forwards for the whole answer (default: one a token)
     temperature: Temperature | None = None
     """of the Gumbel noise; 0 takes the likeliest token (default: the task's where it has do_sample, else 0)"""
 
@@ -83,7 +86,7 @@ class Evaluation(Checkpoint, Generation, Likelihood):
       --limit N               only the first N questions of each task: for trying out
       --output_path DIR       where results go, and a manifest beside them: everything that made the numbers
       --log_samples           write prompts and answers there, too
-      --use_cache PATH        keep answers, and take them from there when the command is run again
+      --use_cache PATH        keep answers, each checkpoint's and each model_args' by themselves, for the next time
       --gen_kwargs K=V,...    the task's until, max_gen_toks, do_sample, temperature, top_k, top_p
       --confirm_run_unsafe_code   for tasks that run generated programs
 
@@ -307,6 +310,7 @@ class A2D:
         task = normalize_gen_kwargs(given, 256 if longest is None else longest)
         until = [stop for stop in task.pop("until") if stop]
         length, sample = task.pop("max_gen_toks"), task.pop("do_sample")
+        task = {name: value for name, value in task.items() if name not in NO_OPS or value != NO_OPS[name]}
         length = length if longest is None else min(length, longest)
         block = MDLM_BLOCK if self.objective == "mdlm" else None
         otherwise = {"steps": max(1, length), "block_size": block, "temperature": task.pop("temperature", None) or 0.0}
@@ -320,6 +324,15 @@ class A2D:
         if sample and sampling["temperature"]:
             sampling = self._sampling(**otherwise, **choice)
         return until, sampling | {"max_new_tokens": length}
+
+    def check_options(self, task: str, given: dict) -> None:
+        """ValueError for a task's generation options that the sampler would refuse."""
+        try:
+            _, sampling = self._request_options(given)
+            self._cut([], self.max_length - sampling["max_new_tokens"])
+            Sampling(**sampling)
+        except ValueError as error:
+            raise ValueError(f"task {task}: {error}") from error
 
     def _generate(self, inputs: list[tuple[str, list[int], list[str], dict]]) -> tuple[list[str], int]:
         """The answers to the first (options, prompt, stop strings, fields of Sampling), as many as a forward has room
@@ -500,8 +513,12 @@ def run(argv: list[str]) -> None:
     if given.get("model") in models():
         options = {name: given[name] for name in ("batch_size", "max_batch_size", "device") if name in given}
         lm = args.model = models()[given["model"]].create_from_arg_obj(given.get("model_args") or {}, options)
+        # Another checkpoint or sampler never gets these answers from a cache.
+        if given.get("use_cache"):
+            args.use_cache = f"{given['use_cache']}_{cache_key(lm)}"
     try:
-        harness.execute(args)
+        with checked_tasks(lm) if lm else nullcontext():
+            harness.execute(args)
     except (ImportError, yaml.YAMLError) as error:
         raise ValueError(f"a task cannot be loaded: {error}") from error
     if lm is None:
@@ -515,6 +532,26 @@ def run(argv: list[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def checked_tasks(lm: A2D):
+    """Inside, lm-eval begins to evaluate only if `lm` can take every task's generation options."""
+    from lm_eval import evaluator
+
+    evaluate = evaluator.evaluate
+
+    def checked(**options):
+        for name, task in options["task_dict"]["tasks"].items():
+            if task.OUTPUT_TYPE == "generate_until":
+                lm.check_options(name, task.get_config("generation_kwargs") or {})
+        return evaluate(**options)
+
+    evaluator.evaluate = checked
+    try:
+        yield
+    finally:
+        evaluator.evaluate = evaluate
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("evaluate.py"):
@@ -522,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
             _, model_args = Evaluation.parser().format_help().split("show this help message and exit\n")
             print(inspect.getdoc(Evaluation) + "\n" + model_args.replace("--", ""))
         elif argv[0] == "--table":
-            print(table(argv[1:] or ["."]))
+            print(printable(table(argv[1:] or ["."])))
         else:
             run(argv)
 

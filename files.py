@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 
@@ -25,6 +25,27 @@ def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwri
     if path.exists() and not overwrite:
         raise ValueError(f"{flag} {path} exists; choose another name or pass --overwrite")
     check_directory(flag, path.parent)
+
+
+LARGEST = 2**28  # bytes of a text that is read whole
+
+
+def read_text(path: str | Path, stream=None) -> str:
+    """The text of a file, or of `stream`, which `path` then only names; line ends become line feeds. ValueError for one
+    that is not UTF-8, or is larger than LARGEST: a device may have no end."""
+    # A pipe that nobody writes to is empty, instead of a wait without end.
+    unblocked = {"opener": lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))}
+    with nullcontext(stream) if stream else open(path, "rb", **unblocked) as file:
+        if not stream and hasattr(os, "set_blocking"):
+            os.set_blocking(file.fileno(), True)
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"{path} is larger than {LARGEST >> 20} MiB; split it, or name another file")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it, iconv -t utf-8 say") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @contextmanager

@@ -85,6 +85,8 @@ def log_likelihood(
     # Each set estimates what is not enumerated; how far the sets differ gives the error of their mean.
     estimate = torch.from_numpy(sums[:, ENUMERATED] + sums[:, :-1].mean(axis=1))
     error = torch.from_numpy(sums[:, :-1].std(axis=1, ddof=1) / math.sqrt(sets))
+    if estimate.isnan().any():
+        raise ValueError("a log-likelihood is not a number; use another --dtype, or another checkpoint")
     if not check_greedy:
         return estimate, error
     verdict = torch.from_numpy(greedy) if objective == "ar" else is_greedy(model, contexts, continuations)

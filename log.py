@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from display import printable
 from files import naming_file, replacing_file
 from model import Config, LanguageModel, Layout, visible
 from parallel import Ranks
@@ -80,7 +81,7 @@ class Log:
     def print(self, text: str) -> None:
         """A line that stays."""
         if not self.silent:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:

@@ -69,7 +69,9 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+LARGEST = 10**9  # of any number but a seed: what is beyond overflows somewhere, or fills the memory
 Count = Annotated[int, at_least(1), "N"]
+Steps = Annotated[Count, Bound(lambda x: x <= 10**6, "at most 1,000,000")]
 Natural = Annotated[int, at_least(0), "N"]
 NonNegative = Annotated[float, at_least(0), "X"]
 Positive = Annotated[float, Bound(lambda x: x > 0, "more than 0"), "X"]
@@ -176,6 +178,8 @@ class Options:
                     raise ValueError(f"--{name} {value!r} is unknown; expected {', '.join(others)} or {last}")
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"--{name} {value}: expected a number")
+                if isinstance(value, int | float) and flag.read is not seed and abs(value) > LARGEST:
+                    raise ValueError(f"--{name} {value}: expected a number of at most {LARGEST:,}")
                 for bound in flag.bounds:
                     if not bound.holds(value):
                         raise ValueError(f"--{name} {value}: expected {bound.expected}")

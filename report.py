@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from collections import Counter
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def _digest(directory: Path) -> str:
         with file.open("rb") as handle:
             digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
+
+
+def cache_key(lm) -> str:
+    """What answers depend on besides their requests, as a hash: the checkpoint's files and every option."""
+    options = {**asdict(lm.options), "pretrained": _digest(resolve(lm.options.pretrained)), "model": str(lm)}
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _hardware(device: torch.device) -> str:

@@ -1,22 +1,21 @@
 """Answers prompts, fills in masks, or scores a chat data set. `python sample.py --help` is the manual."""
 
-import io
 import json
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
 from tqdm import tqdm
 
+import cli
 import data
 from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Sampling
-from display import STRONG, Region, Spans, Trace, cost, picture, pieces, plain, show, wrap
-from files import check_file, replacing_file
+from display import LEGEND, MASKED, STRONG, Region, Spans, Trace, cost, one_line, picture, pieces, plain, show, wrap
+from files import check_file, read_text, replacing_file
 from model import LanguageModel
 from options import Bound, Natural, Options, Rows, Words
 from tokenizer import Tokenizer
@@ -45,8 +44,8 @@ class Output(Options):
     "what to show and write"
 
     show: bool = False
-    """animate the denoising: masked, just settled (green), settled. At most 25 forwards a second are shown; that time
-    does not count. Without a terminal: a line every 8 forwards"""
+    """animate the denoising: masked (░), just settled (green), settled; ∎ is an end token behind masks. At most 25
+    forwards a second are shown; that time does not count. Without a terminal: a line every 8 forwards"""
     output: Annotated[str, "FILE.jsonl"] | None = None
     """write a row per prompt: prompt, answer, tokens, forwards, settings (default: none)"""
     overwrite: bool = False  # replace --output and --picture where they exist (default: False, an error)
@@ -136,13 +135,10 @@ def requests(args: Sample) -> list[Request]:
     if not args.prompts and args.input is None and sys.stdin.isatty():
         raise ValueError("no prompt; give some as arguments (an empty one, '', generates from scratch) or by --input")
 
-    # A line each, of a file or standard input. Decode by hand, for an error that names the file and the byte.
-    name = "standard input" if args.input in (None, "-") else args.input
-    content = sys.stdin.buffer.read() if args.input in (None, "-") else Path(name).read_bytes()
-    try:
-        lines = io.StringIO(content.decode("utf-8"), newline=None).read().split("\n")  # not at U+2028 and its like
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it, iconv -t utf-8 say") from error
+    # A line each, of a file or standard input. Only a line feed ends one: JSON's strings may hold other separators.
+    piped = args.input in (None, "-")
+    name = "standard input" if piped else args.input
+    lines = read_text(name, sys.stdin.buffer if piped else None).split("\n")
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise ValueError(f"{name} holds no prompt; expected one a line")
@@ -154,7 +150,7 @@ def requests(args: Sample) -> list[Request]:
 def from_json(line: str, where: str) -> Request:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON ({error}); expected an object a line") from error
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError(f'{where}: expected an object with either "prompt" or "messages"')
@@ -170,9 +166,8 @@ def to_score(row: dict, source: str) -> Request:
     messages = check_chat(row["messages"], source, answered=True)
     if len(messages) < 2:
         raise ValueError(f"{source}: a chat of an answer alone, {messages}; scoring needs a turn before it")
-    return Request(
-        messages[:-1], task=None if row.get("task") is None else str(row["task"]), expected=messages[-1]["content"]
-    )
+    task = None if row.get("task") is None else one_line(str(row["task"]))
+    return Request(messages[:-1], task=task, expected=messages[-1]["content"])
 
 
 def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokenizer: Tokenizer, chat: bool) -> None:
@@ -216,16 +211,17 @@ class Watch(Region):
     """Shows a batch at each step: in place on a terminal, else a line every few forwards."""
 
     def show(self, rows: list[Spans], forwards: int) -> None:
+        # A row is one line, whatever its tokens are.
+        rows = [[(text.replace("\n", "↵"), style) for text, style in row] for row in rows]
         if self.live:
-            shown = [(f"forward {forwards}", STRONG)]
+            shown = [(f"forward {forwards}", STRONG), (f"  {LEGEND}", MASKED)]
             for n, row in enumerate(rows, 1):
                 shown += [(f"\n{n} ", STRONG), *row]
             self.draw(wrap(shown, self.width))
             time.sleep(FRAME)  # not counted in the time that decoding took
         elif forwards % PLAIN_EVERY == 0:
             for n, row in enumerate(rows, 1):
-                text = plain(row).replace("\n", "\\n")
-                show([(f"forward {forwards}, row {n}: {text}", "")])
+                show([(f"forward {forwards}, row {n}: {plain(row)}", "")])
 
 
 def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, watch: bool) -> Answers:
@@ -252,13 +248,18 @@ def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
             yield same[begin : begin + size]
 
 
-def traced(answers: Answers, objective: str) -> Trace:
-    """How the first row of a batch was denoised, for a picture."""
-    last, forwards = answers.last, answers.forwards[0].item()
+def traced(answers: Answers, ids: list[int], options: dict, objective: str) -> Trace:
+    """How the first row of a batch, whose prompt is ids, was denoised, for a picture. options: of `in_force`."""
+    last, forwards, begin = answers.last, answers.forwards[0].item(), answers.columns[0].start
+    prompt = answers.tokenizer.decode(ids[:begin], skip_special_tokens=False)
+    # Blocks count from the row's first column, or from where the answer begins.
+    origin = 0 if options["block_align"] == "sequence" else begin
     ids, masked, settled, confidence = next(answers.rows(last.tokens, last.masked, answers.settled, last.confidence))
     texts = pieces(answers.tokenizer, ids, masked, skip_special_tokens=False)
     title = f"{objective}, {sum(forward > 0 for forward in settled)} tokens in {forwards} forwards"
-    return Trace(texts, settled, confidence, forwards, title)
+    size = options["block_size"] or len(ids) + len(texts)
+    borders = [t for t in range(1, len(texts)) if (begin + t - origin) % size == 0]
+    return Trace(texts, settled, confidence, forwards, title, prompt, borders)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,8 +307,7 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
         "dtype": str(model.head_weight.dtype).removeprefix("torch."),
         "seed": args.seed,
         "batch_size": args.batch_size,
-        **options,
-        "block_size": options["block_size"] or model.config.block_length,
+        **cli.in_force(options, model.config),
     }
     # The file takes its name when it is complete.
     with replacing_file(args.output) as file, file.open("w", encoding="utf-8") as lines:
@@ -337,6 +337,8 @@ def sample(args: Sample) -> int:
     # Encode all before the first is decoded: the last may be too long, and that should not show after an hour.
     for n, request in enumerate(todo, 1):
         encode(request, n, args, model, tokenizer, chat)
+    if args.picture and not (sum(todo[0].holes or []) + todo[0].new):
+        raise ValueError("--picture: the first prompt has no mask to fill in; raise --max_new_tokens or leave it out")
 
     # Decode batch by batch, and print each answer as soon as those before it are printed.
     generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)
@@ -346,19 +348,22 @@ def sample(args: Sample) -> int:
         answers = decode(model, tokenizer, batch, options=options, generator=generator, watch=args.show)
         seconds[batch[0].task] = seconds.get(batch[0].task, 0.0) + answers.seconds
         if batch[0] is todo[0]:
-            trace = traced(answers, objective)
+            trace = traced(answers, todo[0].ids, cli.in_force(options, model.config), objective)
         progress.update(len(batch))
         while not args.dataset_args and printed < len(todo) and todo[printed].answer is not None:
             printed += 1
             show_answer(todo[printed - 1], f"{printed}/{len(todo)}", tokenizer)
     progress.close()
 
-    # Then the score or the rate, a remark, and the files.
+    # Then the score or the rate, remarks, and the files.
     score = show_table(todo, seconds) if args.dataset_args else None
     tokens, forwards = totals(todo)
     print(cost(tokens, sum(seconds.values()), forwards))
     for remark in idle_steps(options, objective, max(sum(request.holes or []) + request.new for request in todo)):
         print(remark)
+    blank = sum(not request.answer.text.strip() for request in todo if request.new)
+    if blank:
+        print(f"{blank} of {len(todo)} answers {cli.BLANK}")
     if args.picture is not None:
         with replacing_file(args.picture) as file:
             file.write_bytes(picture(trace, args.picture))

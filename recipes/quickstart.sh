@@ -46,6 +46,7 @@ score mdlm --threshold 0.9 --block_size 8
 score bd3lm --steps 8
 score bd3lm --threshold 0.9
 
-printf '\nYours to ask (add --show to watch it think):\n\n'
+printf '\nYours to ask (add --show to watch it think), and to talk to:\n\n'
 printf "  %s sample.py --model_name_or_path %s/mdlm/checkpoint-final --max_new_tokens 8 --threshold 0.9 'What is 12 + 34?'\n" \
     "$PYTHON" "$RUNS"
+printf '  %s chat.py --model_name_or_path %s/mdlm/checkpoint-final\n' "$PYTHON" "$RUNS"
