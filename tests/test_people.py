@@ -365,7 +365,7 @@ def test_weights_that_are_not_numbers_get_no_score(tmp_path):
     from lm_eval.api.instance import Instance
 
     checkpoints.save_model(not_numbers("mdlm"), tmp_path / "nan", tokenizer=tokenizer())
-    lm = evaluate.MODELS["a2d_mdlm"](pretrained=str(tmp_path / "nan"), max_new_tokens=4)
+    lm = evaluate.models()["a2d_mdlm"](pretrained=str(tmp_path / "nan"), max_new_tokens=4)
     for kind, args in (
         ("loglikelihood", ("a", " b")),
         ("loglikelihood_rolling", ("a",)),
@@ -436,7 +436,7 @@ def test_a_cache_is_of_one_checkpoint_and_one_sampler(tmp_path):
     from report import cache_key
 
     def key(name: str, **changes) -> str:
-        lm = evaluate.A2D.__new__(evaluate.MODELS["a2d_mdlm"])
+        lm = evaluate.A2D.__new__(evaluate.models()["a2d_mdlm"])
         lm.options = evaluate.Evaluation(pretrained=checkpoint(name), **changes)
         return cache_key(lm)
 
@@ -473,7 +473,7 @@ def test_every_task_is_checked_before_the_first_forward(monkeypatch, tmp_path, o
     file.write_text('{"q": "a", "a": "b"}\n')
     (tmp_path / "G.yaml").write_text(TASK.format("G", file, CHOICE))
     (tmp_path / "T.yaml").write_text(TASK.format("T", file, write + options))
-    lm, forwards = evaluate.MODELS["a2d_mdlm"](pretrained=checkpoint("mdlm"), mc_num=2), []
+    lm, forwards = evaluate.models()["a2d_mdlm"](pretrained=checkpoint("mdlm"), mc_num=2), []
     lm.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     manager = TaskManager(include_path=[str(tmp_path)], include_defaults=False)
     try:
