@@ -190,7 +190,8 @@ def library():
     import datasets
 
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
-    if not sys.stderr.isatty():  # where a bar would be a line at every step
+    # Without a terminal a bar would be a line at every step; the library's own variable has the last word
+    if not sys.stderr.isatty() and "HF_DATASETS_DISABLE_PROGRESS_BARS" not in os.environ:
         datasets.disable_progress_bars()
     return datasets
 
@@ -840,48 +841,47 @@ def load_preprocessed(directory: str | Path, split: str, tokenizer, reading: Rea
         way_out = "python data.py --output_dir writes such a set"
         raise FileNotFoundError(f"{directory} holds no preprocessed.json; {way_out}")
 
-    # How it was made: as this run would make it
-    with naming_damage(path):
+    # How it was made, and of each split the stream, one chunk that stays on disk, and its bounds
+    arrays, damaged = {}, f"{path} is damaged; make the set anew by data.py"
+    try:
         made = json.loads((path / "preprocessed.json").read_bytes())
         counts = {name: Counter(made["counts"][name]) for name in SPLITS if name in made["counts"]}
-        if not all(isinstance(count, int) for of_split in counts.values() for count in of_split.values()):
-            raise ValueError("counts that are no numbers")
+        for name in counts:
+            files = [path / name / f"{array}.npy" for array in ("tokens", "supervised", "bounds")]
+            arrays[name] = [np.load(file, mmap_mode="r") for file in files]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, RecursionError) as error:
+        raise ValueError(f"{damaged} ({error!r:.200})") from error
+
+    # It must have been made as this run would make it
     for name, value in settings_of(tokenizer, reading).items():
         if made.get(name) != value:
             differs = f"was made with {name} {made.get(name)}, this run has {value}"
             raise ValueError(f"{path} {differs}; make the set anew by data.py, or change the run")
 
-    # Of the split that serves, the stream, one chunk that stays on disk, and its bounds
+    # The split that serves
     found = find_split(str(path), counts, split)
-    with naming_damage(path):
-        files = [path / found / f"{array}.npy" for array in ("tokens", "supervised", "bounds")]
-        tokens, supervised, bounds = (np.load(file, mmap_mode="r") for file in files)
-        last_id = max(i for i in tokenizer.ids if i != tokenizer.mask_id)
-        check_arrays(tokens, supervised, bounds, last_id, reading.max_length)
+    last_id = max(i for i in tokenizer.ids if i != tokenizer.mask_id)
+    if reason := why_no_rows(*arrays[found], last_id, reading.max_length):
+        raise ValueError(f"{damaged} ({reason})")
+    if not all(isinstance(count, int) for count in counts[found].values()):
+        raise ValueError(f"{damaged} (its counts are no numbers)")
+    tokens, supervised, bounds = arrays[found]
     return Rows([tokens], [supervised], np.asarray(bounds), counts[found])
 
 
-@contextmanager
-def naming_damage(path: Path):
-    """Turns what a preprocessed set raises that is not as data.py wrote it into one line."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged; make the set anew by data.py ({error!r:.200})") from error
-
-
-def check_arrays(tokens: np.ndarray, supervised: np.ndarray, bounds: np.ndarray, last_id: int, max_length: int) -> None:
-    """ValueError unless the arrays are a stream of ids up to last_id, and bounds of rows in it."""
+def why_no_rows(tokens, supervised, bounds, last_id: int, max_length: int) -> str | None:
+    """Why the arrays are no stream of ids up to last_id with the bounds of rows in it, or None."""
     for name, array, kinds in (("tokens", tokens, "iu"), ("supervised", supervised, "iub"), ("bounds", bounds, "iu")):
         if array.ndim != 1 or array.dtype.kind not in kinds:
-            raise ValueError(f"{name} of {array.ndim} dimensions and type {array.dtype}")
+            return f"{name} have {array.ndim} dimensions and type {array.dtype}"
     lengths = np.diff(bounds.astype(np.int64))
     if not len(lengths) or bounds[0] < 0 or bounds[-1] > len(tokens) or lengths.min() < 1 or lengths.max() > max_length:
-        raise ValueError(f"bounds that are not those of rows of 1 to {max_length} of {len(tokens)} tokens")
+        return f"bounds are not those of rows of 1 to {max_length} of {len(tokens)} tokens"
     if len(supervised) != len(tokens):
-        raise ValueError(f"{len(supervised)} marks of what is supervised for {len(tokens)} tokens")
+        return f"{len(supervised)} tokens are supervised or not, of {len(tokens)}"
     if tokens.min() < 0 or tokens.max() > last_id:
-        raise ValueError(f"token ids {tokens.min()} to {tokens.max()}, where the tokenizer has 0 to {last_id}")
+        return f"token ids are {tokens.min()} to {tokens.max()}, the tokenizer's 0 to {last_id}"
+    return None
 
 
 # ---------------------------------------------------------------- packing

@@ -507,7 +507,7 @@ FILES = {  # content of a file, stage, and what is said of it
     "e.jsonl": (b"", "pt", "e.jsonl has no rows; name a set that has some"),
     "f.jsonl": (b'{"text": "a"', "pt", "cannot load .*f.jsonl: .*JSON"),
     "g.txt": (b"good\n\xff\xfe\n" * 40, "pt", "g.txt is not UTF-8 text: .*byte 0xff.*; write it anew as UTF-8"),
-    "h.csv": (b"text\na\n", "pt", "cannot read .*h.csv: expected one of .jsonl .json .txt .parquet"),
+    "h.xlsx": (b"text\na\n", "pt", "cannot read .*h.xlsx: expected one of .jsonl .json .csv .txt .parquet"),
     **{
         f"{name.replace(' ', '_')}.jsonl": (lines([{"messages": messages}] * 40), "sft", f"leaves no row .*{reason}")
         for name, (messages, reason) in MESSAGES.items()
@@ -645,13 +645,14 @@ def test_ctrl_c_ends_the_processes_that_tokenise_without_a_word_of_theirs(tmp_pa
     rows = lines([{"messages": [user("a"), assistant(str(n))]} for n in range(20_000)])
     (tmp_path / "rows.jsonl").write_bytes(rows)
     flags = command("data", checkpoint("mdlm"), "--dataset_args", "rows.jsonl", "--num_proc", "2")
+    bars = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "0"}  # they tell that the processes are at work
     with subprocess.Popen(
         [sys.executable, str(ROOT / "data.py"), *flags],
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env=os.environ | {"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1", **bars},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as child:
         said = b""

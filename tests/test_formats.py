@@ -16,6 +16,7 @@ from test_data import cache, chat, load_preprocessed, load_rows, program, tokeni
 
 import data
 import loaders
+import sample
 import stream
 from tokenizer import CHATML, Tokenizer
 
@@ -391,3 +392,22 @@ def test_a_damaged_preprocessed_set_is_one_line(tmp_path, capsys, name):
     with pytest.raises(ValueError, match="is damaged; make the set anew") as error:
         load_preprocessed(tmp_path / "made", split="train", tokenizer=GOLDEN_TOKENIZER, max_length=4)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+# ---------------------------------------------------------------- what sample.py reads
+
+
+def test_line_separators_within_a_row_of_jsonl_are_kept(tmp_path):
+    prompts = ["a\u2028b", "c\u0085d", "e\x0cf"]
+    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\r\n" for prompt in prompts)
+    (tmp_path / "p.jsonl").write_bytes(text.encode())
+    (tmp_path / "p.txt").write_bytes("\r\n".join(prompts).encode())
+    for name in ("p.jsonl", "p.txt"):
+        args = sample.Sample.parse(["--model_name_or_path", "x", "--input", str(tmp_path / name)])
+        assert [request.prompt for request in sample.requests(args)] == prompts
+
+
+def test_tasks_may_be_numbers():
+    rows = [{"messages": WANTED, "task": task} for task in (3, "a", None, 2.5)]
+    todo = [sample.to_score(row, "rows") for row in rows]
+    assert [[request.task for request in batch] for batch in sample.batches(todo, 9)] == [[None], ["2.5"], ["3"], ["a"]]
