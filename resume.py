@@ -90,7 +90,7 @@ def save_whole(model: LanguageModel, path: Path, dtype: torch.dtype, tokenizer: 
 
 
 def settle(output: Path) -> None:
-    """Puts the run in NEW, which has saved, in the place of the one it overwrites; killed anywhere, it can be repeated."""
+    """Puts the run in NEW, which has saved, in the place of the one it overwrites. If killed, it can be repeated."""
     new, moving = output / NEW, output / MOVING
     if new.is_dir():
         for old in existing_files(output):
@@ -137,11 +137,8 @@ def is_complete(args, output: Path, ranks: Ranks) -> bool:
     barrier()
 
     # Rank 0 looks, for all. What is in NEW is not complete.
-    final = output / FINAL
-    found = (
-        args.resume_from_checkpoint == "auto" and not args.overwrite and final.is_dir() and not (output / NEW).exists()
-    )
-    if not ranks.gather(found)[0]:
+    final, auto = output / FINAL, args.resume_from_checkpoint == "auto" and not args.overwrite
+    if not ranks.gather(auto and final.is_dir() and not (output / NEW).exists())[0]:
         return False
     before = read_object(output / ARGS)
     check_settings(before, args, final, free=LENGTH)
@@ -275,7 +272,7 @@ def fingerprints(loaders: Loaders, tokenizer: Tokenizer | None) -> dict[str, str
 def hash_rows(rows: data.Rows) -> str:
     """A hash of the rows, and where they have many tokens of every second or n-th, which takes at most a second."""
     digest = hashlib.blake2b(np.ascontiguousarray(rows.bounds), digest_size=8)
-    stride = 1 + rows.useful // 2**27
+    stride = 1 + rows.useful // 2**26
     for chunks in (rows.tokens, rows.supervised):
         for start, chunk in zip(rows.starts, chunks):  # how the rows are cut into chunks makes no difference
             digest.update(np.ascontiguousarray(chunk[-start % stride :: stride]))
@@ -313,7 +310,7 @@ def save_training(path: Path, model: LanguageModel, optimizers: list, progress: 
         # Of the optimizers only tensors: their settings are flags.
         weights, moments = states.get_state_dict(model, optimizers)
         try:
-            dcp.save({"model": weights, "moments": moments["state"]}, checkpoint_id=directory / STATE)
+            dcp.save({"model": weights, "optimizer": {"state": moments["state"]}}, checkpoint_id=directory / STATE)
         except dcp.api.CheckpointException as error:  # a BaseException with one of each failed rank
             raise cannot_write(directory / STATE, next(iter(error.failures.values()))[0]) from error
         if rank == 0:
@@ -327,13 +324,15 @@ def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
     dcp, states = _distributed_checkpoint()
     progress = read_progress(path)
     weights, moments = states.get_state_dict(model, optimizers)
-    state = {"model": weights, "moments": moments["state"]}
+    state = {"model": weights, "optimizer": {"state": moments["state"]}}
     try:
-        dcp.load(state, storage_reader=_reader(path / STATE), planner=_planner())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a damaged file is said below
+            dcp.load(state, storage_reader=_reader(path / STATE), planner=_planner())
     except (dcp.api.CheckpointException, Exception) as error:  # what a damaged file raises can be anything
         reason = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
         raise ValueError(f"{path} does not fit this run or is damaged: {str(reason)[:200] or repr(reason)}") from error
-    moments["state"] = state["moments"]
+    moments |= state["optimizer"]
     states.set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=moments)
     return progress
 
@@ -364,8 +363,7 @@ def write_progress(path: Path, progress: dict) -> None:
 
 
 def read_progress(path: Path) -> dict:
-    """The progress that save_training stored; FileNotFoundError where `path` is no checkpoint to resume from, ValueError
-    where it is damaged."""
+    """The progress that save_training stored; FileNotFoundError where `path` is no checkpoint to resume from."""
     if not path.is_dir():
         there = ", ".join(sorted(other.name for other in path.parent.glob("checkpoint-*"))) or "no checkpoint"
         raise FileNotFoundError(f"there is no directory {path} to resume from; {path.parent} holds {there}")

@@ -380,9 +380,7 @@ class Run:
         self.steps = args.max_steps or math.ceil(args.num_train_epochs * epoch)
         self.eval_every = epoch if args.eval_strategy == "epoch" else args.eval_steps
         if self.steps <= done:
-            raise ValueError(
-                f"{self.output} holds a complete run of {done} steps; to prolong it, pass more --max_steps"
-            )
+            raise ValueError(f"{self.output} holds a complete run of {done} steps; to prolong it pass more --max_steps")
 
     def _restore(self, checkpoints: list[Path]) -> tuple[Path, list[dict]]:
         """Loads the first of `checkpoints` that is not damaged; returns it, and the lines of the log up to it."""
