@@ -145,7 +145,7 @@ def is_complete(args, output: Path, ranks: Ranks) -> bool:
 
     # More steps, or more minutes, prolong it.
     had = before.get("max_minutes")
-    more = had is not None and (args.max_minutes is None or args.max_minutes > had)
+    more = isinstance(had, (int, float)) and (args.max_minutes is None or args.max_minutes > had)
     if more or any(before.get(name) != getattr(args, name) for name in LENGTH):
         return False
     if ranks.rank == 0:
@@ -172,7 +172,7 @@ def resume_point(args, output: Path, ranks: Ranks) -> Start:
     elif wanted == "auto":
         start = Start(output, resumable(output, ranks))
         if start.checkpoints and (output / FINAL).is_dir():
-            start = start._replace(done=max(row["step"] for row in read_rows(output / METRICS)))
+            start = start._replace(done=max((row["step"] for row in read_rows(output / METRICS)), default=0))
     else:
         start = Start(output, [Path(wanted)])
         read_progress(Path(wanted))
@@ -331,7 +331,8 @@ def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
             dcp.load(state, storage_reader=_reader(path / STATE), planner=_planner())
     except (dcp.api.CheckpointException, Exception) as error:  # what a damaged file raises can be anything
         reason = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
-        raise ValueError(f"{path} does not fit this run or is damaged: {str(reason)[:200] or repr(reason)}") from error
+        reason = str(reason).split(". ")[0][:200] or repr(reason)  # torch goes on with advice to unpickle anything
+        raise ValueError(f"{path} does not fit this run or is damaged: {reason}") from error
     moments |= state["optimizer"]
     states.set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=moments)
     return progress

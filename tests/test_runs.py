@@ -216,9 +216,9 @@ with files.sole_user(pathlib.Path({str(tmp_path / "a/run")!r})):
     )
     assert process.stdout.readline() == "ready\n"
     try:
-        with pytest.raises(ValueError, match=f"is in use by process {process.pid} on .*; wait for it, or choose"):
-            with files.sole_user(tmp_path / "a/run"):
-                pass
+        words = f"is in use by process {process.pid} on .*; wait for it, or choose"
+        with pytest.raises(ValueError, match=words), files.sole_user(tmp_path / "a/run"):
+            pass
         process.kill()
         process.wait()
         with files.sole_user(tmp_path / "a/run"):  # though its child lives
@@ -254,7 +254,11 @@ def rows_file(path: Path, answer=str) -> Path:
     return path
 
 
-WAYS = {"rows": [], "stream": ["--streaming", "True"], "packed": ["--packing", "True", "--objective", "ar"]}
+WAYS = {
+    "rows": [],
+    "stream": ["--streaming", "--eval_strategy", "no"],
+    "packed": ["--packing", "True", "--objective", "ar"],
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -388,7 +392,7 @@ def test_a_run_is_overwritten_at_the_first_save_of_another(run, source, capsys, 
     said = capsys.readouterr().out
     assert "is complete" not in said and "resume" not in said
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in Path(run).glob("[!.]*"))
-    assert [row["learning_rate"] for row in metrics(run) if "loss" in row][0] < 1e-3
+    assert next(row["learning_rate"] for row in metrics(run) if "loss" in row) < 1e-3
     assert any(not torch.equal(old[name], value) for name, value in weights(run).items())
 
 
@@ -572,10 +576,9 @@ def test_a_damaged_state_is_named_without_a_traceback(torn, source, capsys, capl
     whole = {file.name: file.read_bytes() for file in state.iterdir()}
     (shard,) = (name for name in whole if name.endswith(".distcp"))
     noise = np.random.default_rng(0).bytes(len(whole[shard]))
-    for name, content in [(shard, whole[shard][:-1]), (shard, b""), (shard, noise), (shard, bytes(len(noise)))] + [
-        (".metadata", content)
-        for content in (b"", noise, whole[".metadata"][:500], pickle.dumps([1]), pickle.dumps({}))
-    ]:
+    contents = [(shard, part) for part in (whole[shard][:-1], b"", noise, bytes(len(noise)))]
+    others = (b"", noise, whole[".metadata"][:500], pickle.dumps([1]), pickle.dumps({}))
+    for name, content in [*contents, *((".metadata", other) for other in others)]:
         (state / name).write_bytes(content)
         capsys.readouterr()
         with pytest.raises(SystemExit):
@@ -583,7 +586,7 @@ def test_a_damaged_state_is_named_without_a_traceback(torn, source, capsys, capl
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "checkpoint-8 does not fit this run or is damaged: " in said, said
         (state / name).write_bytes(whole[name])
-    assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
+    assert not [record for record in caplog.records if "NullHandler" not in record.name]
 
 
 def test_a_damaged_args_json_of_a_complete_run_is_named(run, source, capsys):
