@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -266,7 +267,7 @@ def fingerprints(loaders: Loaders, tokenizer: Tokenizer | None) -> dict[str, str
     else:
         first = hash_rows(getattr(train.rows, "rows", train.rows))  # packed rows have rows of their own
     found = {"tokenizer": tokenizer and data.fingerprint(tokenizer), "data to train on": first}
-    return found | {"data to evaluate on": loaders.eval_rows and hash_rows(loaders.eval_rows)}
+    return found | {"data to evaluate on": None if loaders.eval_rows is None else hash_rows(loaders.eval_rows)}
 
 
 def hash_rows(rows: data.Rows) -> str:
@@ -331,7 +332,7 @@ def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
             dcp.load(state, storage_reader=_reader(path / STATE), planner=_planner())
     except (dcp.api.CheckpointException, Exception) as error:  # what a damaged file raises can be anything
         reason = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
-        reason = str(reason).split(". ")[0][:200] or repr(reason)  # torch goes on with advice to unpickle anything
+        reason = re.split(r"(?<=\w)\. ", str(reason))[0][:200] or repr(reason)  # torch adds advice that is unsafe
         raise ValueError(f"{path} does not fit this run or is damaged: {reason}") from error
     moments |= state["optimizer"]
     states.set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=moments)
