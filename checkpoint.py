@@ -23,6 +23,8 @@ from model import FAMILIES, OBJECTIVES, Config, LanguageModel
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # torch's name: safetensors'
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
+WRITTEN = ["config.json", "model*.safetensors", "model.safetensors.index.json", "chat_template.jinja"]
+WRITTEN += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
 SHARD_BYTES = 5_000_000_000
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What a config.json of ours declares, unknown to transformers: where a contradicting value comes from.
@@ -300,6 +302,9 @@ def save_model(model: LanguageModel, path: str | Path, *, dtype=None, tokenizer=
         raise ValueError(f"{path} exists and is no checkpoint, or holds directories; choose another directory")
     with replacing(path) as directory:
         write_model(model, directory, dtype=dtype, tokenizer=tokenizer, state_dict=state_dict)
+        for file in files:  # what is not ours, such as a README.md, stays
+            if not any(file.match(pattern) for pattern in WRITTEN):
+                shutil.copy2(file, directory, follow_symlinks=False)
 
 
 def write_model(model: LanguageModel, directory: Path, *, dtype=None, tokenizer=None, state_dict=None) -> None:

@@ -1,9 +1,19 @@
 """Files and directories that appear whole or not at all, and checks of where they go before the work is done."""
 
 import os
+import re
 import shutil
-from contextlib import contextmanager, nullcontext
+import socket
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+|final)")  # the names under which train.py saves
+LOCK = ".lock"
 
 
 def check_directory(flag: str, directory: str | Path) -> None:
@@ -108,19 +118,68 @@ def replacing(path: str | Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def delete(path: Path) -> None:
+    """Removes a file, a directory with all in it, or a link, but never what it points to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def remove(path: Path) -> None:
     """Removes a checkpoint."""
     # It loses its name first, so that what has that name is always whole.
-    shutil.rmtree(path.rename(beside(path)))
+    delete(path.rename(beside(path)))
 
 
 def recover(directory: Path) -> None:
     """Puts back the checkpoint that a process killed in `replacing` was about to replace, and removes its new one."""
-    for old in directory.glob(".checkpoint-*.old"):
-        path = directory / old.name[1:].removesuffix(".old")
-        shutil.rmtree(old) if path.exists() else old.rename(path)
-    for new in directory.glob(".checkpoint-*.writing"):
-        shutil.rmtree(new)
+    for left in sorted(directory.glob(".checkpoint-*")):
+        name, _, kind = left.name[1:].rpartition(".")
+        if not CHECKPOINT.fullmatch(name) or kind not in ("old", "writing"):
+            continue
+        if kind == "old" and not os.path.lexists(directory / name):
+            left.rename(directory / name)
+        else:
+            delete(left)
+
+
+@contextmanager
+def sole_user(directory: Path):
+    """Inside, no other process can enter this for `directory`, which is created on need: ValueError for that one. The
+    lock ends with the process, however that ends."""
+    if fcntl is None:
+        yield
+        return
+
+    # The file must still be there once it is locked: the process before may have removed it in between.
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = (directory / LOCK).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            user = file.read(200) or "another process"
+            file.close()
+            raise ValueError(f"{directory} is in use by {user}; wait for it, or choose another directory") from None
+        except OSError:  # a file system without locks
+            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (directory / LOCK).stat()):
+                break
+        file.close()
+
+    # A child would keep the lock beyond this process's end.
+    os.register_at_fork(after_in_child=file.close)
+    try:
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        yield
+    finally:
+        (directory / LOCK).unlink(missing_ok=True)
+        file.close()
+        for path in created:  # those that stayed empty
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _sync(path: Path) -> None:

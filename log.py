@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,11 @@ from display import printable
 from files import naming_file, replacing_file
 from model import Config, LanguageModel, Layout, visible
 from parallel import Ranks
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 ARGS, METRICS, PICTURE = "args.json", "metrics.jsonl", "curves.png"  # in a run's --output_dir, beside its checkpoints
 SUMS = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")  # what a line of the log is made of
@@ -28,22 +32,19 @@ class Log:
     """metrics.jsonl and the progress bar, or plain lines where a line cannot be redrawn. Rank 0 has one
     that writes, the others a `silent` one."""
 
-    def __init__(self, output: Path, step: int, steps: int, *, silent: bool, wandb):
-        """step: the one a resumed run goes on from, else 0. wandb: that module, or None."""
-        self.output, self.silent, self.total, self.wandb = output, silent, steps, None
-        self.past = []  # the lines of the run that this one goes on with
+    def __init__(self, output: Path, directory: Path, past: list[dict], step: int, steps: int, *, silent: bool, wandb):
+        """directory: where it writes, `output` or one that will take its place. past: the lines of the run that this
+        one goes on with. step: the one a resumed run goes on from, else 0. wandb: that module, or None."""
+        self.directory, self.past, self.silent, self.total, self.wandb = directory, past, silent, steps, None
         if silent:
             return
         if wandb is not None:
             # An id made of the directory's name, so that a resumed run goes on with its own curves.
             known = {"name": output.name, "id": hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:12]}
             known |= {"project": os.environ.get("WANDB_PROJECT", "nanoA2D"), "dir": str(output), "resume": "allow"}
-            self.wandb = wandb.init(config=json.loads((output / ARGS).read_text()), **known)
+            self.wandb = wandb.init(config=json.loads((directory / ARGS).read_text()), **known)
 
-        # Lines after the checkpoint are of steps that will be done again; a last part without an end is half a line.
-        path = output / METRICS
-        lines = path.read_text().split("\n")[:-1] if path.is_file() and step else []
-        self.past = [row for row in map(json.loads, lines) if row["step"] <= step]
+        path = directory / METRICS
         with replacing_file(path) as new:
             new.write_text("".join(json.dumps(row) + "\n" for row in self.past))
         self.file = path.open("a", buffering=1)
@@ -53,7 +54,7 @@ class Log:
         """A line in metrics.jsonl."""
         if self.silent:
             return
-        with naming_file(self.output / METRICS):
+        with naming_file(self.directory / METRICS):
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
@@ -88,8 +89,8 @@ class Log:
         """Draws curves.png of what metrics.jsonl holds, and ends the log."""
         if self.silent:
             return
-        with naming_file(self.output / PICTURE):
-            curves(read_runs([self.output]), self.output / PICTURE)
+        with naming_file(self.directory / PICTURE):
+            curves(read_runs([self.directory]), self.directory / PICTURE)
         self.bar.close()
         self.file.close()
         if self.wandb is not None:
@@ -126,7 +127,7 @@ def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
         metrics["mfu"] = total["flops"] / seconds / (peak * ranks.world_size)
     if ranks.device.type == "cuda":
         metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    else:  # of the whole process; in bytes on macOS, in kilobytes elsewhere
+    elif resource is not None:  # of the whole process; in bytes on macOS, in kilobytes elsewhere
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         metrics["peak_memory_gb"] = resident * (1 if sys.platform == "darwin" else 1024) / 1e9
     return metrics
@@ -230,6 +231,20 @@ CURVES = {  # metric of metrics.jsonl: its axis
 }
 
 
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without a last line that is still being written; ValueError for a damaged one."""
+    rows = []
+    for n, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line.decode()))
+            if type(rows[-1]["step"]) is not int:
+                raise TypeError("no step")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            shown = line.decode(errors="replace")[:40]
+            raise ValueError(f"{file}, line {n}: {shown!r} is no row of a run's log; remove it") from error
+    return rows
+
+
 def read_runs(directories: list[str | Path]) -> dict[str, list[dict]]:
     """Of each run its name, for `curves`, and the rows of its metrics.jsonl.
 
@@ -248,14 +263,7 @@ def read_runs(directories: list[str | Path]) -> dict[str, list[dict]]:
         name = next((end for end in endings if sum(other.parts[-len(end) :] == end for other in paths) == 1), None)
         if name is None:
             raise ValueError(f"{directory} is named twice; name each run once")
-        rows = []
-        for n, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
-            try:
-                rows.append(json.loads(line))
-                rows[-1]["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {n}: {line[:40]!r} is no row of a run's log; remove it") from error
-        runs["/".join(name)] = rows
+        runs["/".join(name)] = read_rows(file)
     return runs
 
 

@@ -22,6 +22,7 @@ from checkpoint import barrier
 from model import LanguageModel
 from options import Options
 
+USR1 = getattr(signal, "SIGUSR1", signal.SIGTERM)  # Windows has none
 REQUEUE = 75  # exit status of a run that a signal ended: it can go on (EX_TEMPFAIL)
 
 
@@ -178,7 +179,7 @@ class Signals:
         self.number, self.steps, self.before, self.process = 0, False, {}, os.getpid()
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in {signal.SIGINT, signal.SIGTERM, USR1}:
             self.before[number] = signal.signal(number, self.note)
         return self
 

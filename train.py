@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -34,9 +33,21 @@ import resume
 from checkpoint import DTYPES, barrier, config_dict, declare, load_model, resolve
 from cli import one_line_errors
 from diffusion import NORMS, Batch, Example, Noising, loss, training_example
-from files import naming_file
+from files import replacing_file
 from loaders import Batching, ChatBatching, Workers, build_loaders, prefetch
-from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, readable, summarize, train_flops
+from log import (
+    ARGS,
+    METRICS,
+    SUMS,
+    Log,
+    describe,
+    import_wandb,
+    peak_flops,
+    read_rows,
+    readable,
+    summarize,
+    train_flops,
+)
 from model import OBJECTIVES, Config, LanguageModel
 from options import (
     Count,
@@ -109,7 +120,7 @@ class Output(Options):
     "output: evaluation, saving, logging, and when to stop"
 
     output_dir: Directory  # directory of this run; one that holds a run is refused
-    overwrite: bool = False  # replace the run in --output_dir
+    overwrite: bool = False  # replace the run in --output_dir, which stays until the first save of this one
     save_dtype: Literal[*list(DTYPES)[:3]] | None = None  # of the saved weights (default: that of the source)
     eval_strategy: Literal["steps", "epoch", "no"] = "steps"
     """evaluate on the set's validation split, else its test split, else 5 % held out: the likelihood bound in nats per
@@ -122,8 +133,10 @@ class Output(Options):
     end only"""
     save_total_limit: Count | None = None  # keep the last N checkpoint-N (default: all)
     resume_from_checkpoint: Annotated[str, "auto|DIR"] | None = None
-    """go on from a checkpoint-N, on any number of processes; auto: the newest in --output_dir, or from the start where
-    there is none. A checkpoint-N is a model; the two newest also hold what resuming takes (default: begin anew)"""
+    """go on from a checkpoint-N, on any number of processes; auto: the newest in --output_dir that is not damaged, or
+    from the start where there is none; a complete run goes on with more --max_steps, --num_train_epochs or
+    --max_minutes, on their learning rate schedule. A checkpoint-N is a model; the two newest also hold what resuming
+    takes (default: begin anew)"""
     max_minutes: Annotated[Positive, "MINUTES"] | None = None
     """end the run after so much training, evaluations and saves not counted; the learning rate's schedule ends with it
     (default: no limit)"""
@@ -333,17 +346,20 @@ class StepData(NamedTuple):
 class Run:
     """A run in progress: model, optimizers, data and log, and how far it is. Every rank has one."""
 
-    def __init__(self, args: Settings, ranks: Ranks, begin_at: Path | None):
-        """begin_at: the checkpoint to resume from. Nothing is written before all that can be refused has been."""
-        self.args, self.ranks, self.output = args, ranks, Path(args.output_dir)
+    def __init__(self, args: Settings, ranks: Ranks, start: resume.Start):
+        """Nothing is written before all that can be refused has been."""
+        self.args, self.ranks, self.output, self.directory = args, ranks, Path(args.output_dir), start.directory
         wandb = import_wandb() if args.report_to == "wandb" else None
         with ranks.first_on_node():
             self.model, self.tokenizer = build_model(args)
             args.check_noise(self.model.config.objective)
-            if begin_at is not None:
-                resume.check_resumed(begin_at, args, self.model.config, ranks.world_size)
+            if start.checkpoints:
+                resume.check_resumed(start, args, self.model.config, ranks.world_size)
             self.loaders = build_loaders(args, self.model.config, self.tokenizer, ranks)
-        self._plan()
+        self.fingerprints = resume.fingerprints(
+            self.loaders, None if args.model_name_or_path == TINY else self.tokenizer
+        )
+        self._plan(start.done)
         self.save_dtype = getattr(torch, args.save_dtype or self.model.config.dtype)
         self.engine, self.sync = parallelize(self.model, args, ranks)
         self.optimizers = build_optimizers(self.model, args)
@@ -351,25 +367,26 @@ class Run:
 
         # How far it is, and the sums since the last line of the log.
         self.step, self.skipped, self.minutes_before, self.sums = 0, 0, 0.0, Counter()
-        if begin_at is not None:
-            self._restore(begin_at)
+        begin_at, past = self._restore(start.checkpoints) if start.checkpoints else (None, [])
         self.first_step = self.step
 
         # The first step's data is read here, so that what cannot be read is refused before anything is written.
         self.prefetched = prefetch(self._prepare_steps(), PREFETCH[ranks.device.type])
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
-        self._prepare_directory(begin_at)
-        self.log = Log(self.output, self.step, self.steps, silent=ranks.rank > 0, wandb=wandb)
+        self._prepare_directory(start)
+        where = (self.output, self.directory, past)
+        self.log = Log(*where, self.step, self.steps, silent=ranks.rank > 0, wandb=wandb)
         dtype = args.computes_in(ranks.device)
         self.log.print(describe(args, self.model, self.loaders.about, self.steps, ranks, dtype))
         if begin_at is not None:
-            self.log.print(f"resume {begin_at}")
+            self.log.print(f"resume {begin_at}{', on the longer learning rate schedule' if start.done else ''}")
         else:
             self.log.write(0, **{f"rows {name}": count for name, count in self.loaders.counts.items()})
         self.began = time.perf_counter() - 60 * self.minutes_before
 
-    def _plan(self) -> None:
-        """How many steps, and every how many of them it evaluates and saves."""
+    def _plan(self, done: int) -> None:
+        """How many steps, and every how many of them it evaluates and saves. done: steps of a complete run that is to
+        be longer."""
         args, epoch = self.args, self.loaders.train.steps_per_epoch
         if args.max_steps is None and epoch is None:
             raise ValueError("--streaming has no epochs; pass --max_steps")
@@ -377,12 +394,19 @@ class Run:
             raise ValueError("--eval_strategy epoch: --streaming has no epochs; pass --eval_strategy steps or no")
         self.steps = args.max_steps or math.ceil(args.num_train_epochs * epoch)
         self.eval_every = epoch if args.eval_strategy == "epoch" else args.eval_steps
+        if self.steps <= done:
+            raise ValueError(f"{self.output} holds a complete run of {done} steps; to prolong it pass more --max_steps")
 
-    def _restore(self, begin_at: Path) -> None:
-        progress = resume.load_training(begin_at, self.model, self.optimizers)
+    def _restore(self, checkpoints: list[Path]) -> tuple[Path, list[dict]]:
+        """Loads the first of `checkpoints` that is not damaged; returns it, and the lines of the log up to it."""
+        begin_at, progress = resume.load_newest(checkpoints, self.model, self.optimizers, self.ranks.rank)
+        resume.check_fingerprints(begin_at, progress, self.fingerprints)
         self.loaders.train.load_state(progress["loader"])
         self.step, self.skipped, self.minutes_before = progress["step"], progress["skipped"], progress["minutes"]
         self.sums.update(progress["sums"] if self.ranks.rank == 0 else {})  # they are those of all ranks
+        file = self.directory / METRICS
+        rows = read_rows(file) if self.ranks.rank == 0 and file.is_file() else []
+        return begin_at, [row for row in rows if row["step"] <= self.step]  # later ones are of steps to be done again
 
     def _prepare_steps(self):
         """Iterator over the StepData of each step; on CUDA a thread runs it while the GPU computes."""
@@ -396,16 +420,20 @@ class Run:
                 examples = [example.map(Tensor.pin_memory) for example in examples]
             yield StepData(micro_batches, examples, flops, self.loaders.train.state)
 
-    def _prepare_directory(self, begin_at: Path | None) -> None:
-        """The directory, without what an overwritten run left in it, and args.json."""
+    def _prepare_directory(self, start: resume.Start) -> None:
+        """The directory and args.json."""
         if self.ranks.rank == 0:
-            for path in resume.existing_files(self.output, overwrite=True) if begin_at is None else []:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            resume.prepare(self.output, start)
+            with replacing_file(self.directory / ARGS) as file:
+                file.write_text(json.dumps(asdict(self.args), indent=2) + "\n")
         barrier()
-        if self.ranks.rank == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with naming_file(self.output / ARGS):
-                (self.output / ARGS).write_text(json.dumps(asdict(self.args), indent=2) + "\n")
+
+    def _settle(self) -> None:
+        """After a save: now a run that overwrites another takes its place."""
+        if self.directory != self.output and self.ranks.rank == 0:
+            resume.settle(self.output)
+        barrier()
+        self.directory = self.log.directory = self.output
 
     @property
     def minutes(self) -> float:
@@ -447,7 +475,7 @@ class Run:
         samples = self.ranks.gather([n for batch in done.micro_batches for n in batch["sample"].tolist()])
         text = f"step {self.step}: the loss or the gradient is not finite, on samples {samples} of epoch {done.epoch}"
         if self.skipped > self.args.skip_nonfinite:
-            good = max(resume.checkpoints(self.output), key=resume.number_of, default="none was written")
+            good = max(resume.checkpoints(self.directory), key=resume.number_of, default="none was written")
             raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
         self.log.print(f"{text}; left out")
         self.model.zero_grad(set_to_none=True)
@@ -490,25 +518,28 @@ class Run:
 
     def save(self, loader_state: dict) -> Path:
         """Writes checkpoint-N, from which the run can be resumed; older ones lose that, or go, as the flags say."""
-        path = self.output / f"checkpoint-{self.step}"
+        name = f"checkpoint-{self.step}"
         progress = {
             "step": self.step,
             "skipped": self.skipped,
             "minutes": self.minutes,
             "settings": self.args.learned,
             "config": config_dict(self.model.config),
+            "fingerprints": self.fingerprints,
             "loader": self.ranks.gather(loader_state),
             "sums": dict(zip(SUMS, self.ranks.sum(*(self.sums[name] for name in SUMS)))),
         }
         saved = {"dtype": self.save_dtype, "tokenizer": self.tokenizer}
         with self.clock_stopped():
-            resume.save_training(path, self.model, self.optimizers, progress, **saved)
+            resume.save_training(self.directory / name, self.model, self.optimizers, progress, **saved)
+            self._settle()
             if self.ranks.rank == 0:
                 resume.prune(self.output, self.step, self.args.save_total_limit)
-        return path
+        return self.output / name
 
     def save_final(self) -> None:
-        resume.save_whole(self.model, self.output / resume.FINAL, self.save_dtype, self.tokenizer, self.ranks)
+        resume.save_whole(self.model, self.directory / resume.FINAL, self.save_dtype, self.tokenizer, self.ranks)
+        self._settle()
 
     def end_early(self) -> bool:
         goal = self.args.stop_at_eval_loss
@@ -632,7 +663,7 @@ def main(argv: list[str] | None = None) -> None:
         with one_line_errors("train.py"):
             args = Settings.parse(argv)
             ranks = setup()  # may block, waiting for other ranks; so our signal handlers are installed after it
-            with Signals() as signals:
+            with Signals() as signals, resume.sole_run(args, ranks):
                 status = train(args, ranks, signals)
     except SystemExit as end:
         if not dist.is_initialized():

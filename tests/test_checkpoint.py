@@ -366,8 +366,7 @@ def test_a_checkpoint_is_no_longer_whole_before_a_part_of_it_is_gone(tmp_path, m
     path = tmp_path / "checkpoint-2"
     for take in (resume.drop_training, files.remove):
         (path / "state").mkdir(parents=True, exist_ok=True)
-        for name in (".metadata", "progress.json"):
-            (path / "state" / name).write_text("{}")
+        resume.write_progress(path, {})
         assert resume.read_progress(path) == {}
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", lambda *args, **options: None)  # killed here

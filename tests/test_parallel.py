@@ -679,17 +679,21 @@ def test_a_resumption_with_other_flags_is_refused_and_changes_nothing(tmp_path, 
     assert "holds no training state to resume from" in said and contents(output) == before
 
 
-def test_a_damaged_state_is_told_in_one_line(tmp_path, source, capsys):
+def test_a_damaged_state_is_told_in_one_line_and_an_earlier_one_serves(tmp_path, source, capsys):
     output = tmp_path / "run"
     train.main(flags_of(source, output, "--save_steps", "4"))
-    shutil.rmtree(output / "checkpoint-final")
-    for shard in (output / "checkpoint-8/state").glob("*.distcp"):
-        shard.write_bytes(shard.read_bytes()[:1000])
-    said = refused(capsys, flags_of(source, output, "--save_steps", "4", "--resume_from_checkpoint", "auto"))
-    assert "checkpoint-8 does not fit this run or is damaged" in said
-    (output / "checkpoint-8/state/.metadata").unlink()  # then it is none, and an earlier one serves
-    train.main(flags_of(source, output, "--save_steps", "4", "--resume_from_checkpoint", "auto"))
-    assert f"resume {output}/checkpoint-4" in capsys.readouterr().out
+    (shard,) = (output / "checkpoint-8/state").glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    damaged = "checkpoint-8 does not fit this run or is damaged: __0_0.distcp is missing or truncated"
+    for damage in (damaged, "checkpoint-8 does not fit this run or is damaged: [Errno 2] No such file"):
+        shutil.rmtree(output / "checkpoint-final")
+        by_name = ["--resume_from_checkpoint", str(output / "checkpoint-8")]
+        assert damage in refused(capsys, flags_of(source, output, *by_name))
+        train.main(flags_of(source, output, "--save_steps", "0", "--resume_from_checkpoint", "auto"))
+        said = capsys.readouterr()
+        assert f"{output}/{damage}" in said.out and f"resume {output}/checkpoint-4" in said.out
+        assert "Traceback" not in said.err
+        (output / "checkpoint-8/state/.metadata").unlink(missing_ok=True)
 
 
 def test_a_rank_that_fails_ends_the_others_and_its_traceback_comes_first(tmp_path, source):

@@ -106,7 +106,7 @@ def torn_run(source: str, whole: Path, output: Path, processes: list[int], kills
         else:
             assert process.wait(60) == 0, f"the run failed by itself, on {world} processes: {said.read_text()}"
             runs.assert_equal(whole, output)
-        if (output / train.FINAL).exists():
+        if (output / resume.FINAL).exists():
             assert len(processes) == 1, "the run ended too soon"
             ours, theirs = runs.weights(output), runs.weights(whole)
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
