@@ -120,7 +120,8 @@ class Output(Options):
     "output: evaluation, saving, logging, and when to stop"
 
     output_dir: Directory  # directory of this run; one that holds a run is refused
-    overwrite: bool = False  # replace the run in --output_dir, which stays until the first save of this one
+    overwrite: bool = False
+    """replace the run in --output_dir at the first save; until then this one is in OUTPUT_DIR/.overwriting"""
     save_dtype: Literal[*list(DTYPES)[:3]] | None = None  # of the saved weights (default: that of the source)
     eval_strategy: Literal["steps", "epoch", "no"] = "steps"
     """evaluate on the set's validation split, else its test split, else 5 % held out: the likelihood bound in nats per
