@@ -7,7 +7,7 @@
     train                           the loop: read this first
     gradients, update               one optimizer step
 
-Beside it: optim.py, loaders.py (what it reads), resume.py (its directory), log.py (its log), parallel.py (many processes).
+Beside it: optim.py, loaders.py (what it reads), resume.py (its directory), log.py, parallel.py (many processes).
 """
 
 import itertools
