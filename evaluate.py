@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_config, resolve
+from checkpoint import about, load_config, resolve
 from cli import MDLM_BLOCK, Loading, Opening, one_line_errors, open_model
 from diffusion import Sampling, Temperature, denoise
 from files import check_directory
@@ -177,14 +177,17 @@ class A2D(TemplateLM):
     def _open(self, device: str) -> None:
         """Opens the checkpoint, which must not declare another objective."""
         options = self.options
-        declared = load_config(resolve(options.pretrained)).objective
-        if declared not in (None, self.objective):
+        config = load_config(resolve(options.pretrained))
+        declared = config.objective
+        if declared not in (None, self.objective) and not config.assumed:
             raise ValueError(
                 f"--model a2d_{self.objective} contradicts the checkpoint, which declares objective {declared}; pass "
                 f"--model a2d_{declared}"
             )
         chosen = {"model_name_or_path": options.pretrained, "objective": self.objective, "device": device}
         self.model, self.tokenizer = open_model(Opening(**chosen, **options.only(Loading)), options.block_size)
+        if self._rank == 0:
+            print(about(options.pretrained, self.model.config), file=sys.stderr)
 
     def _sampling(self, **otherwise) -> dict:
         """The fields of Sampling by the model_args; `otherwise` has values for those that are None."""
@@ -199,7 +202,7 @@ class A2D(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        return self.tokenizer.begin_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         add = self.objective == "ar" if self.options.add_bos_token is None else self.options.add_bos_token

@@ -1,9 +1,64 @@
-"""Files and directories that appear whole or not at all, and checks of where they go before the work is done."""
+"""Models and JSON found and read; files that appear whole or not at all, and checks of where they go beforehand."""
 
+import json
 import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+
+import huggingface_hub
+
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
+JSON_BYTES, JSON_DEPTH = 2**26, 64  # of a file, at most; the index of a large model has a few megabytes
+
+
+def resolve(path: str | Path) -> Path:
+    """The directory that `path` names: itself, `$BASE_MODELS_DIR/path`, or a Hub id's snapshot, downloaded on need."""
+    # A directory here, or among the base models.
+    base = os.environ.get("BASE_MODELS_DIR", "")
+    for directory in (Path(path).expanduser(), Path(base).expanduser() / path):
+        if directory.is_dir():
+            return directory
+        if directory.exists():
+            raise ValueError(f"{directory} is a file; name the checkpoint's directory")
+
+    # The Hub, whose own errors are OSError and ValueError.
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=DOWNLOADED))
+    except (OSError, ValueError) as error:
+        under = f" (nor one under {base})" if base else ""
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{path} is neither a directory{under} nor a Hub id within reach: {reason}") from error
+
+
+def read_text(path: Path, way_out: str = "fetch it again") -> str:
+    """The text of a file of JSON_BYTES at most; ValueError, naming it, where it is another or not UTF-8."""
+    try:
+        if path.stat().st_size > JSON_BYTES or not path.is_file():
+            raise ValueError(f"more than {JSON_BYTES:,} bytes, or no file")
+        return path.read_bytes().decode("utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; {way_out}") from error
+
+
+def read_json(path: Path, way_out: str = "fetch it again") -> dict:
+    """The object in a file of JSON; ValueError, naming it, where there is none or one too large or too deep."""
+    text = read_text(path, way_out)
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"{json.dumps(value)[:40]}, expected an object")
+
+        # What is within reach of the recursion limit here may not be where it is written.
+        level = [value]
+        for _ in range(JSON_DEPTH):
+            items = [x for inner in level for x in (inner.values() if isinstance(inner, dict) else inner)]
+            level = [x for x in items if isinstance(x, (dict, list))]
+        if level:
+            raise ValueError(f"nested more than {JSON_DEPTH} deep")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; {way_out}") from error
+    return value
 
 
 def check_directory(flag: str, directory: str | Path) -> None:

@@ -51,8 +51,12 @@ def collate_for(args, config: Config, tokenizer: Tokenizer):
     """data.collate as the stage and the objective want it: see its docstring for the two ways to fill a chat row.
     args: train.Settings."""
     chat = args.stage == "sft"
+    end_id = tokenizer.pad_id if config.objective == "mdlm" else tokenizer.eos_id
+    if chat and config.objective != "ar" and end_id is None:
+        way_out = "name an eos_token of its vocabulary in tokenizer_config.json"
+        raise ValueError(f"{config.objective} fills up answers with EOS, and the tokenizer has none; {way_out}")
     options = {
-        "pad_id": tokenizer.pad_id,
+        "pad_id": tokenizer.pad_id or 0,  # any id pads, where none is learnt
         "train_on_padding": chat and config.objective == "mdlm",
         "block_length": config.block_length if chat and config.objective == "bd3lm" else None,
         "eos_id": tokenizer.eos_id,

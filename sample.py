@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from checkpoint import about
 from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Sampling
 from display import STRONG, Region, Spans, Trace, cost, picture, pieces, plain, show, wrap
@@ -89,7 +90,8 @@ class Sample(Sampling, Scoring, Output, Prompts, Opening):
 
     prog: ClassVar[str] = "sample.py"
     max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
-    """masks that follow each prompt (default: 128, or 0 after a prompt that has masks)"""
+    """masks that follow each prompt (default: 128, or fewer where an mdlm checkpoint was trained on shorter answers; 0
+    after a prompt that has masks)"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokeniz
     request.holes = holes if infilling else None
 
     # How much follows, and whether the model's context has room for it.
-    default = 0 if infilling else Sampling.max_new_tokens
+    default = 0 if infilling else Sampling.default_length(model.config)
     request.new = default if args.max_new_tokens is None else args.max_new_tokens
     room, length = model.config.max_position_embeddings, len(request.ids)
     if length + request.new > room:
@@ -334,6 +336,8 @@ def sample(args: Sample) -> int:
     # Encode all before the first is decoded: the last may be too long, and that should not show after an hour.
     for n, request in enumerate(todo, 1):
         encode(request, n, args, model, tokenizer, chat)
+
+    print(about(args.model_name_or_path, model.config), file=sys.stderr)
 
     # Decode batch by batch, and print each answer as soon as those before it are printed.
     generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)

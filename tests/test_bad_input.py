@@ -194,10 +194,10 @@ WEIGHTS = {
     "shard.missing": "model-00002-of-00003.safetensors, which .*index.json names, is missing; fetch the model again",
     "shard.truncated": "model-00002-of-00003.safetensors is truncated .*; fetch it again",
     "shard.other": r"weights and config.json disagree: model\.layers\.\S+ is missing.* and \d+ more",
-    "index.empty": r"model.safetensors.index.json names no shards .*weight_map.*; fetch the model again",
-    "index.torn": r"model.safetensors.index.json names no shards .*; fetch the model again",
-    "config.torn": "config.json: ",
-    "config.list": r"config.json: \[\]: expected an object with model_type",
+    "index.empty": r"model.safetensors.index.json names no shards.*weight_map.*; fetch the model again",
+    "index.torn": r"model.safetensors.index.json is damaged: .*; fetch it again",
+    "config.torn": "config.json is damaged: .*; fetch it again",
+    "config.list": r"config.json is damaged: \[\], expected an object",
     **{name: words for name, (_, words) in FIELDS.items()},
 }
 PLACES = {
