@@ -10,7 +10,6 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from checkpoint import about
 from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Prefix, Sampling, denoise
 from display import MASKED, Stream, cost, shorten, show, terminal
@@ -359,7 +358,6 @@ def main(argv: list[str] | None = None) -> None:
         args = Chat.parse(argv)
         model, tokenizer = open_model(args, args.block_size)
         conversation = Conversation(args, model, tokenizer)
-        note(about(args.model_name_or_path, model.config))
 
         # A terminal gets a banner and line editing, a pipe nothing but answers.
         interactive = sys.stdin.isatty()

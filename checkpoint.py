@@ -36,7 +36,7 @@ KNOWN = {
     "open-dcoder": {"objective": "mdlm", "right_shift": True},
 }
 PLAIN = "a plain causal model"
-CONVERTED = "converted and not trained yet, mdlm unless --objective says otherwise"
+CONVERTED = "by default, as it declares a mask token and no objective"
 UNKNOWN = "the checkpoint declares no objective; add --objective mdlm, or bd3lm with --block_size, or ar"
 
 # What a config.json must have, and the range of its numbers.

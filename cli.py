@@ -11,9 +11,9 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 
-from checkpoint import DTYPES, declare, identify, load_config, load_model, resolve
+from checkpoint import DTYPES, about, declare, identify, load_config, load_model, resolve
 from diffusion import RULES, Prefix, Sampling, denoise
-from display import Spans, shorten, spans
+from display import Spans, shorten, spans, terminal
 from model import OBJECTIVES, LanguageModel
 from options import Model, Options, Seed
 from tokenizer import ROLES, Tokenizer, why_invalid
@@ -134,9 +134,14 @@ def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageMo
     tokenizer.fit(config.vocab_size, mask=objective != "ar")
 
     model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device, config=config)
-    model.known_ids = 1 + max(i for i in tokenizer.ids if not tokenizer.mask_added or i != tokenizer.mask_id)
+    model.known_ids = tokenizer.known_ids
     if args.torch_compile:
         compile_layers(model)
+
+    # At a terminal, and wherever the checkpoint itself does not say what it is.
+    screen = sys.stdout if terminal(sys.stdout) else sys.stderr
+    if os.environ.get("RANK", "0") == "0" and (screen is sys.stdout or config.reason != "declared"):
+        print(about(args.model_name_or_path, config), file=screen)
     return model, tokenizer
 
 

@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
 import torch
 from tqdm import tqdm
 
-from checkpoint import about, load_config, resolve
+from checkpoint import load_config, resolve
 from cli import MDLM_BLOCK, Loading, Opening, one_line_errors, open_model
 from diffusion import Sampling, Temperature, denoise
 from files import check_directory
@@ -186,8 +186,6 @@ class A2D(TemplateLM):
             )
         chosen = {"model_name_or_path": options.pretrained, "objective": self.objective, "device": device}
         self.model, self.tokenizer = open_model(Opening(**chosen, **options.only(Loading)), options.block_size)
-        if self._rank == 0:
-            print(about(options.pretrained, self.model.config), file=sys.stderr)
 
     def _sampling(self, **otherwise) -> dict:
         """The fields of Sampling by the model_args; `otherwise` has values for those that are None."""

@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 import data
-from checkpoint import about
 from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Sampling
 from display import STRONG, Region, Spans, Trace, cost, picture, pieces, plain, show, wrap
@@ -336,8 +335,6 @@ def sample(args: Sample) -> int:
     # Encode all before the first is decoded: the last may be too long, and that should not show after an hour.
     for n, request in enumerate(todo, 1):
         encode(request, n, args, model, tokenizer, chat)
-
-    print(about(args.model_name_or_path, model.config), file=sys.stderr)
 
     # Decode batch by batch, and print each answer as soon as those before it are printed.
     generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)

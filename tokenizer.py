@@ -147,6 +147,11 @@ class Tokenizer:
         return list(self.core.get_vocab().values())
 
     @property
+    def known_ids(self) -> int:
+        """How many ids, from 0 on, may stand for a text: an embedding may have more rows, and the mask's is none."""
+        return 1 + max(i for i in self.ids if not (self.mask_added and i == self.mask_id))
+
+    @property
     def first_added(self) -> int:
         """The least id of which all from there on are tokens added to the vocabulary."""
         added, last = self.core.get_added_tokens_decoder(), max(self.ids)
