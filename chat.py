@@ -70,6 +70,8 @@ class Conversation:
 
         # What commands may change.
         self.options = Talking(**args.only(Talking))
+        if "max_new_tokens" not in args.given:
+            self.options = replace(self.options, max_new_tokens=Sampling.default_length(model.config))
         self.generator = torch.Generator(model.head_weight.device).manual_seed(args.seed)
         self.system_message = args.system
 
@@ -121,9 +123,10 @@ class Conversation:
 
         if text:
             # The command line's parser reads the value. Errors, of it or of what contradicts the rest, name flags.
+            default = Sampling.default_length(self.model.config) if name == "max_new_tokens" else known[name].default
             try:
                 given = vars(Talking.parser().parse_args([] if text == "none" else [f"--{name}={text}"]))
-                changed = replace(self.options, **{name: given.get(name, known[name].default)})
+                changed = replace(self.options, **{name: given.get(name, default)})
                 self._check(changed)
             except ValueError as error:
                 raise ValueError(str(error).replace("argument --", "").replace("--", "")) from error
@@ -376,13 +379,11 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("chat.py"):
         args = Chat.parse(argv)
         model, tokenizer = open_model(args, args.block_size)
-        conversation, config = Conversation(args, model, tokenizer), model.config
+        conversation = Conversation(args, model, tokenizer)
 
         # A terminal gets a banner and line editing, a pipe nothing but answers.
         interactive = sys.stdin.isatty()
         if interactive:
-            blocks = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
-            print(f"{args.model_name_or_path}: {config.objective}{blocks}, context {config.max_position_embeddings}")
             print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
             recall(args.history_file)
         try:

@@ -6,9 +6,8 @@ model needs is matched by name and shape, or the file is refused. A save appears
 
 import json
 import math
-import os
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -18,11 +17,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import replacing
+from files import read_json, replacing, resolve
 from model import FAMILIES, OBJECTIVES, Config, LanguageModel
+from tokenizer import GENERATION, Tokenizer, read_files
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # torch's name: safetensors'
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
 WRITTEN = ["config.json", "model*.safetensors", "model.safetensors.index.json", "chat_template.jinja"]
 WRITTEN += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
 SHARD_BYTES = 5_000_000_000
@@ -30,36 +29,34 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What a config.json of ours declares, unknown to transformers: where a contradicting value comes from.
 DECLARED = {"objective": "--objective", "block_length": "--block_size", "right_shift": "--right_shift_logits"}
 DECLARED |= {"mask_token_id": "the tokenizer's mask token"}
+UNSTORED = ("extra", "reason", "assumed", "answer_length")  # fields of Config that config.json has not
 
-# What a config.json must have, and its numbers that may be 0.
+# What is known of published checkpoints that declare no objective, by a part of their names; and by the architecture.
+KNOWN = {
+    "-diffusion-bd3lm": {"objective": "bd3lm", "block_length": 32, "right_shift": False},
+    "-diffusion-mdlm": {"objective": "mdlm", "right_shift": False},
+    "open-dcoder": {"objective": "mdlm", "right_shift": True},
+}
+PLAIN = "a plain causal model"
+CONVERTED = "by default, as it declares a mask token and no objective"
+UNKNOWN = "the checkpoint declares no objective; add --objective mdlm, or bd3lm with --block_size, or ar"
+
+# What a config.json must have, and the range of its numbers.
 REQUIRED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 REQUIRED += ["max_position_embeddings", "rms_norm_eps"]
-MAY_BE_ZERO = ("mask_token_id", "initializer_range")
+SIZE, POSITION, POSITIVE = (1, 2**24), (1, 2**31), (1e-20, 1e20)
+RANGES = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), SIZE)
+RANGES |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), (1, 1024))
+RANGES |= dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "block_length"), POSITION)
+RANGES |= dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), POSITIVE)
+RANGES |= {"rms_norm_eps": (1e-20, 1), "initializer_range": (0, 1e3), "mask_token_id": (0, 2**24)}
 
 # The one value of a field, or of each item of its list, that model.py computes; null means the same.
 IMPLEMENTED = {"hidden_act": "silu", "layer_types": "full_attention", "partial_rotary_factor": 1.0}
 OFF = ("use_sliding_window", "mlp_bias", "quantization_config", "num_experts", "num_local_experts")
 IMPLEMENTED |= dict.fromkeys(OFF, False)
 LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # of its rope_scaling
-
-
-def resolve(path: str | Path) -> Path:
-    """The directory that `path` names: itself, `$BASE_MODELS_DIR/path`, or a Hub id's snapshot, downloaded on need."""
-    # A directory here, or among the base models.
-    base = os.environ.get("BASE_MODELS_DIR", "")
-    for directory in (Path(path).expanduser(), Path(base).expanduser() / path):
-        if directory.is_dir():
-            return directory
-        if directory.exists():
-            raise ValueError(f"{directory} is a file; name the checkpoint's directory")
-
-    # The Hub, whose own errors are OSError and ValueError.
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=DOWNLOADED))
-    except (OSError, ValueError) as error:
-        under = f" (nor one under {base})" if base else ""
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{path} is neither a directory{under} nor a Hub id within reach: {reason}") from error
+HINTS = {name: hint for name, hint in get_type_hints(Config).items() if name not in UNSTORED}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,16 +64,51 @@ def resolve(path: str | Path) -> Path:
 
 
 def load_config(path: str | Path) -> Config:
-    file = resolve(path) / "config.json"
+    """The Config of a directory or a Hub id, with what is known of a checkpoint that declares no objective."""
+    path = resolve(path)
+    file = path / "config.json"
     if not file.is_file():
         # Perhaps a run's directory, whose checkpoints have one.
         found = sorted(inner.parent.name for inner in file.parent.glob("*/config.json"))
         hint = f"did you mean {file.parent / found[-1]}?" if found else "expected a Hugging Face checkpoint's directory"
         raise FileNotFoundError(f"{file.parent} holds no config.json; {hint}")
+    raw = read_json(file)
     try:
-        return read_config(json.loads(file.read_bytes()))
+        config = read_config(raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    _assume(config, path, raw)
+
+    # mdlm's answer fills a canvas, which should be no longer than in training.
+    if config.objective == "mdlm" and "objective" in raw and (path / GENERATION).is_file():
+        longest = read_json(path / GENERATION).get("max_new_tokens")
+        if longest is not None and not (type(longest) is int and 0 < longest < POSITION[1]):
+            raise ValueError(f"{path / GENERATION}: max_new_tokens {json.dumps(longest)[:40]}: expected at least 1")
+        config.answer_length = longest
+    return config
+
+
+def _assume(config: Config, path: Path, raw: dict) -> None:
+    """Fills in what `config` does not declare and the checkpoint's name or architecture tells, and says why."""
+    if config.objective is not None:
+        return
+    # The name of a Hub id's snapshot, or a link's target, is another than the path's last part.
+    paths = path.absolute(), path.resolve()
+    names = [(each.parents[1] if each.parent.name == "snapshots" else each).name.lower() for each in paths]
+    known = next((found for part, found in KNOWN.items() if any(part in name for name in names)), {})
+    diffusion = "A2D" in json.dumps(raw.get("architectures")) or raw["model_type"].startswith("a2d-")
+    config.reason = "known by name" if known else CONVERTED if diffusion and config.mask_token_id is not None else ""
+
+    # Where the name says nothing: causal is what has no mask token.
+    if known and config.mask_token_id is None and (path / "tokenizer.json").is_file():
+        tokenizer = Tokenizer(path)
+        known = known | ({} if tokenizer.mask_added else {"mask_token_id": tokenizer.mask_id})
+    elif not (known or diffusion or config.mask_token_id is not None or "mask_token" in read_files(path).special):
+        known, config.reason = {"objective": "ar"}, PLAIN
+    for name, value in known.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+            config.assumed += (name,)
 
 
 def read_config(raw: dict) -> Config:
@@ -89,22 +121,21 @@ def read_config(raw: dict) -> Config:
     # The fields that Config knows, with transformers' defaults for those that may be left out.
     H = raw["num_attention_heads"]
     defaults = {"num_key_value_heads": H, "head_dim": raw["hidden_size"] // H, "tie_word_embeddings": False}
-    known = {field.name for field in fields(Config)} - {"extra"}
-    given = defaults | {name: raw[name] for name in known & raw.keys() if raw[name] is not None}
+    given = defaults | {name: raw[name] for name in HINTS.keys() & raw.keys() if raw[name] is not None}
     dtype = (raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     family = raw["model_type"].removeprefix("a2d-")
     given |= {"model_type": family, "dtype": dtype, "rope_theta": theta, "rope_scaling": scaling}
 
     # All others are written back as they are, but for those that config_dict writes from what Config knows.
     derived = {"architectures", "transformers_version", "torch_dtype", "rope_parameters"}
-    config = Config(**given, extra={name: value for name, value in raw.items() if name not in known | derived})
+    config = Config(**given, extra={name: value for name, value in raw.items() if name not in HINTS.keys() | derived})
 
     if config.objective not in (None, *OBJECTIVES):
         raise ValueError(f"objective {config.objective!r}: expected one of {', '.join(OBJECTIVES)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     G, C = config.num_key_value_heads, config.head_dim
-    if H % G or C % 2:
+    if H % G or C % 2 or not C:
         raise ValueError(f"{H} heads of {C} for {G} of keys and values: expected a multiple of that, an even head_dim")
     return config
 
@@ -115,14 +146,14 @@ def _check_fields(raw) -> None:
         raise ValueError(f"{json.dumps(raw)[:40]}: expected an object with model_type, hidden_size and so on")
 
     # Types are those of Config, in which a float may be written as an int.
-    for name, hint in (get_type_hints(Config) | {"rope_parameters": dict, "torch_dtype": str}).items():
+    for name, hint in (HINTS | {"rope_parameters": dict, "torch_dtype": str}).items():
         value, (kind, *_) = raw.get(name), get_args(hint) or (hint,)
         if value is None:
             continue
         if type(value) is not kind and (type(value), kind) != (int, float):
             raise ValueError(f"{name} {json.dumps(value)[:40]}: expected {kind.__name__}")
-        if kind in (int, float) and (value < 0 or (value == 0 and name not in MAY_BE_ZERO)):
-            raise ValueError(f"{name} {value}: expected more")
+        if kind in (int, float):
+            _check_range(name, value)
 
     # The family comes first, since it explains most of what else may be strange.
     family = raw.get("model_type")
@@ -134,28 +165,43 @@ def _check_fields(raw) -> None:
             raise ValueError(f"{name} {json.dumps(raw[name])} is not supported")
 
 
+def _check_range(name: str, value) -> None:
+    """Raises ValueError, naming the field, unless `value` is a number in its range; NaN is in none."""
+    least, most = RANGES[name]
+    if type(value) not in (int, float) or not least <= value <= most:
+        wanted = "less" if type(value) in (int, float) and value > most else "more"
+        raise ValueError(f"{name} {json.dumps(value)[:40]}: expected {wanted}, a number from {least} to {most}")
+
+
 def _read_rope(raw: dict) -> tuple[float, dict | None]:
     """(rope_theta, rope_scaling), as Config has them, of either dialect."""
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     legacy_type = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", legacy_type)
-    if set(rope) != {"default": set(), "llama3": LLAMA3}.get(rope_type):
+    _check_range("rope_theta", theta)
+    if set(rope) != {"default": set(), "llama3": LLAMA3}.get(str(rope_type)):
         name = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
         raise ValueError(f"{name} {json.dumps(raw[name])} is not supported")
+    for name, value in rope.items():
+        _check_range(name, value)
+    if rope and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(f"low_freq_factor {rope['low_freq_factor']}: expected less than high_freq_factor")
     return float(theta), {"rope_type": rope_type, **rope} if rope else None
 
 
 def is_diffusion(config: Config) -> bool:
     """Whether this is a diffusion checkpoint: by its objective, or where it declares none, by its mask token."""
-    return config.mask_token_id is not None if config.objective is None else config.objective != "ar"
+    if config.objective is None:
+        return config.mask_token_id is not None or not config.reason
+    return config.objective != "ar"
 
 
 def config_dict(config: Config) -> dict:
     """The fields of config.json, in the flat dialect."""
     # The family is dLLM's a2d-* for diffusion, else the plain causal one.
     name, diffusion = config.family.name, is_diffusion(config)
-    out = {field.name: getattr(config, field.name) for field in fields(Config) if field.name != "extra"}
+    out = {name: getattr(config, name) for name in HINTS}
     out |= {"architectures": [f"A2D{name}LMHeadModel" if diffusion else f"{name}ForCausalLM"], **config.extra}
     out["model_type"] = f"a2d-{config.model_type}" if diffusion else config.model_type
 
@@ -165,10 +211,21 @@ def config_dict(config: Config) -> dict:
     return dict(sorted((key, value) for key, value in out.items() if value is not None or key not in DECLARED))
 
 
+def identify(config: Config, objective: str | None = None) -> tuple[str, str]:
+    """(objective, why): `objective` if given, else what the checkpoint declares, else what is known of it; ValueError
+    where nothing says what it is."""
+    declared = None if "objective" in config.assumed else config.objective
+    if objective not in (None, declared):
+        return objective, "by --objective"
+    if not config.reason:
+        raise ValueError(UNKNOWN)
+    return config.objective or "mdlm", config.reason
+
+
 def declare(config: Config, *, objective=None, block_length=None, right_shift=None, mask_token_id=None) -> Config:
     """`config`, with what it does not declare filled in; ValueError where an argument contradicts what it does."""
-    # Without anything said it is mdlm, and only ar has a shift.
-    objective = objective or config.objective or "mdlm"
+    # What is only assumed gives way to the arguments, and goes with the objective that it was assumed with.
+    objective, reason = identify(config, objective)
     diffusion = objective != "ar"
     if objective not in OBJECTIVES:
         raise ValueError(f"--objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
@@ -177,7 +234,9 @@ def declare(config: Config, *, objective=None, block_length=None, right_shift=No
     filled = {"objective": objective, "block_length": block_length, "right_shift": right_shift}
     filled["mask_token_id"] = mask_token_id if diffusion else None
     for name, value in filled.items():
-        declared = getattr(config, name)
+        declared, stands = getattr(config, name), objective == config.objective or name == "mask_token_id"
+        if name in config.assumed and not (stands and value is None):
+            declared = None
         if None not in (declared, value) and declared != value:
             conflict = f"{DECLARED[name]} {value} contradicts the checkpoint, which declares {name} {declared}"
             raise ValueError(f"{conflict}; leave it at that, or declare it anew with convert.py")
@@ -201,7 +260,17 @@ def declare(config: Config, *, objective=None, block_length=None, right_shift=No
     # Nothing is wrong, so that `config` may change.
     for name, value in filled.items():
         setattr(config, name, value)
+    config.reason, config.assumed = reason, ()
     return config
+
+
+def about(name: str, config: Config) -> str:
+    """One line: what the checkpoint of this name was declared or taken to be, and why."""
+    blocks = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
+    shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
+    answers = "" if config.answer_length is None else f", trained on answers of up to {config.answer_length} tokens"
+    context = f"context {config.max_position_embeddings}{answers}"
+    return f"{name}: {config.objective}{blocks}{shift} ({config.reason}), {context}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,15 +285,18 @@ class Stored(NamedTuple):
     dtype: str  # safetensors' name
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device="cpu") -> LanguageModel:
-    """The model of a directory or a Hub id, in eval mode; dtype None: as stored, which `config.dtype` then names."""
+def load_model(path: str | Path, *, dtype=None, device="cpu", config: Config | None = None) -> LanguageModel:
+    """The model of a directory or a Hub id, in eval mode; dtype (a torch.dtype) None: as stored, which
+    `config.dtype` then names. config: `load_config`'s, where it has been read."""
     path = resolve(path)
-    config = load_config(path)
+    config, stored = config or load_config(path), _contents(path)
+    if (L := config.num_hidden_layers) > len(stored):
+        raise ValueError(f"{path}: weights and config.json disagree: {len(stored)} tensors for num_hidden_layers {L}")
     with torch.device("meta"):
         model = LanguageModel(config)
 
     # Before any weight is read, compare what the files hold with what the model needs.
-    expected, stored = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}, _contents(path)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_weights(path, config, expected, stored)
     config.dtype = next(name for name, code in DTYPES.items() if code == stored[EMBEDDING].dtype)
     tensors, as_stored = {}, getattr(torch, config.dtype)
@@ -251,10 +323,14 @@ def _contents(path: Path) -> dict[str, Stored]:
     if not single.is_file() and not index.is_file():
         raise FileNotFoundError(f"{path} holds no {single.name}; expected that or its index and shards")
     if not single.is_file():
-        try:
-            files = [path / name for name in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} names no shards ({error!r}); fetch the model again") from error
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{index} names no shards, its weight_map is {shards!r:.40}; fetch the model again")
+        # Plain names alone, so that what is loaded lies in the directory.
+        for name in shards.values():
+            if not isinstance(name, str) or Path(name).name != name or name == "..":
+                raise ValueError(f"{index} names the shard {name!r:.60}; expected a file's name, without a directory")
+        files = [path / name for name in sorted({*shards.values()})]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}, which {index.name} names, is missing; fetch the model again")
@@ -286,8 +362,9 @@ def _check_weights(path: Path, config: Config, expected: dict[str, list[int]], s
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path}: weights and config.json disagree: {', '.join(sorted(problems)[:3])}{more}")
-    if (dtype := stored[EMBEDDING].dtype) not in DTYPES.values():
-        raise ValueError(f"{path}: weights of type {dtype}; expected one of {', '.join(DTYPES.values())}")
+    for name in expected:
+        if (dtype := stored[name].dtype) not in DTYPES.values():
+            raise ValueError(f"{path}: {name} is of type {dtype}; expected one of {', '.join(DTYPES.values())}")
 
 
 def save_model(model: LanguageModel, path: str | Path, *, dtype=None, tokenizer=None, state_dict=None) -> None:
@@ -331,7 +408,7 @@ def write_model(model: LanguageModel, directory: Path, *, dtype=None, tokenizer=
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     if tokenizer is not None:
-        tokenizer.save(directory, mask=is_diffusion(config))
+        tokenizer.save(directory, mask=is_diffusion(config), answer_length=config.answer_length)
 
 
 def cannot_write(path: Path, error: BaseException) -> OSError:

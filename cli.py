@@ -12,9 +12,9 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 
-from checkpoint import DTYPES, declare, load_config, load_model, resolve
+from checkpoint import DTYPES, about, declare, identify, load_config, load_model, resolve
 from diffusion import RULES, Prefix, Sampling, denoise
-from display import Spans, one_line, shorten, spans
+from display import Spans, one_line, shorten, spans, terminal
 from model import OBJECTIVES, LanguageModel
 from options import Model, Options, Seed
 from tokenizer import ROLES, Tokenizer, why_invalid
@@ -110,7 +110,7 @@ class Opening(Loading):
     model_name_or_path: Model
     """a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id"""
     objective: Literal[*OBJECTIVES] | None = None
-    """what the checkpoint was trained as, where it does not say (default: what it declares, else mdlm)"""
+    """what the checkpoint was trained as, where it does not say (default: what it declares or is known as)"""
     device: Annotated[str, "DEVICE"] = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda if there is one
     seed: Seed = 42  # of all random numbers
 
@@ -135,23 +135,28 @@ def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageMo
     # Everything that may be wrong with the options is found before the weights are read.
     path = resolve(args.model_name_or_path)
     config, tokenizer = load_config(path), Tokenizer(path)
-    objective = args.objective or config.objective or "mdlm"
+    objective, _ = identify(config, args.objective)
     if config.mask_token_id is None and tokenizer.mask_added and objective != "ar":
         way_out = "make a diffusion checkpoint of it with convert.py, or pass --objective ar if it is autoregressive"
         raise ValueError(f"{args.model_name_or_path} has no mask token; {way_out}")
-    declared = {
-        "objective": args.objective,
-        "block_length": block_size if objective == "bd3lm" else None,
-        "right_shift": args.right_shift_logits,
-        "mask_token_id": None if tokenizer.mask_added else tokenizer.mask_id,
-    }
-    declare(config, **declared)
+    declare(
+        config,
+        objective=args.objective,
+        block_length=block_size if objective == "bd3lm" else None,
+        right_shift=args.right_shift_logits,
+        mask_token_id=None if tokenizer.mask_added else tokenizer.mask_id,
+    )
     tokenizer.fit(config.vocab_size, mask=objective != "ar")
 
-    model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device)
-    declare(model.config, **declared)
+    model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device, config=config)
+    model.known_ids = tokenizer.known_ids
     if args.torch_compile:
         compile_layers(model)
+
+    # At a terminal, and wherever the checkpoint itself does not say what it is.
+    screen = sys.stdout if terminal(sys.stdout) else sys.stderr
+    if os.environ.get("RANK", "0") == "0" and (screen is sys.stdout or config.reason != "declared"):
+        print(about(args.model_name_or_path, config), file=screen)
     return model, tokenizer
 
 
@@ -178,10 +183,7 @@ def canvas(tokenizer: Tokenizer, prompt: list[int], model: LanguageModel) -> tup
         return ids, holes
 
     # A token that is predicted from the one before it needs such a one: BOS, or EOS where there is no BOS.
-    begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    if begin is None:
-        raise ValueError("generating from scratch needs a token to begin with; the tokenizer has neither BOS nor EOS")
-    return [begin, *ids], [False, *holes]
+    return [tokenizer.begin_id, *ids], [False, *holes]
 
 
 def check_chat(messages, where: str, *, answered: bool = False) -> list[dict]:

@@ -614,6 +614,11 @@ class Sampling(Options):
                 return make(getattr(self, name)), confidence
         return REMASKING[self.remasking]
 
+    @classmethod
+    def default_length(cls, config: Config) -> int:
+        """max_new_tokens where nobody chose it: no more than mdlm has learnt to fill."""
+        return min(cls.max_new_tokens, config.answer_length or cls.max_new_tokens)
+
     def block(self, config: Config, objective: str) -> int | None:
         """Tokens of a block, None: the whole canvas. ValueError where the checkpoint says otherwise."""
         given, declared = self.block_size, config.block_length if objective == "bd3lm" else None
@@ -916,7 +921,8 @@ class Decoding:
         # Half as many rows as in training: choosing copies its logits, in float64 where there is a temperature.
         chunk = CHUNK[hidden.device.type] // 2
         pairs = zip(*(half.split(chunk) for half in hidden.chunk(self.copies)))  # conditional, unconditional
-        picks = [choose_tokens(list(pair), weight, self.options, self.mask_id, self.generator) for pair in pairs]
+        how = weight, self.options, self.mask_id, self.generator, self.model.known_ids
+        picks = [choose_tokens(list(pair), *how) for pair in pairs]
         return tuple(torch.cat(column) for column in zip(*picks))
 
     def ended(self) -> Tensor:
@@ -1042,12 +1048,14 @@ class Slice(NamedTuple):
     mean: Tensor
 
 
-def choose_tokens(hidden: list[Tensor], weight: Tensor, options: Sampling, mask_id: int | None, generator):
+def choose_tokens(hidden: list[Tensor], weight: Tensor, options: Sampling, mask_id, generator, known_ids=None):
     """(token, probability, score), each (N,), from hidden [(N, D)] or, with guidance, [conditional, unconditional].
 
     The score is the probability; with `entropy` the distribution's negative entropy in nats. Neither temperature nor
-    top_k nor top_p enters them.
+    top_k nor top_p enters them. Neither mask_id (None: there is none) nor an id from known_ids on is ever chosen.
     """
+    never = [] if mask_id is None else [(mask_id, mask_id + 1)]
+    never += [] if known_ids is None else [(known_ids, len(weight))]
     entropy = options.rule[1] == "entropy"
     restricted = options.temperature and (options.top_k is not None or options.top_p is not None)
     parts = []
@@ -1056,7 +1064,7 @@ def choose_tokens(hidden: list[Tensor], weight: Tensor, options: Sampling, mask_
         if options.cfg_scale:
             free = scores[1].to(logits.dtype)
             logits = free + (options.cfg_scale + 1) * (logits - free)
-        parts.append(_choose_in_slice(logits, start, options, mask_id, generator, entropy, restricted))
+        parts.append(_choose_in_slice(logits, start, options, never, generator, entropy, restricted))
 
     # Over all slices: the best of the bests, and log-sum-exp of the parts.
     part = Slice(*(torch.stack(column) for column in zip(*parts)))  # (slices, N) each
@@ -1072,16 +1080,18 @@ def choose_tokens(hidden: list[Tensor], weight: Tensor, options: Sampling, mask_
     return token, probability, mean.sum(dim=0) / norm - norm.log()
 
 
-def _choose_in_slice(logits, start: int, options: Sampling, mask_id, generator, entropy, restricted) -> Slice:
+def _choose_in_slice(logits, start: int, options: Sampling, never, generator, entropy, restricted) -> Slice:
     """logits (N, v) of the tokens from `start` on; they are overwritten."""
     # Some tokens are never chosen.
     inside = range(start, start + logits.shape[1])
     for token in options.suppress_tokens:
         if token in inside:
             logits[:, token - start].fill_(-math.inf)
-    if mask_id in inside:  # never chosen, yet its share of the probability counts, as in the reference
-        mask_logit = logits[:, mask_id - start].clone()
-        logits[:, mask_id - start].fill_(-math.inf)
+    # Never chosen, yet their share of the probability counts, as in the reference.
+    barred = [logits[:, max(first - start, 0) : max(end - start, 0)] for first, end in never]
+    barred = [(part, part.clone()) for part in barred if part.numel()]
+    for part, _ in barred:
+        part.fill_(-math.inf)
 
     # The choice: the likeliest token, or at a temperature the likeliest after Gumbel noise.
     best, token = logits.max(dim=1)
@@ -1092,10 +1102,10 @@ def _choose_in_slice(logits, start: int, options: Sampling, mask_id, generator, 
         uniform = torch.rand(noisy.shape, generator=generator, device=noisy.device, dtype=torch.float64)
         best, token = gumbel(noisy, T, uniform).max(dim=1)
 
-    # Its probability, over the whole slice with the mask's logit restored, but for tokens of begin_suppress_tokens.
-    if mask_id in inside:
-        logits[:, mask_id - start].copy_(mask_logit)
-        top = torch.maximum(top, mask_logit)
+    # Its probability, over the whole slice with their logits restored, but for tokens of begin_suppress_tokens.
+    for part, share in reversed(barred):
+        part.copy_(share)
+        top = torch.maximum(top, share.amax(dim=1))
     for suppressed in options.begin_suppress_tokens:
         if suppressed in inside:
             logits[:, suppressed - start].fill_(-math.inf)

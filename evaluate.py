@@ -148,15 +148,15 @@ class A2D:
             torch.distributed.init_process_group("gloo")  # only small objects travel
 
         # Scores of a checkpoint by an objective that it was not trained for would mean nothing.
-        declared, name = load_config(resolve(options.pretrained)).objective, f"--model a2d_{self.objective}"
-        if declared not in (None, self.objective):
+        config, name = load_config(resolve(options.pretrained)), f"--model a2d_{self.objective}"
+        declared = config.objective
+        if declared not in (None, self.objective) and not config.assumed:
             way = f"which declares objective {declared}; pass --model a2d_{declared}"
             raise ValueError(f"{name} contradicts the checkpoint, {way}")
         chosen = {"model_name_or_path": options.pretrained, "objective": self.objective, "device": device}
         self.model, self.tokenizer = open_model(Opening(**chosen, **options.only(Loading)), options.block_size)
         self._device = torch.device(device)
-        self.eot_token_id, bos = self.tokenizer.eos_id, self.tokenizer.bos_id
-        self.prefix_token_id = self.eot_token_id if bos is None else bos
+        self.eot_token_id, self.prefix_token_id = self.tokenizer.eos_id, self.tokenizer.begin_id
         self.tokenizer_name = str(options.pretrained).replace("/", "__")  # part of the name of lm-eval's cache
 
         # The sampler refuses bad options before any task is loaded. With top_k or top_p the task may set a temperature.

@@ -1,11 +1,14 @@
-"""Files and directories that appear whole or not at all, and checks of where they go before the work is done."""
+"""Models and JSON found and read; files that appear whole or not at all, and checks of where they go beforehand."""
 
+import json
 import os
 import re
 import shutil
 import socket
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+
+import huggingface_hub
 
 try:
     import fcntl
@@ -14,6 +17,47 @@ except ImportError:  # Windows, where nothing is locked
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+|final)")  # the names under which train.py saves
 LOCK = ".lock"
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
+LARGEST = 2**28  # bytes of a text that is read whole
+JSON_BYTES, JSON_DEPTH = 2**26, 64  # of a file, at most; the index of a large model has a few megabytes
+
+
+def resolve(path: str | Path) -> Path:
+    """The directory that `path` names: itself, `$BASE_MODELS_DIR/path`, or a Hub id's snapshot, downloaded on need."""
+    # A directory here, or among the base models.
+    base = os.environ.get("BASE_MODELS_DIR", "")
+    for directory in (Path(path).expanduser(), Path(base).expanduser() / path):
+        if directory.is_dir():
+            return directory
+        if directory.exists():
+            raise ValueError(f"{directory} is a file; name the checkpoint's directory")
+
+    # The Hub, whose own errors are OSError and ValueError.
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=DOWNLOADED))
+    except (OSError, ValueError) as error:
+        under = f" (nor one under {base})" if base else ""
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{path} is neither a directory{under} nor a Hub id within reach: {reason}") from error
+
+
+def read_json(path: Path, way_out: str = "fetch it again") -> dict:
+    """The object in a file of JSON; ValueError, naming it, where there is none or one too large or too deep."""
+    try:
+        value = json.loads(read_text(path, largest=JSON_BYTES))
+        if not isinstance(value, dict):
+            raise ValueError(f"{json.dumps(value)[:40]}, expected an object")
+
+        # What is within reach of the recursion limit here may not be where it is written.
+        level = [value]
+        for _ in range(JSON_DEPTH):
+            items = [x for inner in level for x in (inner.values() if isinstance(inner, dict) else inner)]
+            level = [x for x in items if isinstance(x, (dict, list))]
+        if level:
+            raise ValueError(f"nested more than {JSON_DEPTH} deep")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; {way_out}") from error
+    return value
 
 
 def check_directory(flag: str, directory: str | Path) -> None:
@@ -37,20 +81,17 @@ def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwri
     check_directory(flag, path.parent)
 
 
-LARGEST = 2**28  # bytes of a text that is read whole
-
-
-def read_text(path: str | Path, stream=None) -> str:
+def read_text(path: str | Path, stream=None, largest: int = LARGEST) -> str:
     """The text of a file, or of `stream`, which `path` then only names; line ends become line feeds. ValueError for one
-    that is not UTF-8, or is larger than LARGEST: a device may have no end."""
+    that is not UTF-8, or is larger than `largest` bytes: a device may have no end."""
     # A pipe that nobody writes to is empty, instead of a wait without end.
     unblocked = {"opener": lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))}
     with nullcontext(stream) if stream else open(path, "rb", **unblocked) as file:
         if not stream and hasattr(os, "set_blocking"):
             os.set_blocking(file.fileno(), True)
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise ValueError(f"{path} is larger than {LARGEST >> 20} MiB; split it, or name another file")
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"{path} is larger than {largest >> 20} MiB; split it, or name another file")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

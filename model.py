@@ -50,6 +50,11 @@ class Config:
     right_shift: bool | None = None  # position i predicts token i + 1, as in the AR model
     extra: dict = field(default_factory=dict)  # the source's other fields, unread, kept to be written back
 
+    # Not in config.json: what checkpoint.load_config found out besides.
+    reason: str = field(default="declared", compare=False)  # why it is of this objective; empty: nothing says which
+    assumed: tuple = field(default=(), compare=False)  # fields that no file declares, so that an option may differ
+    answer_length: int | None = field(default=None, compare=False)  # tokens of the longest answer it was trained on
+
     @property
     def family(self) -> "Family":
         return FAMILIES[self.model_type]
@@ -333,6 +338,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # what weights are cast to where they are used; None: theirs
+        self.known_ids: int = config.vocab_size  # the tokenizer has no id from here on, so none is generated
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 

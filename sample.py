@@ -89,7 +89,8 @@ class Sample(Sampling, Scoring, Output, Prompts, Opening):
 
     prog: ClassVar[str] = "sample.py"
     max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
-    """masks that follow each prompt (default: 128, or 0 after a prompt that has masks)"""
+    """masks that follow each prompt (default: 128, or fewer where an mdlm checkpoint was trained on shorter answers; 0
+    after a prompt that has masks)"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokeniz
     request.holes = holes if infilling else None
 
     # How much follows, and whether the model's context has room for it.
-    default = 0 if infilling else Sampling.max_new_tokens
+    default = 0 if infilling else Sampling.default_length(model.config)
     request.new = default if args.max_new_tokens is None else args.max_new_tokens
     room, length = model.config.max_position_embeddings, len(request.ids)
     if length + request.new > room:

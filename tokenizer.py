@@ -5,16 +5,22 @@ Reads and writes the files of a Hugging Face directory, by `tokenizers` and `jin
 
 import functools
 import json
+import signal
+import sys
 import tempfile
+import threading
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import accumulate, chain, pairwise, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from files import read_json, read_text, resolve
 
 MASK = "<|mask|>"
 MARK = "Mark0Of0Text"  # in place of a text, it shows where a template puts that
@@ -76,8 +82,43 @@ def reasoning(message: dict) -> str:
     return (message.get("reasoning_content") or inline).strip()
 
 
+class Files(NamedTuple):
+    """What a directory says of its tokenizer, besides tokenizer.json."""
+
+    contents: dict  # by a file's name its dict or, of the template, its text
+    template: str | None
+    special: dict[str, str]  # bos_token and so on, as text
+
+
+def read_files(path: Path) -> Files:
+    """Those of a directory; ValueError, naming the file, where one is damaged."""
+    files = {}
+    for file in (path / name for name in (CONFIG, SPECIAL, GENERATION, TEMPLATE) if (path / name).is_file()):
+        files[file.name] = read_text(file) if file.name == TEMPLATE else read_json(file)
+
+    # A template is a file, or a field: a text, or a list of named ones.
+    config = files.setdefault(CONFIG, {})
+    with reading(path / CONFIG):
+        template = config.get("chat_template")
+        if isinstance(template, list):
+            named = [(entry.get("name"), entry.get("template")) for entry in template if isinstance(entry, dict)]
+            if len(named) < len(template) or not all(isinstance(text, str) for pair in named for text in pair):
+                raise ValueError("chat_template: expected a text, or a list of objects with a name and a template")
+            template = dict(named).get("default")
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"chat_template {template!r:.40}: expected a text")
+
+    # Special tokens are texts, or objects with a text as content.
+    special = {}
+    for name, token in {**files.get(SPECIAL, {}), **config}.items():
+        token = token["content"] if isinstance(token, dict) and "content" in token else token
+        if name.endswith("_token") and isinstance(token, str):
+            special[name] = token
+    return Files(files, files.get(TEMPLATE) or template, special)
+
+
 class Tokenizer:
-    """The tokenizer of a directory.
+    """The tokenizer of a directory or a Hub id.
 
     mask_token: a token of the vocabulary to be the mask (default: what tokenizer_config.json names, else <|mask|>).
     `mask_added`: it was missing and got the next free id, maybe beyond the model's embedding, see convert.py.
@@ -85,11 +126,12 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path, mask_token: str | None = None):
-        file = Path(path, "tokenizer.json")
+        path = resolve(path)
+        file = path / "tokenizer.json"
         if not file.is_file():
             way_out = "transformers writes one: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             raise FileNotFoundError(f"{path} holds no tokenizer.json; {way_out}")
-        self._read_files(Path(path))
+        self.files, self.template, self.special = read_files(path)
         with reading(file):
             self.core = tokenizers.Tokenizer.from_file(str(file))
         self.core.no_truncation()
@@ -115,44 +157,55 @@ class Tokenizer:
         added = self.core.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
         more = self.files.get(GENERATION, {}).get("eos_token_id")
-        more = more if isinstance(more, list) else [more]
+        more = more if isinstance(more, list) else [] if more is None else [more]
+        if not all(type(i) is int for i in more):
+            raise ValueError(f"{path / GENERATION}: eos_token_id {more!r:.40}: expected an id, or a list of them")
         ends = {self.eos_id, *(specials.get(token) for token in END), *(i for i in more if i in added)}
         self.end_ids = sorted(ends - {None})
-
-    def _read_files(self, path: Path) -> None:
-        """Sets `files` (a dict or, of the template, text by name), `template` and `special` (bos_token and so on)."""
-        self.files = {}
-        for file in (path / name for name in (CONFIG, SPECIAL, GENERATION, TEMPLATE) if (path / name).is_file()):
-            with reading(file):
-                text = file.name == TEMPLATE
-                content = file.read_text(encoding="utf-8") if text else json.loads(file.read_bytes())
-                if not (text or isinstance(content, dict)):
-                    raise ValueError(f"{json.dumps(content)[:40]}, expected an object")
-                self.files[file.name] = content
-
-        # A template is a file, or a field: a text, or a list of named ones.
-        config = self.files.setdefault(CONFIG, {})
-        self.template = self.files.get(TEMPLATE) or config.get("chat_template")
-        if isinstance(self.template, list):
-            self.template = {named["name"]: named["template"] for named in self.template}.get("default")
-
-        # Special tokens are texts, or objects with a text as content.
-        self.special = {}
-        for name, token in {**self.files.get(SPECIAL, {}), **config}.items():
-            token = token["content"] if isinstance(token, dict) and "content" in token else token
-            if name.endswith("_token") and isinstance(token, str):
-                self.special[name] = token
 
     @property
     def ids(self) -> list[int]:
         """Every id of the vocabulary; a model's embedding often has more rows."""
         return list(self.core.get_vocab().values())
 
+    @property
+    def known_ids(self) -> int:
+        """How many ids, from 0 on, may stand for a text: an embedding may have more rows, and the mask's is none."""
+        return 1 + max(i for i in self.ids if not (self.mask_added and i == self.mask_id))
+
+    @property
+    def first_added(self) -> int:
+        """The least id of which all from there on are tokens added to the vocabulary."""
+        added, last = self.core.get_added_tokens_decoder(), max(self.ids)
+        while last in added:
+            last -= 1
+        return last + 1
+
+    def check_mask(self) -> None:
+        """Raises ValueError where the mask token has another use: it is never generated, so no answer would end."""
+        for use, ids in {"end": self.end_ids, "BOS": [self.bos_id], "padding": [self.pad_id]}.items():
+            if self.mask_id in ids:
+                way_out = "name another with convert.py --mask_token, one that is reserved or unused"
+                raise ValueError(f"the mask token {self.mask_token} is the tokenizer's {use} token; {way_out}")
+
+    @property
+    def begin_id(self) -> int:
+        """The token that a text begins with: BOS, or EOS where there is no BOS."""
+        begin = self.eos_id if self.bos_id is None else self.bos_id
+        if begin is None:
+            missing = "the tokenizer has neither BOS nor EOS"
+            raise ValueError(f"generating from scratch needs a token to begin with; {missing}")
+        return begin
+
     def fit(self, rows: int, *, mask: bool = True) -> None:
         """Raises ValueError unless an embedding of `rows` rows has one for each id (mask False: but the mask's)."""
+        if mask:
+            self.check_mask()
         last = max(i for i in self.ids if mask or i != self.mask_id)
         if last >= rows:
             conflict = f"the tokenizer has token id {last} and the embedding {rows} rows"
+            if self.first_added <= rows:
+                raise ValueError(f"{conflict}; convert.py makes the embedding larger for tokens that were added")
             raise ValueError(f"{conflict}, so they are not of one model; fetch both from one place")
 
     def __len__(self) -> int:
@@ -169,11 +222,17 @@ class Tokenizer:
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self.core.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def save(self, directory: str | Path, *, mask: bool = True) -> None:
-        """Writes the files that were read, with the mask token in them; mask False: without one that was added here."""
+    def save(self, directory: str | Path, *, mask: bool = True, answer_length: int | None = None) -> None:
+        """Writes the files that were read, with the mask token in them; mask False: with none declared, and without one
+        that was added, now or by an earlier conversion. answer_length: of a diffusion model, see model.Config."""
         core, files = json.loads(self.core.to_str()), json.loads(json.dumps(self.files))  # copies
-        added = [token for token in core["added_tokens"] if self.mask_added and token["id"] == self.mask_id]
+        ours = self.mask_added or self.mask_token == MASK
+        added = [token for token in core["added_tokens"] if ours and token["id"] == self.mask_id]
         if mask:
+            if answer_length is not None:
+                files.setdefault(GENERATION, {})["max_new_tokens"] = answer_length
+            elif GENERATION in files:  # an AR model's length is none for a canvas
+                files[GENERATION].pop("max_new_tokens", None)
             # Declare it wherever special tokens are declared. tokenizer.json has it already.
             for name in files.keys() & {CONFIG, SPECIAL}:
                 files[name]["mask_token"] = self.mask_token
@@ -182,6 +241,10 @@ class Tokenizer:
         else:
             # An AR checkpoint has none: a later conversion would take its row for a trained one.
             core["added_tokens"] = [token for token in core["added_tokens"] if token not in added]
+            for name in files.keys() & {CONFIG, SPECIAL}:
+                files[name].pop("mask_token", None)
+            for token in added:
+                files[CONFIG].get("added_tokens_decoder", {}).pop(str(token["id"]), None)
 
         # JSON, but for the template.
         Path(directory, "tokenizer.json").write_text(json.dumps(core, ensure_ascii=False), encoding="utf-8")
@@ -290,11 +353,15 @@ class Tokenizer:
             raise ValueError("the tokenizer has no chat template; use plain text (--stage pt, --chat_template False)")
         options = {"add_generation_prompt": reply, "enable_thinking": thinking, "tools": tools, **self.special}
         try:
-            return compiled(self.template).render(messages=messages, **options)
+            with bounded():
+                text = compiled(self.template).render(messages=messages, **options)
+            if len(text) > TEMPLATE_CHARACTERS and len(text) > 20 * len(repr(messages)):
+                raise TemplateError(f"it makes {len(text):,} characters of them")
         except Exception as error:
             # A template is a program, which can fail in any way.
             reason = error if isinstance(error, TemplateError) else repr(error)
             raise ValueError(f"the chat template refuses these messages: {reason}") from error
+        return text
 
     @classmethod
     def train(cls, texts, vocab_size: int, template: str = CHATML) -> "Tokenizer":
@@ -341,6 +408,38 @@ class Generation(Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True)).set_lineno(line)
+
+
+# What a template may take: it comes with a checkpoint, which anyone can publish.
+TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 10, 2**29, 2**20
+
+
+@contextmanager
+def bounded():
+    """Ends with an exception what takes more than TEMPLATE_SECONDS of CPU time or TEMPLATE_BYTES of memory inside.
+
+    In a process's main thread alone, and on Linux: signals come there, and other threads' memory counts as well."""
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    import resource  # Windows lacks it
+
+    def stop(*_):
+        raise TemplateError(f"it takes more than {TEMPLATE_SECONDS} seconds")
+
+    with open("/proc/self/statm", "rb") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = min(used + TEMPLATE_BYTES, *(each for each in (soft, hard) if each != resource.RLIM_INFINITY), 2**62)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS, 1)  # again and again: jinja2's optimizer ignores one
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @functools.lru_cache

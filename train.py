@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 import resume
-from checkpoint import DTYPES, barrier, config_dict, declare, load_model, resolve
+from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model, resolve
 from cli import one_line_errors
 from diffusion import Batch, Example, Noising, loss, training_example
 from files import replacing_file
@@ -199,9 +199,10 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
         tokenizer = Tokenizer(source)
         model = load_model(source, dtype=torch.float32)
         mask_id = None if tokenizer.mask_added else tokenizer.mask_id
+    # An AR model is to become a diffusion model, unless it is said not to.
     declare(
         model.config,
-        objective=args.objective,
+        objective=args.objective or ("mdlm" if model.config.reason == PLAIN else None),
         block_length=args.block_size,
         right_shift=args.right_shift_logits,
         mask_token_id=mask_id,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from conftest import tiny
 
-from checkpoint import save_model
+from checkpoint import load_model, save_model
 from tokenizer import Tokenizer
 
 DECLARED = {
@@ -42,3 +42,11 @@ def checkpoint(name: str, *, template: bool = True, dtype=torch.float64, **chang
     model.config.dtype = str(dtype).removeprefix("torch.")
     save_model(model, path, tokenizer=core)
     return str(path)
+
+
+def opened(name: str, **changes):
+    """The model of a checkpoint, as the programs open it: what its tokenizer does not know is never generated."""
+    path = checkpoint(name, **changes)
+    model = load_model(path)
+    model.known_ids = Tokenizer(path).known_ids
+    return model

@@ -11,11 +11,10 @@ import sys
 import pyte
 import pytest
 import torch
-from checkpoints import checkpoint, tokenizer
+from checkpoints import checkpoint, opened, tokenizer
 from terminal import ROOT, Terminal
 
 import chat
-import checkpoint as checkpoints
 import cli
 import display
 from diffusion import denoise
@@ -58,7 +57,7 @@ def answer_to(objective: str, messages: list[dict], **options) -> str:
     ids, _ = tokenizer().render(messages, reply=True)
     block = {"block_size": 32} if objective == "mdlm" else {}
     options = {"max_new_tokens": 12, "steps": 12, "end_ids": tuple(tokenizer().end_ids)} | block | options
-    *_, last = denoise(checkpoints.load_model(checkpoint(objective)), [ids], **options)
+    *_, last = denoise(opened(objective), [ids], **options)
     answer = last.tokens[0, len(ids) :].tolist()
     end = next((i for i, token in enumerate(answer) if token in tokenizer().end_ids), len(answer))
     return tokenizer().decode(answer[:end])
@@ -252,6 +251,7 @@ SETTINGS = {
 def test_every_option_can_be_set_and_unset_and_given_as_a_flag(run, name, capsys):
     talk = session("undeclared", *(("--temperature", "1") if name.startswith("top_") else ()))
     before = talk.options
+    capsys.readouterr()
     talk.obey(f"/set {name} {SETTINGS[name]}")
     told = capsys.readouterr().err
     assert told.startswith(f"{name} ")
@@ -357,7 +357,7 @@ def test_models_and_templates_that_cannot_be_used_are_refused(run, tmp_path, mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, flags, said in (
         ("mdlm", ("--model_name_or_path", "some/model"), "neither a directory nor a Hub id within reach"),
-        ("plain", (), "has no mask token; make a diffusion checkpoint.*--objective ar"),
+        ("plain", ("--objective", "mdlm"), "has no mask token; make a diffusion checkpoint.*--objective ar"),
         ("ar", ("--block_size", "4"), "block_size 4: an ar model decodes token by token"),
         ("bd3lm", ("--block_size", "8"), "--block_size 8 contradicts the checkpoint"),
     ):

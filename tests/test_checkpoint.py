@@ -290,7 +290,7 @@ def test_damaged_and_absent_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
         load_model(path)
     (path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"source/config\.json: "):
+    with pytest.raises(ValueError, match=r"source/config\.json is damaged: "):
         load_model(path)
     (path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):

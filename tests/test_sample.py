@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import checkpoint, tokenizer
+from checkpoints import checkpoint, opened, tokenizer
 from conftest import GOLDEN, golden_json, golden_model, tiny
 
 import checkpoint as checkpoints
@@ -58,7 +58,7 @@ def answers(run, *argv) -> list[str]:
 
 def expected(objective: str, ids: list[int], **options) -> tuple[list[int], int]:
     """(answer up to its first end token, forwards) of the sampler alone."""
-    model = checkpoints.load_model(checkpoint(objective))
+    model = opened(objective)
     if objective == "mdlm":
         options = {"block_size": 32} | options
     options = {"max_new_tokens": 12, "steps": 12, "end_ids": tuple(tokenizer().end_ids)} | options
@@ -147,7 +147,7 @@ def test_infilling_keeps_what_is_given_and_fills_each_mask(run, objective):
     text = f"What is {HOLE}{HOLE} + 25{HOLE} yes?"
     ids = tokenizer().encode(text)
     holes = [token == tokenizer().mask_id for token in ids]
-    model, options = checkpoints.load_model(checkpoint(objective)), {"block_size": 32} if objective == "mdlm" else {}
+    model, options = opened(objective), {"block_size": 32} if objective == "mdlm" else {}
     given = [0 if hole else token for token, hole in zip(ids, holes)]
     options |= {"max_new_tokens": 0, "steps": 12}
     *_, last = denoise(model, [given], canvas_masks=[holes], **options)
@@ -613,10 +613,11 @@ def test_models_that_cannot_be_used_are_refused(run, tmp_path, monkeypatch):
         tmp_path,
         "has no mask token; make a diffusion checkpoint.*or pass --objective ar",
         "hi",
-        "--model_name_or_path",
+        *("--objective", "mdlm", "--model_name_or_path"),
         plain,
     )
     assert run("hi", "--model_name_or_path", plain, "--objective", "ar", *NEW)[0] == 0
+    assert run("hi", "--model_name_or_path", plain, *NEW)[0] == 0
     for changes, said in (
         ({"model_type": "mamba"}, "model_type 'mamba': expected qwen3, qwen2, llama"),
         ({"use_sliding_window": True}, "use_sliding_window true is not supported"),
