@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
+import numpy as np
+
 import data
 import stream
 from model import Config
@@ -63,6 +65,17 @@ def collate_for(args, config: Config, tokenizer: Tokenizer):
         "length": args.pad_to,
     }
     return lambda rows, longest=0: data.collate(rows, longest=longest, **options)
+
+
+def longest_answer(args, config: Config, loader) -> int | None:
+    """Tokens of the longest answer that mdlm learns, which sampling needs a canvas for; None: not known, or no mdlm."""
+    if args.stage != "sft" or args.streaming or config.objective != "mdlm":
+        return None
+    longest = 0
+    for learnt in loader.rows.supervised:
+        borders = np.flatnonzero(np.diff(np.r_[False, np.asarray(learnt, bool), False]))  # begin, end, begin, end, ...
+        longest = max(longest, int((borders[1::2] - borders[::2]).max(initial=0)))
+    return min(longest, int(loader.rows.lengths.max())) or None
 
 
 class Loaders(NamedTuple):

@@ -36,7 +36,7 @@ from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model,
 from cli import one_line_errors
 from diffusion import NORMS, Batch, Example, Noising, loss, training_example
 from files import naming_file
-from loaders import Batching, ChatBatching, Workers, build_loaders
+from loaders import Batching, ChatBatching, Workers, build_loaders, longest_answer
 from log import ARGS, SUMS, Log, describe, import_wandb, peak_flops, summarize, train_flops
 from model import OBJECTIVES, Config, LanguageModel
 from options import (
@@ -341,6 +341,7 @@ class Run:
             if begin_at is not None:
                 resume.check_resumed(begin_at, args, self.model.config, ranks.world_size)
             self.loaders = build_loaders(args, self.model.config, self.tokenizer, ranks)
+            self.model.config.answer_length = longest_answer(args, self.model.config, self.loaders.train)
         self._plan()
         self.save_dtype = getattr(torch, args.save_dtype or self.model.config.dtype)
         self.engine, self.sync = parallelize(self.model, args, ranks)
