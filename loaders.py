@@ -350,6 +350,17 @@ def _send_all(rows: stream.SlotRows, pipe) -> None:
 # ---------------------------------------------------------------- what a run reads
 
 
+def longest_answer(args, config: Config, loader) -> int | None:
+    """Tokens of the longest answer that mdlm learns, which sampling needs a canvas for; None: not known, or no mdlm."""
+    if args.stage != "sft" or args.streaming or config.objective != "mdlm":
+        return None
+    longest = 0
+    for learnt in loader.rows.supervised:
+        borders = np.flatnonzero(np.diff(np.r_[False, np.asarray(learnt, bool), False]))  # begin, end, begin, end, ...
+        longest = max(longest, int((borders[1::2] - borders[::2]).max(initial=0)))
+    return min(longest, int(loader.rows.lengths.max())) or None
+
+
 class Loaders(NamedTuple):
     train: Loader | StreamLoader
     eval_rows: data.Rows | None  # None: no evaluation

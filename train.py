@@ -34,7 +34,7 @@ from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model,
 from cli import one_line_errors
 from diffusion import Batch, Example, Noising, loss, training_example
 from files import replacing_file
-from loaders import Batching, ChatBatching, Workers, build_loaders, prefetch
+from loaders import Batching, ChatBatching, Workers, build_loaders, longest_answer, prefetch
 from log import (
     ARGS,
     METRICS,
@@ -297,9 +297,9 @@ class Run:
             if start.checkpoints:
                 resume.check_resumed(start, args, self.model.config, ranks.world_size)
             self.loaders = build_loaders(args, self.model.config, self.tokenizer, ranks)
-        self.fingerprints = resume.fingerprints(
-            self.loaders, None if args.model_name_or_path == TINY else self.tokenizer
-        )
+            self.model.config.answer_length = longest_answer(args, self.model.config, self.loaders.train)
+        known = None if args.model_name_or_path == TINY else self.tokenizer  # which builtin/tiny makes of the data
+        self.fingerprints = resume.fingerprints(self.loaders, known)
         self._plan(start.done)
         self.save_dtype = getattr(torch, args.save_dtype or self.model.config.dtype)
         self.engine, self.sync = parallelize(self.model, args, ranks)

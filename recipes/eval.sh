@@ -12,7 +12,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
-model='' num_gpu=1 model_type=normal method='' setting=both output=runs/eval
+model='' num_gpu=1 model_type=normal method='' block=32 setting=both output=runs/eval
 
 while [ $# -gt 0 ]; do
     [ "$1" = -- ] || [ $# -gt 1 ] || { echo "eval.sh: $1 needs a value" >&2 && exit 2; }
@@ -35,11 +35,16 @@ both) settings='reference common' ;;
 reference | common) settings=$setting ;;
 *) echo "eval.sh: --setting $setting: expected reference, common or both" >&2 && exit 2 ;;
 esac
-if [ -z "$method" ]; then # what the checkpoint declares, else what its name says
-    ask='import sys; from checkpoint import load_config; from cli import one_line_errors
-one_line_errors("eval.sh")(lambda: print(load_config(sys.argv[1]).objective or ""))()'
-    method=$("$PYTHON" -c "$ask" "$model")
-    case $method,$model in ,*bd3lm*) method=bd3lm ;; ,*mdlm* | ,*open-dcoder*) method=mdlm ;; ,*) method=ar ;; esac
+if [ -z "$method" ]; then # what the checkpoint declares or is known as
+    ask='import sys; from checkpoint import identify, load_config; from cli import one_line_errors
+with one_line_errors("eval.sh"):
+    try:
+        config = load_config(sys.argv[1])
+        print(identify(config)[0], config.block_length or 32)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--objective", "--method")) from error'
+    known=$("$PYTHON" -c "$ask" "$model")
+    method=${known% *} block=${known#* }
 fi
 
 cell() { # TASK SHOTS TOKENS FLAGS...
@@ -49,7 +54,7 @@ cell() { # TASK SHOTS TOKENS FLAGS...
     case $method in
     ar) ;;
     mdlm) args=$args,steps=256,block_size=256,cfg_scale=0.0,temperature=0.0 ;;
-    bd3lm) args=$args,steps=256,block_size=32,cfg_scale=0.0,temperature=0.0 ;;
+    bd3lm) args=$args,steps=256,block_size=$block,cfg_scale=0.0,temperature=0.0 ;;
     *) echo "eval.sh: --method $method: expected ar, mdlm or bd3lm" >&2 && exit 2 ;;
     esac
     case $model in *open-dcoder*) args=$args,right_shift_logits=True,remasking=p2 ;; esac
