@@ -101,7 +101,7 @@ def _assume(config: Config, path: Path, raw: dict) -> None:
     if known and config.mask_token_id is None and (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer(path)
         known = known | ({} if tokenizer.mask_added else {"mask_token_id": tokenizer.mask_id})
-    elif not (known or diffusion or config.mask_token_id is not None or "mask_token" in read_files(path).special):
+    elif not (known or diffusion or config.mask_token_id is not None or "mask_token" in read_files(path)[2]):
         known, config.reason = {"objective": "ar"}, PLAIN
     for name, value in known.items():
         if getattr(config, name) is None:
@@ -212,8 +212,7 @@ def config_dict(config: Config) -> dict:
 def identify(config: Config, objective: str | None = None) -> tuple[str, str]:
     """(objective, why): `objective` if given, else what the checkpoint declares, else what is known of it; ValueError
     where nothing says what it is."""
-    declared = None if "objective" in config.assumed else config.objective
-    if objective not in (None, declared):
+    if objective not in (None, config.objective):
         return objective, "by --objective"
     if not config.reason:
         raise ValueError(UNKNOWN)
