@@ -325,7 +325,7 @@ def _contents(path: Path) -> dict[str, Stored]:
             raise ValueError(f"{index} names no shards, its weight_map is {shards!r:.40}; fetch the model again")
         # Plain names alone, so that what is loaded lies in the directory.
         for name in shards.values():
-            if not isinstance(name, str) or Path(name).name != name or name == "..":
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise ValueError(f"{index} names the shard {name!r:.60}; expected a file's name, without a directory")
         files = [path / name for name in sorted({*shards.values()})]
     for file in files:

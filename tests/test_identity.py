@@ -17,6 +17,7 @@ import chat
 import convert
 import data
 import loaders
+import log
 import sample
 import train
 from checkpoint import about, declare, identify, load_config, load_model, save_model
@@ -288,7 +289,8 @@ def test_no_id_that_the_tokenizer_lacks_is_generated(objective):
         assert not (last.tokens == core.mask_id).any()
 
 
-def test_a_tokenizer_without_special_tokens_trains_where_none_is_needed(tmp_path, capsys):
+def test_a_tokenizer_without_special_tokens_trains_where_none_is_needed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(log, "curves", lambda *_: None)
     path = published(tmp_path, "x-diffusion-mdlm")
     nothing = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
     edited(edited(path, "tokenizer_config.json", **nothing), "special_tokens_map.json", **nothing)
