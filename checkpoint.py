@@ -103,7 +103,7 @@ def _assume(config: Config, path: Path, raw: dict) -> None:
     if known and config.mask_token_id is None and (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer(path)
         known = known | ({} if tokenizer.mask_added else {"mask_token_id": tokenizer.mask_id})
-    elif not (known or diffusion or config.mask_token_id is not None or "mask_token" in read_files(path).special):
+    elif not (known or diffusion or config.mask_token_id is not None or "mask_token" in read_files(path)[2]):
         known, config.reason = {"objective": "ar"}, PLAIN
     for name, value in known.items():
         if getattr(config, name) is None:
@@ -214,8 +214,7 @@ def config_dict(config: Config) -> dict:
 def identify(config: Config, objective: str | None = None) -> tuple[str, str]:
     """(objective, why): `objective` if given, else what the checkpoint declares, else what is known of it; ValueError
     where nothing says what it is."""
-    declared = None if "objective" in config.assumed else config.objective
-    if objective not in (None, declared):
+    if objective not in (None, config.objective):
         return objective, "by --objective"
     if not config.reason:
         raise ValueError(UNKNOWN)
@@ -328,7 +327,7 @@ def _contents(path: Path) -> dict[str, Stored]:
             raise ValueError(f"{index} names no shards, its weight_map is {shards!r:.40}; fetch the model again")
         # Plain names alone, so that what is loaded lies in the directory.
         for name in shards.values():
-            if not isinstance(name, str) or Path(name).name != name or name == "..":
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise ValueError(f"{index} names the shard {name!r:.60}; expected a file's name, without a directory")
         files = [path / name for name in sorted({*shards.values()})]
     for file in files:

@@ -116,8 +116,9 @@ def grow(tensors: dict, config: Config, tokenizer: Tokenizer, *, untrained: bool
         # model (hidden 256, 6 layers) with everything masked, a row of 0.01 times the median norm gave a gradient of
         # norm 64, one of the median norm 1.2.
         known = tensors[name][trained]  # (N, D)
-        mean = known.mean(0, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(known, dim=1, dtype=torch.float32).median()
+        wide = torch.promote_types(known.dtype, torch.float32)
+        mean = known.mean(0, dtype=wide)
+        norm = torch.linalg.vector_norm(known, dim=1, dtype=wide).median()
         row = (mean * (norm / mean.norm())).to(known.dtype)
 
         # All new rows get it, and the mask's.

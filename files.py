@@ -81,9 +81,10 @@ def check_file(flag: str, path: str | Path, endings: tuple[str, ...], *, overwri
     check_directory(flag, path.parent)
 
 
-def read_text(path: str | Path, stream=None, largest: int = LARGEST) -> str:
+def read_text(path: str | Path, stream=None, largest: int | None = None) -> str:
     """The text of a file, or of `stream`, which `path` then only names; line ends become line feeds. ValueError for one
-    that is not UTF-8, or is larger than `largest` bytes: a device may have no end."""
+    that is not UTF-8, or is larger than `largest` bytes (default LARGEST): a device may have no end."""
+    largest = largest or LARGEST
     # A pipe that nobody writes to is empty, instead of a wait without end.
     unblocked = {"opener": lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))}
     with nullcontext(stream) if stream else open(path, "rb", **unblocked) as file:

@@ -13,14 +13,13 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import accumulate, chain, pairwise, takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import tokenizers
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from files import read_json, read_text, resolve
+from files import read_json, resolve
 
 MASK = "<|mask|>"
 MARK = "Mark0Of0Text"  # in place of a text, it shows where a template puts that
@@ -82,19 +81,16 @@ def reasoning(message: dict) -> str:
     return (message.get("reasoning_content") or inline).strip()
 
 
-class Files(NamedTuple):
-    """What a directory says of its tokenizer, besides tokenizer.json."""
-
-    contents: dict  # by a file's name its dict or, of the template, its text
-    template: str | None
-    special: dict[str, str]  # bos_token and so on, as text
-
-
-def read_files(path: Path) -> Files:
-    """Those of a directory; ValueError, naming the file, where one is damaged."""
+def read_files(path: Path) -> tuple[dict, str | None, dict[str, str]]:
+    """(by a file's name its dict or, of the template, its text; the template; the special tokens: bos_token and so on)
+    of a directory, besides tokenizer.json; ValueError, naming the file, where one is damaged."""
     files = {}
     for file in (path / name for name in (CONFIG, SPECIAL, GENERATION, TEMPLATE) if (path / name).is_file()):
-        files[file.name] = read_text(file) if file.name == TEMPLATE else read_json(file)
+        if file.name != TEMPLATE:
+            files[file.name] = read_json(file)
+            continue
+        with reading(file), file.open("rb") as template:
+            files[file.name] = template.read(TEMPLATE_CHARACTERS).decode("utf-8")
 
     # A template is a file, or a field: a text, or a list of named ones.
     config = files.setdefault(CONFIG, {})
@@ -114,7 +110,7 @@ def read_files(path: Path) -> Files:
         token = token["content"] if isinstance(token, dict) and "content" in token else token
         if name.endswith("_token") and isinstance(token, str):
             special[name] = token
-    return Files(files, files.get(TEMPLATE) or template, special)
+    return files, files.get(TEMPLATE) or template, special
 
 
 class Tokenizer:
@@ -145,6 +141,7 @@ class Tokenizer:
         self.mask_added = self.core.token_to_id(self.mask_token) is None
         if self.mask_added:
             self.core.add_special_tokens([tokenizers.AddedToken(self.mask_token, special=True, normalized=False)])
+        self.mask_ours = self.mask_added or declared == MASK  # convert.py added it, now or before
         self.mask_untrained = self.mask_added or mask_token not in (None, declared)
 
         # The other special tokens, as far as the files name them.
@@ -175,11 +172,8 @@ class Tokenizer:
 
     @property
     def first_added(self) -> int:
-        """The least id of which all from there on are tokens added to the vocabulary."""
-        added, last = self.core.get_added_tokens_decoder(), max(self.ids)
-        while last in added:
-            last -= 1
-        return last + 1
+        """The id from which on all are tokens added to the vocabulary."""
+        return 1 + max(self.core.get_vocab(with_added_tokens=False).values())
 
     def check_mask(self) -> None:
         """Raises ValueError where the mask token has another use: it is never generated, so no answer would end."""
@@ -226,8 +220,7 @@ class Tokenizer:
         """Writes the files that were read, with the mask token in them; mask False: with none declared, and without one
         that was added, now or by an earlier conversion. answer_length: of a diffusion model, see model.Config."""
         core, files = json.loads(self.core.to_str()), json.loads(json.dumps(self.files))  # copies
-        ours = self.mask_added or self.mask_token == MASK
-        added = [token for token in core["added_tokens"] if ours and token["id"] == self.mask_id]
+        added = [token for token in core["added_tokens"] if self.mask_ours and token["id"] == self.mask_id]
         if mask:
             if answer_length is not None:
                 files.setdefault(GENERATION, {})["max_new_tokens"] = answer_length

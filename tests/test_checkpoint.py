@@ -25,6 +25,9 @@ MODELS = GOLDEN / "models"
 EMBEDDING = "model.embed_tokens.weight"
 
 
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
 def raw(family: str) -> dict:
     return json.loads((MODELS / family / "config.json").read_text())
 
@@ -108,6 +111,99 @@ def test_what_is_left_out_has_the_defaults_of_transformers():
 def test_unsupported_features_are_refused_by_name(changes, words):
     with pytest.raises(ValueError, match=words):
         read_config(raw("qwen3") | changes)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+ABSURD = [
+    *({"rope_theta": value} for value in (0, -1, "NaN", "Infinity", "1e999", True)),
+    *({"rope_parameters": {"rope_type": "default", "rope_theta": value}} for value in ([1], None, "NaN", 0, "8", {})),
+    *({"rope_scaling": LLAMA3 | {"factor": value}} for value in (0, "8", None, [8], True, "NaN")),
+    {"rope_scaling": LLAMA3 | {"low_freq_factor": 4}},
+    {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}},
+    *({"rope_scaling": {"rope_type": value}} for value in (["llama3"], {}, 3)),
+    *({"rms_norm_eps": value} for value in ("NaN", 0, "Infinity", 10)),
+    *({"initializer_range": value} for value in (-1, "NaN", 1e300)),
+    *({"vocab_size": value} for value in (10**30, 2**63, 0, True, 512.0)),
+    *({"num_hidden_layers": value} for value in (10**5, 10**9, -3)),
+    *({"hidden_size": value} for value in (2**40, 1)),
+    *({name: 10**9} for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")),
+    {"max_position_embeddings": 10**15},
+    *({"block_length": value} for value in (2**70, 0, "4")),
+    *({"mask_token_id": value} for value in (-1, 2**70, "5")),
+    *({"layer_types": value} for value in ([["full_attention"]], 3, {"a": 1})),
+    *({"model_type": value} for value in (["qwen3"], 3)),
+    *({"torch_dtype": value, "dtype": None} for value in (3, ["float32"])),
+]
+
+
+@pytest.mark.parametrize("changes", ABSURD, ids=str)
+def test_absurd_values_are_refused_by_name(changes, tmp_path):
+    """NaN and infinities are literals there, as Python's own JSON writes them."""
+    path = source(tmp_path, config=changes)
+    text = (path / "config.json").read_text()
+    for literal in ("NaN", "Infinity", "1e999"):
+        text = text.replace(f'"{literal}"', literal)
+    (path / "config.json").write_text(text)
+    named = {*changes, *changes.get("rope_parameters", ()), *changes.get("rope_scaling", ()), "heads"}
+    with pytest.raises(ValueError, match="|".join(sorted(named))) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}/config.json: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", *TOKENIZER_FILES])
+@pytest.mark.parametrize(
+    "damage", ["deep", "deep enough to be read", "latin", "list", "null", "torn", "long", "a number"]
+)
+def test_every_file_of_json_is_read_within_bounds(name, damage, tmp_path, monkeypatch):
+    path = source(tmp_path)
+    (path / "model.safetensors").rename(path / "model-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(path / "model-00001.safetensors"), "model-00001.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "generation_config.json").write_text("{}")
+    load_model(path), Tokenizer(path)
+    content = {"deep": b'{"x": ' + b"[" * 200_000, "deep enough to be read": b'{"x":' + b"[" * 90 + b"]" * 90 + b"}"}
+    content |= {
+        "latin": b'{"x": "\xff"}',
+        "list": b"[]",
+        "null": b"null",
+        "torn": b'{"x',
+        "long": b"{" + b" " * 5000 + b"}",
+    }
+    content |= {"a number": b"1" * 5000}
+    (path / name).write_bytes(content[damage])
+    monkeypatch.setattr(files, "JSON_BYTES", 4000 if damage == "long" else 10**6)
+    with pytest.raises(ValueError, match=rf"{name} is damaged: .*; fetch it again"):
+        load_model(path), Tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "{}/outside.safetensors", "sub/x.safetensors", "..", "", 3, None]
+)
+def test_shards_lie_in_the_directory(shard, tmp_path):
+    path = source(tmp_path)
+    (path / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    shard = shard.format(tmp_path) if isinstance(shard, str) else shard
+    index = {"weight_map": dict.fromkeys(load_file(tmp_path / "outside.safetensors"), shard)}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json names the shard .*; expected a file's name"):
+        load_model(path)
+    # A link in the directory stays possible: the Hub's cache is made of them.
+    (path / "linked.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "linked.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_model(path)
+
+
+def test_more_layers_than_the_files_have_are_refused_before_they_are_made(tmp_path):
+    with pytest.raises(ValueError, match="disagree: 24 tensors for num_hidden_layers 1000"):
+        load_model(source(tmp_path, config={"num_hidden_layers": 1000, "layer_types": None}))
+
+
+def test_a_tensor_of_integers_among_floats_is_refused(tmp_path):
+    path = source(tmp_path, **{"model.norm.weight": torch.ones(64, dtype=torch.int32)})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is of type I32; expected one of F32"):
+        load_model(path)
 
 
 def test_a_sliding_window_out_of_use_is_no_obstacle():

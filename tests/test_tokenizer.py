@@ -1,11 +1,16 @@
 """Special ids and chat rows against the reference's outputs, and the laws of templates, masks and saved files."""
 
 import json
+import resource
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 from conftest import FAMILIES, GOLDEN, golden_json
 
+import tokenizer
 from tokenizer import Tokenizer
 
 QWEN3 = GOLDEN / "models" / "qwen3"
@@ -129,6 +134,66 @@ def test_templates_see_what_transformers_gives_them(tmp_path):
     assert tokenizer.fill(CHAT[:2], reply=False, thinking=False) == 'False <|im_end|> {"a": "<é>"} 4\nw9'
     with pytest.raises(ValueError, match="too long"):
         tokenizer.render(CHAT)
+
+
+BOMBS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(80) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% set x = 10 ** (10 ** 9) %}",
+    "{{ 'a' * 3000000000 }}",
+    "{{ '%3000000000d' % 1 }}",
+    "{{ '{:3000000000}'.format(1) }}",
+    "{{ 'a' | center(3000000000) }}",
+    "{{ 'a\nb' | indent(3000000000) }}",
+    "{{ [1] | tojson(indent=3000000000) }}",
+    "{{ lipsum(n=10000000) }}",
+    "{% for a in range(60) %}{{ 'a' * 1000000 }}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limits")
+@pytest.mark.parametrize("template", BOMBS, ids=lambda text: text[:30])
+def test_a_template_that_would_take_all_time_or_memory_is_ended(template, monkeypatch):
+    monkeypatch.setattr(tokenizer, "TEMPLATE_SECONDS", 0.2)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    bomb = Tokenizer(QWEN3)
+    bomb.template = template
+    with pytest.raises(ValueError, match="the chat template refuses these messages: .{9}"):
+        bomb.fill(CHAT, reply=False, thinking=False)
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_a_long_chat_is_no_bomb_and_threads_render_as_well():
+    long, rendered = [{"role": "user", "content": "w1 " * 500_000}, CHAT[-1]], []
+    whole = Tokenizer(QWEN3).fill(long, reply=False, thinking=False)
+    assert len(whole) > tokenizer.TEMPLATE_CHARACTERS
+    thread = threading.Thread(target=lambda: rendered.append(Tokenizer(QWEN3).fill(CHAT, reply=False, thinking=False)))
+    thread.start()
+    thread.join()
+    assert rendered == [Tokenizer(QWEN3).fill(CHAT, reply=False, thinking=False)]
+
+
+@pytest.mark.parametrize(
+    "form", [["x"], [{"template": "x"}], [{"name": ["a"], "template": "x"}], [{"name": "a"}], 3, {"a": 1}, [[]]]
+)
+def test_a_malformed_template_is_refused(form, tmp_path):
+    copy(QWEN3, tmp_path, chat_template=form)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged: chat_template.*: expected a text"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("ids", [[[1]], {}, "2", [2, "x"], 2.5, True, [None]])
+def test_malformed_end_ids_are_refused(ids, tmp_path):
+    copy(QWEN3, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id .*: expected an id, or a list"):
+        Tokenizer(tmp_path)
 
 
 def test_the_template_comes_from_a_file_a_string_or_a_list(tmp_path):
