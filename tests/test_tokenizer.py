@@ -163,7 +163,7 @@ def test_a_template_that_would_take_all_time_or_memory_is_ended(template, monkey
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
     bomb = Tokenizer(QWEN3)
     bomb.template = template
-    with pytest.raises(ValueError, match="the chat template refuses these messages: .{9}"):
+    with pytest.raises(ValueError, match=r"the chat template refuses these messages: .{9}"):
         bomb.fill(CHAT, reply=False, thinking=False)
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
