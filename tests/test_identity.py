@@ -305,4 +305,5 @@ def test_a_tokenizer_without_special_tokens_trains_where_none_is_needed(tmp_path
     for objective in (("bd3lm", "--block_size", 4), ("mdlm",)):
         fails(train, *flags, "--stage", "sft", "--dataset_args", "builtin/sums", "--objective", *objective)
         said = capsys.readouterr().err.splitlines()[-1]
-        assert f"{objective[0]} learns from EOS where an answer ends, and the tokenizer has none; name an eos_token" in said
+        reason = "learns from EOS where an answer ends, and the tokenizer has none; name an eos_token"
+        assert f"{objective[0]} {reason}" in said
