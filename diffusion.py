@@ -547,7 +547,8 @@ Factor = Annotated[float, Bound(lambda f: f > 0, "above 0, 1 say"), "F"]
 class Sampling(Options):
     "sampling"
 
-    max_new_tokens: Annotated[Natural, "TOKENS"] = 128  # masks that follow each prompt
+    max_new_tokens: Annotated[Natural, "TOKENS"] = 128
+    """masks that follow each prompt; chat.py takes fewer where an mdlm checkpoint was trained on shorter answers"""
     steps: Count = 128
     """forwards for the whole answer, shared evenly by its blocks; fewer steps reveal more tokens each. More steps than
     tokens are allowed; those that would reveal nothing are left out. ar takes one a token"""

@@ -163,7 +163,7 @@ def test_a_template_that_would_take_all_time_or_memory_is_ended(template, monkey
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
     bomb = Tokenizer(QWEN3)
     bomb.template = template
-    with pytest.raises(ValueError, match="the chat template refuses these messages: .{9}"):
+    with pytest.raises(ValueError, match=r"the chat template refuses these messages: .{9}"):
         bomb.fill(CHAT, reply=False, thinking=False)
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
@@ -186,6 +186,15 @@ def test_a_malformed_template_is_refused(form, tmp_path):
     copy(QWEN3, tmp_path, chat_template=form)
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged: chat_template.*: expected a text"):
         Tokenizer(tmp_path)
+
+
+def test_a_regular_expression_that_gives_up_is_an_error_of_the_files(tmp_path):
+    copy(QWEN3, tmp_path)
+    core = json.loads((tmp_path / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(core | {"pre_tokenizer": split}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode 'xxx.*fetch it again"):
+        Tokenizer(tmp_path).encode("x" * 60)
 
 
 @pytest.mark.parametrize("ids", [[[1]], {}, "2", [2, "x"], 2.5, True, [None]])
