@@ -549,7 +549,8 @@ Factor = Annotated[float, Bound(lambda f: f > 0, "above 0, 1 say"), "F"]
 class Sampling(Options):
     "sampling"
 
-    max_new_tokens: Annotated[Natural, "TOKENS"] = 128  # masks that follow each prompt
+    max_new_tokens: Annotated[Natural, "TOKENS"] = 128
+    """masks that follow each prompt; chat.py takes fewer where an mdlm checkpoint was trained on shorter answers"""
     steps: Steps = 128
     """forwards for the whole answer, shared by as many blocks as it fills (one that straddles blocks takes a few more);
     fewer steps reveal more tokens each. Steps that would reveal nothing are left out. ar takes one a token"""

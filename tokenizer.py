@@ -211,7 +211,13 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:  # half a surrogate pair: Python read bytes that are no UTF-8
             raise ValueError(f"{ascii(text)[:60]} is no UTF-8 text; convert it, iconv -t utf-8 say") from error
-        return self.core.encode(text, add_special_tokens=False).ids
+        try:
+            return self.core.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            # A panic of the library's, as where a regular expression of the file's gives up, is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"tokenizer.json cannot encode {ascii(text)[:60]}: {error}; fetch it again") from None
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self.core.decode(ids, skip_special_tokens=skip_special_tokens)

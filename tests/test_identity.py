@@ -169,7 +169,7 @@ def test_back_is_the_source_rows_and_tokens_too(more, tied, tmp_path):
             Tokenizer(tmp_path / "ar").fit(rows, mask=False)
 
     said = converted(tmp_path / "ar", tmp_path / "there")
-    assert "add --right_shift_logits True" in said and f"embedding rows {rows} -> " in said
+    assert "recommended --right_shift_logits True" in said and f"embedding rows {rows} -> " in said
     there = load_model(tmp_path / "there")
     assert there.config.vocab_size % 64 == 0 and max(Tokenizer(tmp_path / "there").ids) < there.config.vocab_size
 

@@ -188,6 +188,15 @@ def test_a_malformed_template_is_refused(form, tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_a_regular_expression_that_gives_up_is_an_error_of_the_files(tmp_path):
+    copy(QWEN3, tmp_path)
+    core = json.loads((tmp_path / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(core | {"pre_tokenizer": split}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode 'xxx.*fetch it again"):
+        Tokenizer(tmp_path).encode("x" * 60)
+
+
 @pytest.mark.parametrize("ids", [[[1]], {}, "2", [2, "x"], 2.5, True, [None]])
 def test_malformed_end_ids_are_refused(ids, tmp_path):
     copy(QWEN3, tmp_path)
