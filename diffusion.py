@@ -47,7 +47,6 @@ WEIGHTS = {  # name: a masked token's weight at a noise level, and the noise typ
 
 
 def row_of(table: dict, name: str, what: str):
-    """The table's row of that name; ValueError where it has none."""
     if name not in table:
         raise ValueError(f"{what} {name!r} is unknown; expected {' or '.join(table)}")
     return table[name]

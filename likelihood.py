@@ -2,6 +2,7 @@
 
 `log_likelihood` works in four steps: plan the rows, sequences to feed with the log-probabilities to read from each;
 group them in batches; score each batch with the model; sum up the weighted log-probabilities of each request.
+`evaluate` is what training reports: the same bound, over the rows of a loader.
 """
 
 import hashlib
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from diffusion import CHUNK, denoise, vocabulary_slices
+from diffusion import CHUNK, Batch, Noising, denoise, loss, training_example, vocabulary_slices
 from model import Config, KVCache, LanguageModel, Layout
+from parallel import Ranks
 
 COPIES = 1024  # tokens of noisy copies in a row of one forward: attention compares each with all, and masks most
 
@@ -303,3 +306,39 @@ def is_greedy(model: LanguageModel, contexts: list[list[int]], continuations: li
         if not verdict.any():
             break
     return verdict
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bound that training evaluates
+
+EVALUATION_SEED = 0  # of the noise: the same in every run
+
+
+@torch.no_grad()
+def evaluate(engine, model: LanguageModel, rows, collate, *, batch_size: int, ranks: Ranks) -> float:
+    """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased.
+
+    Mask counts with weight m/n (diffusion.draw_noise) under noise that is fixed, whatever the run trains with. Padding
+    that mdlm or bd3lm predict adds to the sum, not to the count, so that the objectives compare. Rows are taken in
+    order of length, so that a batch has little padding, and always the same. The ranks take batches in turn.
+    """
+    noising = Noising(noise_type="count")
+    first = int(model.config.right_shift)  # then a row's first token has no predictor
+    order = sorted(range(len(rows)), key=lambda i: (rows.lengths[i], i))
+    begins = range(0, len(order), batch_size)
+    model.eval()
+    total, tokens = 0.0, 0
+    turns = range(math.ceil(len(begins) / ranks.world_size))
+    for turn in tqdm(turns, "evaluate", unit="batch", leave=False, disable=True if ranks.rank else None):
+        n = turn * ranks.world_size + ranks.rank
+        begin = begins[min(n, len(begins) - 1)]  # FSDP's ranks must run together: one without a batch repeats the last
+        picked = [rows[i] for i in order[begin : begin + batch_size]]
+        batch = {**collate(picked), "sample": torch.arange(begin, begin + len(picked)), "epoch": 0}
+        example = training_example(Batch(**batch), model.config, noising, seed=EVALUATION_SEED)
+        value = loss(engine, example.to(ranks.device))[0].item()
+        if n < len(begins):
+            total += value
+            tokens += sum(int(row["supervised"][first:].sum()) for row in picked)
+    model.train()
+    total, tokens = ranks.sum(total, tokens)
+    return total / max(1, tokens)

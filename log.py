@@ -231,6 +231,12 @@ CURVES = {  # metric of metrics.jsonl: its axis
 }
 
 
+def past_rows(directory: Path) -> list[dict]:
+    """The rows of the metrics.jsonl there, if there is one."""
+    file = directory / METRICS
+    return read_rows(file) if file.is_file() else []
+
+
 def read_rows(file: Path) -> list[dict]:
     """The rows of a metrics.jsonl, without a last line that is still being written; ValueError for a damaged one."""
     rows = []

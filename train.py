@@ -2,12 +2,11 @@
 
     Settings                        the flags, in groups; what must not differ in a resumed run
     build_model                     a checkpoint, checked against the settings
-    evaluate                        the bound in nats per token on the rows set aside
     Run                             a run in progress: what it holds, saves, logs, and where it resumes
     train                           the loop: read this first
     gradients, update               one optimizer step
 
-Beside it: optim.py, loaders.py (what it reads), resume.py (its directory), log.py, parallel.py (many processes).
+Beside it: optim.py, likelihood.py (evaluation), loaders.py, resume.py (a run's directory), log.py, parallel.py.
 """
 
 import itertools
@@ -26,7 +25,6 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import resume
@@ -34,20 +32,9 @@ from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model,
 from cli import one_line_errors
 from diffusion import Batch, Example, Noising, loss, training_example
 from files import replacing_file
+from likelihood import evaluate
 from loaders import Batching, ChatBatching, Workers, build_loaders, longest_answer, prefetch
-from log import (
-    ARGS,
-    METRICS,
-    SUMS,
-    Log,
-    describe,
-    import_wandb,
-    peak_flops,
-    read_rows,
-    readable,
-    summarize,
-    train_flops,
-)
+from log import ARGS, SUMS, Log, describe, import_wandb, past_rows, peak_flops, readable, summarize, train_flops
 from model import OBJECTIVES, Config, LanguageModel
 from optim import Optimization, build_optimizers, learning_rate
 from options import (
@@ -65,7 +52,6 @@ from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
 PREFETCH = {"cpu": 0, "cuda": 2}  # steps whose examples a thread makes ahead; a CPU is busy with the step itself
-EVALUATION_SEED = 0  # of the evaluation's noise: the same in every run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,40 +214,6 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-@torch.no_grad()
-def evaluate(engine, model: LanguageModel, rows: data.Rows, collate, *, batch_size: int, ranks: Ranks) -> float:
-    """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased.
-
-    Mask counts with weight m/n (diffusion.draw_noise) under noise that is fixed, whatever the run trains with. Padding
-    that mdlm or bd3lm predict adds to the sum, not to the count, so that the objectives compare. Rows are taken in
-    order of length, so that a batch has little padding, and always the same. The ranks take batches in turn.
-    """
-    noising = Noising(noise_type="count")
-    first = int(model.config.right_shift)  # then a row's first token has no predictor
-    order = sorted(range(len(rows)), key=lambda i: (rows.lengths[i], i))
-    begins = range(0, len(order), batch_size)
-    model.eval()
-    total, tokens = 0.0, 0
-    turns = range(math.ceil(len(begins) / ranks.world_size))
-    for turn in tqdm(turns, "evaluate", unit="batch", leave=False, disable=True if ranks.rank else None):
-        n = turn * ranks.world_size + ranks.rank
-        begin = begins[min(n, len(begins) - 1)]  # FSDP's ranks must run together: one without a batch repeats the last
-        picked = [rows[i] for i in order[begin : begin + batch_size]]
-        batch = {**collate(picked), "sample": torch.arange(begin, begin + len(picked)), "epoch": 0}
-        example = training_example(Batch(**batch), model.config, noising, seed=EVALUATION_SEED)
-        value = loss(engine, example.to(ranks.device))[0].item()
-        if n < len(begins):
-            total += value
-            tokens += sum(int(row["supervised"][first:].sum()) for row in picked)
-    model.train()
-    total, tokens = ranks.sum(total, tokens)
-    return total / max(1, tokens)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # A run
 
 
@@ -345,8 +297,7 @@ class Run:
         self.loaders.train.load_state(progress["loader"])
         self.step, self.skipped, self.minutes_before = progress["step"], progress["skipped"], progress["minutes"]
         self.sums.update(progress["sums"] if self.ranks.rank == 0 else {})  # they are those of all ranks
-        file = self.directory / METRICS
-        rows = read_rows(file) if self.ranks.rank == 0 and file.is_file() else []
+        rows = past_rows(self.directory) if self.ranks.rank == 0 else []
         return begin_at, [row for row in rows if row["step"] <= self.step]  # later ones are of steps to be done again
 
     def _prepare_steps(self):
