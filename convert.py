@@ -185,7 +185,7 @@ def convert(args: Convert) -> dict[str, str]:
         shrink(tensors, config)
     dtype = args.save_dtype or stored
     save_model(model, output, dtype=getattr(torch, dtype), tokenizer=tokenizer, state_dict=tensors)
-    shift = "--right_shift_logits True in training: SmolLM2-135M, blocks of 4, begins at 6.2 nats a token, else at 9.4"
+    shift = "--right_shift_logits True in training: positions go on predicting the next token, as the AR model did"
     advised = causal and args.to == "diffusion" and not args.random_init and config.right_shift is None
     return {
         "family": config.model_type,
