@@ -43,6 +43,7 @@ from display import printable
 from files import check_directory, replacing
 from options import Count, Directory, Model, Natural, Options, Tokens
 from tasks.builtin import BUILTIN
+from templates import render
 from tokenizer import Tokenizer, function_of, reasoning, why_invalid
 
 SPLITS = ("train", "validation", "test")
@@ -540,10 +541,10 @@ def content_of(spec: Spec, columns: list[str], stage: str, text_field: str) -> C
 
 
 def source_code() -> list[str]:
-    """The source of this module and of the tokenizer's."""
+    """The source of this module, of the tokenizer's and of the templates'."""
     # The cache of `datasets` knows an object by its class's name and its attributes. One that has its source among them
     # is computed anew after an edit
-    return [inspect.getsource(inspect.getmodule(thing)) for thing in (source_code, Tokenizer)]
+    return [inspect.getsource(inspect.getmodule(thing)) for thing in (source_code, Tokenizer, render)]
 
 
 class AnswerContains:

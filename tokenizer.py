@@ -1,24 +1,17 @@
 """Text to ids and back, and a chat to ids with a mark on those that are learnt, by the checkpoint's own chat template.
 
-Reads and writes the files of a Hugging Face directory, by `tokenizers` and `jinja2`, without transformers.
+Reads and writes the files of a Hugging Face directory, by `tokenizers`, without transformers.
 """
 
-import functools
 import json
-import signal
-import sys
 import tempfile
-import threading
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from itertools import accumulate, chain, pairwise, takewhile
 from pathlib import Path
 
 import tokenizers
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+import templates
 from files import read_json, resolve
 
 MASK = "<|mask|>"
@@ -90,7 +83,7 @@ def read_files(path: Path) -> tuple[dict, str | None, dict[str, str]]:
             files[file.name] = read_json(file)
             continue
         with reading(file), file.open("rb") as template:
-            files[file.name] = template.read(TEMPLATE_CHARACTERS).decode("utf-8")
+            files[file.name] = template.read(templates.CHARACTERS).decode("utf-8")
 
     # A template is a file, or a field: a text, or a list of named ones.
     config = files.setdefault(CONFIG, {})
@@ -352,15 +345,9 @@ class Tokenizer:
             raise ValueError("the tokenizer has no chat template; use plain text (--stage pt, --chat_template False)")
         options = {"add_generation_prompt": reply, "enable_thinking": thinking, "tools": tools, **self.special}
         try:
-            with bounded():
-                text = compiled(self.template).render(messages=messages, **options)
-            if len(text) > TEMPLATE_CHARACTERS and len(text) > 20 * len(repr(messages)):
-                raise TemplateError(f"it makes {len(text):,} characters of them")
-        except Exception as error:
-            # A template is a program, which can fail in any way.
-            reason = error if isinstance(error, TemplateError) else repr(error)
-            raise ValueError(f"the chat template refuses these messages: {reason}") from error
-        return text
+            return templates.render(self.template, {"messages": messages, **options})
+        except ValueError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     @classmethod
     def train(cls, texts, vocab_size: int, template: str = CHATML) -> "Tokenizer":
@@ -393,67 +380,3 @@ class Tokenizer:
             core.save(str(Path(directory, "tokenizer.json")))
             Path(directory, CONFIG).write_text(json.dumps(config))
             return cls(directory)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chat templates, in the environment that transformers gives them
-
-
-class Generation(Extension):
-    """`{% generation %}`, by which some templates mark the assistant's text: we render what is inside and no more."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True)).set_lineno(line)
-
-
-# What a template may take: it comes with a checkpoint, which anyone can publish.
-TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 10, 2**29, 2**20
-
-
-@contextmanager
-def bounded():
-    """Ends with an exception what takes more than TEMPLATE_SECONDS of CPU time or TEMPLATE_BYTES of memory inside.
-
-    In a process's main thread alone, and on Linux: signals come there, and other threads' memory counts as well."""
-    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    import resource  # Windows lacks it
-
-    def stop(*_):
-        raise TemplateError(f"it takes more than {TEMPLATE_SECONDS} seconds")
-
-    with open("/proc/self/statm", "rb") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = min(used + TEMPLATE_BYTES, *(each for each in (soft, hard) if each != resource.RLIM_INFINITY), 2**62)
-    before = signal.signal(signal.SIGVTALRM, stop)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS, 1)  # again and again: jinja2's optimizer ignores one
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-@functools.lru_cache
-def compiled(template: str):
-    """The jinja template of a source text."""
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, **options):  # jinja's own filter escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    extensions = [Generation, "jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)

@@ -1,16 +1,17 @@
 """Special ids and chat rows against the reference's outputs, and the laws of templates, masks and saved files."""
 
 import json
-import resource
+import multiprocessing
+import os
 import signal
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import FAMILIES, GOLDEN, golden_json
 
-import tokenizer
+import templates
 from tokenizer import Tokenizer
 
 QWEN3 = GOLDEN / "models" / "qwen3"
@@ -152,31 +153,78 @@ BOMBS = [
     "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+    "{% for a in range(10 ** 9) %}{% endfor %}",
+    "{% for a in range(99999) %}{% set x = range(99999) | map('string') | sort | join | list | length %}{% endfor %}",
+    "{% for a in [1] recursive %}{{ loop([a]) }}{% endfor %}",
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
 ]
 
 
+def filled(template: str | None = None, chat=CHAT) -> str:
+    tokenizer = Tokenizer(QWEN3)
+    tokenizer.template = template or tokenizer.template
+    return tokenizer.fill(chat, reply=False, thinking=False)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limits")
+@pytest.mark.parametrize("place", ["main thread", "another thread"])
 @pytest.mark.parametrize("template", BOMBS, ids=lambda text: text[:30])
-def test_a_template_that_would_take_all_time_or_memory_is_ended(template, monkeypatch):
-    monkeypatch.setattr(tokenizer, "TEMPLATE_SECONDS", 0.2)
-    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
-    bomb = Tokenizer(QWEN3)
-    bomb.template = template
-    with pytest.raises(ValueError, match=r"the chat template refuses these messages: .{9}"):
-        bomb.fill(CHAT, reply=False, thinking=False)
-    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+def test_a_template_that_would_take_all_time_or_memory_is_ended(template, place, monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(ValueError, match=r"refuses these messages: .{9}"),
+    ):
+        filled(template) if place == "main thread" else pool.submit(filled, template).result()
 
 
-def test_a_long_chat_is_no_bomb_and_threads_render_as_well():
-    long, rendered = [{"role": "user", "content": "w1 " * 500_000}, CHAT[-1]], []
-    whole = Tokenizer(QWEN3).fill(long, reply=False, thinking=False)
-    assert len(whole) > tokenizer.TEMPLATE_CHARACTERS
-    thread = threading.Thread(target=lambda: rendered.append(Tokenizer(QWEN3).fill(CHAT, reply=False, thinking=False)))
-    thread.start()
-    thread.join()
-    assert rendered == [Tokenizer(QWEN3).fill(CHAT, reply=False, thinking=False)]
+def test_a_long_chat_is_no_bomb():
+    assert len(filled(chat=[{"role": "user", "content": "w1 " * 500_000}, CHAT[-1]])) > templates.CHARACTERS
+
+
+def test_threads_and_forks_render_each_its_own_chats():
+    chats = [[{"role": "user", "content": f"w{i}"}] for i in range(40)]
+    expected = [filled(chat=chat) for chat in chats]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda chat: filled(chat=chat), chats)) == expected
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(rendered_in_a_fork, chats) == expected
+
+
+def rendered_in_a_fork(chat):
+    return filled(chat=chat)
+
+
+def test_what_interrupts_a_template_does_not_disturb_the_next_one():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = filled()
+    process = templates.renderer(os.getpid()).process
+    process.send_signal(signal.SIGTERM)  # a run that gets it goes on for a step
+    assert filled() == before and process.poll() is None
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            filled(BOMBS[0])
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert filled() == before and process.poll() is not None
+    templates.renderer(os.getpid()).process.kill()
+    templates.renderer(os.getpid()).process.wait()
+    assert filled() == before
+
+
+def test_a_process_that_is_killed_at_its_work_is_an_error_and_no_refusal():
+    renderer = templates.Renderer()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(renderer.ask, (BOMBS[0], {"messages": []}, 10))
+        while renderer.process is None:
+            pass
+        renderer.process.kill()
+        with pytest.raises(OSError, match=r"has ended \(status -9\)"):
+            asked.result()
 
 
 @pytest.mark.parametrize(
