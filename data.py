@@ -26,11 +26,13 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -302,6 +304,7 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
             builder = datasets.load_dataset_builder(source, name=config, **options)
             check_inside(path, builder.config.data_files or {})
             if not streaming:
+                try_apart(builder)
                 builder.download_and_prepare()
             loaded.append(builder.as_streaming_dataset() if streaming else builder.as_dataset())
         if len(loaded) > 1:
@@ -314,6 +317,23 @@ def load_splits(spec: Spec, *, streaming: bool) -> dict[str, list]:
         for name, rows in part.items():
             splits.setdefault(name.removesuffix("_sft"), []).append(rows)
     return splits
+
+
+def try_apart(builder) -> None:
+    """Has a process of its own prepare the set first: some files end the reader of `datasets`, which is no Python, and
+    with it the process, without a word. ValueError then; what Python raises is raised again where it counts."""
+
+    def prepare() -> None:
+        with suppress(Exception):
+            builder.download_and_prepare()
+
+    if sys.platform == "linux" and not os.path.isdir(builder.cache_dir):
+        process = multiprocessing.get_context("fork").Process(target=prepare)
+        process.start()
+        process.join()
+        if process.exitcode < 0:
+            number = signal.Signals(-process.exitcode).name
+            raise ValueError(f"its reader has ended ({number}); expected rows of text or messages, not nested deeply")
 
 
 def builder_of(path: Path) -> str | None:
@@ -343,7 +363,10 @@ def local_source(spec: Spec, path: Path) -> tuple[str, dict]:
         options = {"field": "data"}
     elif builders == {"csv"}:
         with naming_errors(str(files[0])), opened(files[0]) as file:
-            columns = next(csv.reader(io.TextIOWrapper(file, "utf-8-sig")), [])
+            lines = csv.reader(io.TextIOWrapper(file, "utf-8-sig"))
+            columns, first = next(lines, []), next(lines, [])
+        if len(first) > len(columns):  # else the first field would be taken for a name of the row
+            raise ValueError(f"{files[0]}: {len(first)} fields in a row, of {len(columns)} columns; quote its commas")
         texts = library().Features(dict.fromkeys(columns, library().Value("string")))
         options = {"features": texts, "keep_default_na": False, "encoding": "utf-8-sig"}
     elif builders == {"text"}:
@@ -473,12 +496,18 @@ def from_json(value):
         return value
 
 
+# What some sets call a message's fields
+FIELD_NAMES = {"from": "role", "value": "content", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
+
+
 def message_of(turn):
     """A turn with role and content, whatever they are called in the set, and what else it has; parts of text joined."""
     if not isinstance(turn, dict):
         return turn
-    message = {{"from": "role", "value": "content"}.get(key, key): field for key, field in turn.items()}
+    message = {FIELD_NAMES.get(key, key): field for key, field in turn.items()}
     role, content, calls = message.get("role"), message.get("content"), from_json(message.get("tool_calls"))
+    if call := from_json(message.pop("function_call", None)):  # as chats had it before tool_calls
+        calls = [call]
     message["role"] = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
@@ -516,9 +545,10 @@ class Content:
         turns = [message_of(turn) for turn in without_none(turns)] if isinstance(turns, list) else None
 
         # The system's message may have a column of its own
-        if isinstance(row.get("system"), str) and row["system"].strip() and turns:
-            turns = [{"role": "system", "content": row["system"]}, *turns]
-        return turns, without_none(from_json(row.get("tools"))) or None
+        system = row.get("system") or row.get("system_prompt")
+        if isinstance(system, str) and system.strip() and turns:
+            turns = [{"role": "system", "content": system}, *turns]
+        return turns, without_none(from_json(row.get("tools") or row.get("functions"))) or None
 
 
 def chat_format(columns: list[str]) -> Content | None:

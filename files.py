@@ -195,12 +195,12 @@ def sole_user(directory: Path):
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     while True:
-        file = (directory / LOCK).open("a+")
+        file = (directory / LOCK).open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            user = file.read(200) or "another process"
+            user = file.read(200).decode(errors="replace") or "another process"
             file.close()
             raise ValueError(f"{directory} is in use by {user}; wait for it, or choose another directory") from None
         except OSError:  # a file system without locks
@@ -214,7 +214,8 @@ def sole_user(directory: Path):
     os.register_at_fork(after_in_child=file.close)
     try:
         file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        with naming_file(directory / LOCK):
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         (directory / LOCK).unlink(missing_ok=True)

@@ -422,6 +422,8 @@ def _reader(state: Path):
     """What reads the tensors of `state`, in files that are all there; no pickle in them can run code."""
     from torch.distributed.checkpoint import FileSystemReader
 
+    if not (state / ".metadata").is_file():  # of a pipe we would wait for an end
+        raise ValueError(".metadata is missing")
     with (state / ".metadata").open("rb") as file:
         metadata = Unpickler(file).load()
     for stored in metadata.storage_data.values():

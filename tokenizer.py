@@ -4,6 +4,7 @@ Reads and writes the files of a Hugging Face directory, by `tokenizers`, without
 """
 
 import json
+import math
 import tempfile
 from contextlib import contextmanager, suppress
 from itertools import accumulate, chain, pairwise, takewhile
@@ -20,6 +21,7 @@ END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")  # ends o
 ROLES = ("system", "user", "assistant", "tool")
 CONFIG, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+PUT, GROWTH = ("content", "prepend", "replacement"), 4096  # what may make texts longer, and how many times at most
 SPLIT = (  # Qwen's: contractions, words, single digits, punctuation, line ends, spaces
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -40,6 +42,13 @@ def reading(file: Path):
         raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; fetch it again") from error
 
 
+def growth(part) -> int:
+    """How many times as long a part of tokenizer.json can make a text, by what it puts in place of something."""
+    fields = part if isinstance(part, dict) else dict(enumerate(part)) if isinstance(part, list) else {}
+    put = (len(field) for name, field in fields.items() if name in PUT and isinstance(field, str) and field)
+    return math.prod([*put, *map(growth, fields.values())])
+
+
 def why_invalid(messages, tools=None, *, answered: bool = False) -> str | None:
     """Why `messages` are no valid chat, or None. answered: it must end with an assistant's turn, to be learnt."""
     if tools and not named(tools):
@@ -52,6 +61,8 @@ def why_invalid(messages, tools=None, *, answered: bool = False) -> str | None:
             return f"unknown role {role!r:.40}"
         if not isinstance(message.get("content"), str):
             return "content that is no string"
+        if not isinstance(message.get("reasoning_content") or "", str):
+            return "reasoning that is no string"
         if message.get("tool_calls") and not named(message["tool_calls"]):
             return "tool calls that are no list of named functions"
     return "no assistant turn at the end" if answered and messages[-1]["role"] != "assistant" else None
@@ -96,6 +107,8 @@ def read_files(path: Path) -> tuple[dict, str | None, dict[str, str]]:
             template = dict(named).get("default")
         if template is not None and not isinstance(template, str):
             raise ValueError(f"chat_template {template!r:.40}: expected a text")
+        if not isinstance(config.setdefault("added_tokens_decoder", {}), dict):
+            raise ValueError(f"added_tokens_decoder {config['added_tokens_decoder']!r:.40}: expected an object")
 
     # Special tokens are texts, or objects with a text as content.
     special = {}
@@ -123,6 +136,9 @@ class Tokenizer:
         self.files, self.template, self.special = read_files(path)
         with reading(file):
             self.core = tokenizers.Tokenizer.from_file(str(file))
+            parts = self.core.normalizer, self.core.pre_tokenizer, self.core.decoder
+            if (times := growth([json.loads(part.__getstate__()) for part in parts if part])) > GROWTH:
+                raise ValueError(f"it may make a text {times:.0e} times as long")
         self.core.no_truncation()
         self.core.no_padding()
 

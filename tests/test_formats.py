@@ -121,6 +121,7 @@ FORMATS = {
         {"system": "w3", "conversations": [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]},
         [SYSTEM, *WANTED],
     ),
+    "system_prompt": ({"system_prompt": "w3", "question": "w1", "answer": "w2"}, [SYSTEM, *WANTED]),
     "alpaca": ({"instruction": "w1 ", "input": "", "output": "w2"}, WANTED),
     "question": ({"question": "w1", "answer": "w2"}, WANTED),
 }
@@ -164,6 +165,13 @@ def test_a_text_file_is_lines_or_one_text(tmp_path):
     assert sorted(found) == ["w1\n\nw2\n", "w3\nw4"]
     with pytest.raises(ValueError, match=r"whole.*only \.txt files"):
         list(data.raw(write(tmp_path / "a.jsonl", [{"text": "w1"}]) + "[whole]", "train"))
+
+
+def test_a_csv_row_of_more_fields_than_columns_is_refused(tmp_path):
+    for rows in ("w1,w2,w3\n" * 3, "w1,w2\n" * 3 + "w1,w2,w3\n"):
+        (tmp_path / "a.csv").write_text("question,answer\n" + rows)
+        with pytest.raises(ValueError, match=r"a\.csv: .*(3 fields in a row, of 2 columns|Expected 2 fields .* saw 3)"):
+            list(data.raw(str(tmp_path / "a.csv"), "train"))
 
 
 def test_parts_that_are_no_text_are_counted():
@@ -218,6 +226,20 @@ def test_tool_calls_are_learnt_and_tools_are_shown(tokenizer):
 )
 def test_what_the_template_leaves_out_is_counted(tokenizer, template, message, tools, reason):
     assert reason in encode({"messages": [USER, message], "tools": tools}, tokenizer(template))
+
+
+def test_older_names_of_fields_are_read(tokenizer):
+    older = [USER, {"role": "assistant", "content": None, "function_call": CALL["function"]}]
+    assert encode({"messages": older, "functions": TOOLS}, tokenizer(QWEN3)) == encode(CALLS, tokenizer(QWEN3))
+    assert "tool calls not rendered" in encode({"messages": older}, tokenizer(CHATML))
+    assert "tools not rendered" in encode({"messages": WANTED, "functions": TOOLS}, tokenizer(CHATML))
+    for name in ("reasoning", "thinking"):
+        thought = {"messages": [USER, WANTED[1] | {name: "x"}]}
+        assert encode(thought, tokenizer(QWEN3)) == "<think>\nx\n</think>\n\nw2<|im_end|>\n"
+        assert "reasoning not rendered" in encode(thought, tokenizer(CHATML))
+    assert "reasoning that is no string" in encode(
+        {"messages": [USER, WANTED[1] | {"reasoning": [1]}]}, GOLDEN_TOKENIZER
+    )
 
 
 def test_a_role_that_the_template_leaves_out_is_counted(tokenizer):
@@ -287,6 +309,21 @@ def test_json_that_would_end_the_reader_is_refused(tmp_path, content, message):
         with pytest.raises(ValueError, match=message) as error:
             load_rows(str(tmp_path / name), split="train", tokenizer=GOLDEN_TOKENIZER, max_length=2, hold_out=False)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a set is not tried apart")
+def test_a_file_that_ends_the_reader_ends_no_program_of_ours(tmp_path):
+    """In a process without the faulthandler of pytest, which would report the reader's end."""
+    deep = "[" * 10**5 + "]" * 10**5
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "w1 " * 2**21 + f'"}}\n{{"a": {deep}}}')
+    (tmp_path / "b.jsonl").write_text("null,\n")
+    script = "import data, sys\nfor name in sys.argv[1:]:\n    try: list(data.raw(name, 'train'))\n"
+    script += "    except ValueError as error: print(error)"
+    argv = [sys.executable, "-c", script, str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, line in zip("ab", done.stdout.splitlines(), strict=True):
+        assert line.startswith(f"cannot load {tmp_path}/{name}.jsonl: ")
 
 
 def test_zst_without_its_package_and_a_fifo_are_one_line(tmp_path, monkeypatch):

@@ -586,6 +586,10 @@ def test_a_damaged_state_is_named_without_a_traceback(torn, source, capsys, capl
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "checkpoint-8 does not fit this run or is damaged: " in said, said
         (state / name).write_bytes(whole[name])
+    (state / ".metadata").unlink()
+    os.mkfifo(state / ".metadata")  # which would keep a reader waiting
+    said = refused(capsys, flags(source, torn, "--resume_from_checkpoint", str(torn / "checkpoint-8")))
+    assert "damaged: .metadata is missing" in said
     assert not [record for record in caplog.records if "NullHandler" not in record.name]
 
 

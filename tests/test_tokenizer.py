@@ -236,6 +236,39 @@ def test_a_malformed_template_is_refused(form, tmp_path):
         Tokenizer(tmp_path)
 
 
+REPLACE = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 1000}
+SEQUENCE = {"type": "Sequence", "normalizers": [REPLACE] * 5}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": SEQUENCE},
+        {"normalizer": {"type": "Prepend", "prepend": "x" * 10**7}},
+        {"decoder": {"type": "Sequence", "decoders": [REPLACE] * 4}},
+        {"normalizer": REPLACE, "decoder": REPLACE},
+    ],
+)
+def test_a_tokenizer_that_makes_texts_a_million_times_as_long_is_refused(parts, tmp_path):
+    core = json.loads((copy(QWEN3, tmp_path) / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(core | parts))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged: it may make a text .* times as long; fetch"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(core | {"normalizer": REPLACE}))
+    assert len(Tokenizer(tmp_path).encode("x")) > 0
+
+
+@pytest.mark.parametrize("tokens", [[], "x", None, 3])
+def test_malformed_added_tokens_are_refused(tokens, tmp_path):
+    copy(QWEN3, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"added_tokens_decoder": tokens}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json is damaged: added_tokens_decoder .*: expected an obj"
+    ):
+        Tokenizer(tmp_path)
+
+
 def test_a_regular_expression_that_gives_up_is_an_error_of_the_files(tmp_path):
     copy(QWEN3, tmp_path)
     core = json.loads((tmp_path / "tokenizer.json").read_text())
