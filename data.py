@@ -1024,7 +1024,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     ours = (output / "preprocessed.json").is_file()
     if ours and not overwrite:
         raise ValueError(f"--output_dir {output} holds a preprocessed set; choose another, or pass --overwrite")
-    if output.exists() and not ours and not (output.is_dir() and not any(output.iterdir())):
+    replaced = {"preprocessed.json", *SPLITS} if ours else set()
+    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= replaced):
         raise ValueError(f"--output_dir {output} holds other files; choose another")
     check_directory("--output_dir", output.parent)
 

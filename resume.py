@@ -262,11 +262,27 @@ def fingerprints(loaders: Loaders, tokenizer: Tokenizer | None) -> dict[str, str
     train = loaders.train
     if isinstance(train, StreamLoader):
         rows = [list(itertools.islice(source.rows(), 100)) for source in train.stream.sources]
+        rows.append(hash_files(train.stream.name))
         first = hashlib.blake2b(json.dumps(rows, default=str).encode(), digest_size=8).hexdigest()
     else:
         first = hash_rows(getattr(train.rows, "rows", train.rows))  # packed rows have rows of their own
     found = {"tokenizer": tokenizer and data.fingerprint(tokenizer), "data to train on": first}
     return found | {"data to evaluate on": None if loaders.eval_rows is None else hash_rows(loaders.eval_rows)}
+
+
+def hash_files(dataset_args: str) -> str:
+    """A hash of the local files of a spec: of each the size and 64 MB, which lie evenly in a larger one."""
+    digest = hashlib.blake2b(digest_size=8)
+    for spec in data.parse_specs(dataset_args):
+        path = next(filter(Path.exists, data.local_paths(spec.name)), Path(spec.name))
+        for file in sorted(file for file in (path, *path.rglob("*")) if file.is_file()):
+            size = file.stat().st_size
+            digest.update(str(size).encode())
+            with file.open("rb") as content:
+                for start in range(0, size, max(2**20, size // 64)):
+                    content.seek(start)
+                    digest.update(content.read(2**20))
+    return digest.hexdigest()
 
 
 def hash_rows(rows: data.Rows) -> str:

@@ -453,6 +453,8 @@ def test_what_is_there_is_not_replaced_unless_told(refused, tmp_path):
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
     (tmp_path / "set/preprocessed.json").write_text("{}")
     (tmp_path / "model/config.json").write_text("{}")
+    shutil.copytree(tmp_path / "set", tmp_path / "noted")
+    (tmp_path / "noted/NOTES.md").write_text("hours of work")
     (tmp_path / "thesis.jsonl").write_text("years of work")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/a.tex").write_text("years of work")
@@ -465,6 +467,7 @@ def test_what_is_there_is_not_replaced_unless_told(refused, tmp_path):
             "--output_dir thesis.jsonl: .*thesis.jsonl is no directory to write to; choose another",
         ),
         ("data", ("--output_dir", "set"), "set holds a preprocessed set; choose another, or pass --overwrite"),
+        ("data", ("--output_dir", "noted", "--overwrite"), "noted holds other files; choose another"),
         ("data", ("--output_dir", "thesis", "--overwrite"), "thesis holds other files; choose another"),
         ("data", ("--output_dir", "thesis.jsonl", "--overwrite"), "thesis.jsonl holds other files; choose another"),
         ("convert", ("--output_dir", "model"), "model is not empty; choose another or pass --overwrite"),

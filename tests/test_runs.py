@@ -277,6 +277,20 @@ def test_other_data_under_the_same_name_is_refused(source, tmp_path, capsys, way
     train.main([*argv, *AUTO])
 
 
+def test_another_row_far_into_a_stream_is_refused(source, tmp_path, capsys):
+    rows = [json.dumps({"question": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(200)]
+    (tmp_path / "set").mkdir()
+    more = ["--dataset_args", str(tmp_path / "set"), "--max_steps", "5", *WAYS["stream"]]
+    argv = flags_of(source, tmp_path / "run", "--save_steps", "4", *more)
+    for again in ([], AUTO):
+        (tmp_path / "set/rows.jsonl").write_text("".join(rows))
+        train.main([*argv, *again])
+        shutil.rmtree(tmp_path / "run/checkpoint-final")
+    rows[150] = rows[150].replace("151", "515")
+    (tmp_path / "set/rows.jsonl").write_text("".join(rows))
+    assert "the data to train on is not that of" in refused(capsys, [*argv, *AUTO])
+
+
 def test_another_tokenizer_under_the_same_name_is_refused(torn, source, tmp_path, capsys):
     other = shutil.copytree(source, tmp_path / "other")
     core = json.loads((other / "tokenizer.json").read_text())
