@@ -11,7 +11,7 @@ import torch
 from checkpoint import EMBEDDING, HEAD, load_config, load_model, resolve, save_model
 from cli import one_line_errors
 from display import printable
-from files import check_directory
+from files import check_directory, sole_user
 from model import OBJECTIVES, Config, LanguageModel
 from options import Directory, Model, Options, Seed
 from tokenizer import Tokenizer
@@ -184,7 +184,8 @@ def convert(args: Convert) -> dict[str, str]:
     else:
         shrink(tensors, config)
     dtype = args.save_dtype or stored
-    save_model(model, output, dtype=getattr(torch, dtype), tokenizer=tokenizer, state_dict=tensors)
+    with sole_user(output.resolve(), whole=True):
+        save_model(model, output, dtype=getattr(torch, dtype), tokenizer=tokenizer, state_dict=tensors)
     shift = "--right_shift_logits True in training: positions go on predicting the next token, as the AR model did"
     advised = causal and args.to == "diffusion" and not args.random_init and config.right_shift is None
     return {

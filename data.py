@@ -42,7 +42,7 @@ import numpy as np
 from checkpoint import resolve
 from cli import one_line_errors
 from display import printable
-from files import check_directory, replacing
+from files import check_directory, replacing, sole_user
 from options import Count, Directory, Model, Natural, Options, Tokens
 from tasks.builtin import BUILTIN
 from templates import render
@@ -1053,7 +1053,7 @@ def prepare(args: Prepare) -> None:
             print(marked_text(row, tokenizer, colour=sys.stdout.isatty()))
     # Whole or not at all
     if output:
-        with replacing(output) as directory:
+        with sole_user(output.resolve(), whole=True), replacing(output) as directory:
             save_preprocessed(directory, splits, args.dataset_args, settings_of(tokenizer, args))
         print(f"wrote  {output}")
 

@@ -184,29 +184,30 @@ def recover(directory: Path) -> None:
 
 
 @contextmanager
-def sole_user(directory: Path):
-    """Inside, no other process can enter this for `directory`, which is created on need: ValueError for that one. The
-    lock ends with the process, however that ends."""
+def sole_user(path: Path, *, whole: bool = False):
+    """Inside, no other process can enter this for the directory `path`, which is created on need: ValueError for that
+    one. The lock ends with the process, however that ends. whole: `path` is replaced, so that the lock lies beside."""
     if fcntl is None:
         yield
         return
 
     # The file must still be there once it is locked: the process before may have removed it in between.
-    created = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}{LOCK}") if whole else path / LOCK
+    created = [directory for directory in lock.parents if not directory.exists()]
+    lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = (directory / LOCK).open("a+b", buffering=0)
+        file = lock.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             user = file.read(200).decode(errors="replace") or "another process"
             file.close()
-            raise ValueError(f"{directory} is in use by {user}; wait for it, or choose another directory") from None
+            raise ValueError(f"{path} is in use by {user}; wait for it, or choose another directory") from None
         except OSError:  # a file system without locks
             break
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), (directory / LOCK).stat()):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 break
         file.close()
 
@@ -214,15 +215,15 @@ def sole_user(directory: Path):
     os.register_at_fork(after_in_child=file.close)
     try:
         file.truncate(0)
-        with naming_file(directory / LOCK):
+        with naming_file(lock):
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        (directory / LOCK).unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
         file.close()
-        for path in created:  # those that stayed empty
+        for directory in created:  # those that stayed empty
             with suppress(OSError):
-                path.rmdir()
+                directory.rmdir()
 
 
 def _sync(path: Path) -> None:

@@ -10,6 +10,7 @@
 # common: the same for every model but for gsm8k_cot, which is 0-shot.
 # open-dcoder: its own right shift, its rule p2, temperature 0.
 set -eu
+case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;; esac
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 model='' num_gpu=1 model_type=normal method='' block=32 setting=both output=runs/eval

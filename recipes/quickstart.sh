@@ -3,6 +3,11 @@
 # generated chat (builtin/sums), converted, trained on as MDLM and as BD3LM, sampled, and scored on unseen questions.
 # Each training stage ends early at an evaluated bound, and after its --max_minutes in any case.
 set -e
+case ${1-} in
+'') ;;
+-h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
+*) echo "quickstart.sh: $1: expected no argument; RUNS=DIR names where it writes" >&2 && exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/quickstart}

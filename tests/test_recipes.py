@@ -32,6 +32,14 @@ def test_a_recipe_explains_itself_and_refuses_another_objective_in_one_line(reci
         assert status == 2 and "expected mdlm or bd3lm" in err and err.count("\n") == 1 and not out
 
 
+@pytest.mark.parametrize("recipe", ["quickstart", "eval"])
+def test_the_other_recipes_explain_themselves_and_refuse_other_words_in_one_line(recipe, tmp_path):
+    status, out, err = run(recipe, "--help", cwd=tmp_path)
+    assert status == 0 and len(out.splitlines()) > 2 and "set -e" not in out and not err
+    status, out, err = run(recipe, "--nope", "1", cwd=tmp_path)
+    assert status == 2 and err.startswith(f"{recipe}.sh: ") and "--nope" in err and err.count("\n") == 1 and not out
+
+
 @pytest.mark.parametrize("words", [["--max_stpes", "3"], ["--max_length", "0"], ["--output_dir", "RUN"]])
 def test_a_mistake_in_a_flag_or_a_missing_model_gets_train_pys_line_alone(words, tmp_path):
     words = [str(tmp_path / "run") if word == "RUN" else word for word in words]

@@ -201,6 +201,23 @@ def test_a_second_run_in_a_directory_is_refused_while_the_first_lasts(source, tm
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
 
 
+def test_two_conversions_into_one_directory_are_one_after_the_other(source, tmp_path, capsys, monkeypatch):
+    argv = ["--model_name_or_path", source, "--output_dir", str(tmp_path / "new"), "--overwrite"]
+    save, said = convert.save_model, []
+
+    def saving(*args, **options):
+        monkeypatch.setattr(convert, "save_model", save)
+        with pytest.raises(SystemExit):
+            convert.main(argv)
+        said.append(capsys.readouterr().err)
+        save(*args, **options)
+
+    monkeypatch.setattr(convert, "save_model", saving)
+    convert.main(argv)
+    assert f"convert.py: {tmp_path / 'new'} is in use by process {os.getpid()} on " in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_the_lock_ends_with_its_process_and_not_with_a_fork_of_it(tmp_path):
     script = f"""
 import os, sys, time
