@@ -324,7 +324,7 @@ def try_apart(builder) -> None:
     with it the process, without a word. ValueError then; what Python raises is raised again where it counts."""
 
     def prepare() -> None:
-        with suppress(Exception):
+        with suppress(BaseException):  # Ctrl-C too, which comes to both
             builder.download_and_prepare()
 
     if sys.platform == "linux" and not os.path.isdir(builder.cache_dir):
@@ -333,7 +333,9 @@ def try_apart(builder) -> None:
         process.join()
         if process.exitcode < 0:
             number = signal.Signals(-process.exitcode).name
-            raise ValueError(f"its reader has ended ({number}); expected rows of text or messages, not nested deeply")
+            raise ValueError(
+                f"its reader has ended ({number}): is it damaged, deeply nested, or larger than the memory?"
+            )
 
 
 def builder_of(path: Path) -> str | None:

@@ -799,3 +799,12 @@ def test_a_disk_that_is_really_full_ends_a_program_in_one_line(tmp_path):
     *_, said = done.stderr.splitlines()
     assert said == f"data.py: [Errno 28] No space left on device; make room there: '{tmp_path}/disk/set'"
     assert done.stdout.splitlines()[-1].startswith("test: ")  # and no file is left
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not own_mounts(), reason="needs a kernel that lets users mount")
+def test_a_run_that_meets_a_full_disk_at_any_point_of_a_save_goes_on_to_the_same_end():
+    said = subprocess.run([sys.executable, str(ROOT / "tests/full_disk.py")], capture_output=True, text=True)
+    print(said.stdout)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("20 full disks")
