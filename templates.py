@@ -55,12 +55,13 @@ class Renderer:
                     process.stdin.flush()
                     line = process.stdout.readline()
             finally:
-                if not line.endswith(b"\n"):  # after a Ctrl-C the answer to this would be taken for that to the next
+                whole = line.endswith(b"\n")
+                if not whole:  # after a Ctrl-C the answer to this would be taken for that to the next
                     process.kill()
                     process.communicate()
-        if line:
+        if whole:
             return json.loads(line)
-        if process.returncode == -signal.SIGPROF:
+        if sys.platform != "win32" and process.returncode == -signal.SIGPROF:
             return ["refused", f"it takes more than {request[-1]} seconds"]
         raise OSError(f"the process that fills in chat templates has ended (status {process.returncode})")
 
@@ -110,7 +111,7 @@ def answer(template: str, variables: dict) -> tuple[str, str]:
 
 def main() -> None:
     """Answers requests until there is nobody to send any."""
-    limited = sys.platform != "win32"
+    limited = sys.platform != "win32"  # which has neither of these limits
     if limited:
         import resource
 
