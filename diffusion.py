@@ -15,7 +15,7 @@ alpha(t) is the probability that a token is still clean. The reference is dLLM. 
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -655,9 +655,14 @@ class Prefix:
     change what earlier columns see: they take none.
     """
 
-    tokens: list[int] = field(default_factory=list)
+    canvas: Tensor | None = None  # (1, T): the decoder's own, so that no step has to report
+    filled: Tensor | None = None  # (1,): so many of its columns are clean and in the cache
     block_size: int = 0  # of the attention blocks
     cache: KVCache | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [] if self.canvas is None else self.canvas[0, : int(self.filled)].tolist()
 
 
 @torch.no_grad()
@@ -693,8 +698,6 @@ def denoise(
     for forwards, _ in enumerate(static_steps(batch) if static else batch.steps(), 1):
         if not static:
             batch.check_finite()
-        if prefix is not None:
-            prefix.tokens = batch.tokens[0, : int(batch.filled)].tolist()
         yield batch.now(forwards)
     batch.check_finite()
 
@@ -747,8 +750,8 @@ class Decoding:
         self.step = torch.zeros(self.B, dtype=torch.int64, device=device)
         self.done = ~self.masked.any(dim=1)
         if prefix is not None:
-            _reuse(prefix, self.cache, self.layout, self.tokens[0], self.masked[0], self.K)
-            self.filled += len(prefix.tokens)
+            self.filled += _reuse(prefix, self.cache, self.layout, self.tokens[0], self.masked[0], self.K)
+            prefix.canvas, prefix.filled, prefix.block_size, prefix.cache = self.tokens, self.filled, self.K, self.cache
 
     def _make_canvas(self, prompts, canvas_masks) -> None:
         tokens = torch.zeros(self.B, self.T, dtype=torch.int64)
@@ -976,18 +979,17 @@ def check_canvas(config: Config, objective: str, options: Sampling, prompts, can
                 )
 
 
-def _reuse(prefix: Prefix, cache: KVCache, layout: Layout, tokens: Tensor, masked: Tensor, K: int) -> None:
-    """Cuts `prefix` to the complete blocks that it shares with tokens (T,), and moves these to `cache`, its new one."""
-    known = len(prefix.tokens) if prefix.block_size == K else 0
-    ours = tokens.masked_fill(masked, -1)[:known]  # no token equals a mask
-    agree = ours == torch.tensor(prefix.tokens[: len(ours)], dtype=torch.int64, device=tokens.device)
+def _reuse(prefix: Prefix, cache: KVCache, layout: Layout, tokens: Tensor, masked: Tensor, K: int) -> int:
+    """Copies the complete blocks that `prefix` shares with tokens (T,) to `cache`; of how many columns they are."""
+    known = prefix.tokens if prefix.block_size == K else []
+    ours = tokens.masked_fill(masked, -1)[: len(known)]  # no token equals a mask
+    agree = ours == torch.tensor(known[: len(ours)], dtype=torch.int64, device=tokens.device)
     n = int(agree.int().cumprod(dim=0).sum()) // K * K
-    prefix.tokens, prefix.block_size = prefix.tokens[:n], K
     if n:
         cache.keys[:, :, :n] = prefix.cache.keys[:, :, :n]
         cache.values[:, :, :n] = prefix.cache.values[:, :, :n]
         cache.write_layout(torch.arange(n, device=tokens.device)[None], layout.map(lambda field: field[:, :n]))
-    prefix.cache = cache
+    return n
 
 
 # ---------------------------------------------------------------------------------------------------------------------

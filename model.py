@@ -184,10 +184,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     mask: from `attention_mask`; if it is a tensor, `folded`.
     """
     if isinstance(mask, str):  # full or causal
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=True)
+        # In float32 CUDA has a fast kernel (the others keep Q x K scores) only for heads with keys of their own.
+        if q.is_cuda and q.dtype == torch.float32:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=grouped)
     if isinstance(mask, Tensor):
         rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, G, share * Q, C)
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
+        # No view: kernels return (B, Q, H, C) in memory, or what q has.
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
     from torch.nn.attention.flex_attention import flex_attention
 
     return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True)
