@@ -245,11 +245,11 @@ def test_rotary_angles_are_positions_times_falling_frequencies():
     cos, sin = rotary(config, torch.tensor([[0, 1, 7]]), torch.float64)
     frequency = torch.tensor([1.0, 100**-0.25, 100**-0.5, 100**-0.75], dtype=torch.float64)
     angle = torch.tensor([0.0, 1.0, 7.0], dtype=torch.float64)[:, None] * frequency
-    close(cos[0, 0], torch.cat([angle.cos(), angle.cos()], dim=1), rtol=0, atol=1e-6)
-    close(sin[0, 0], torch.cat([-angle.sin(), angle.sin()], dim=1), rtol=0, atol=1e-6)
+    close(cos[0, :, 0], torch.cat([angle.cos(), angle.cos()], dim=1), rtol=0, atol=1e-6)
+    close(sin[0, :, 0], torch.cat([-angle.sin(), angle.sin()], dim=1), rtol=0, atol=1e-6)
     complex_numbers = torch.view_as_complex(torch.randn(3, 4, 2, dtype=torch.float64))
     turned = complex_numbers * torch.polar(torch.ones_like(angle), angle)
-    x, expected = (torch.cat([z.real, z.imag], dim=1)[None, None] for z in (complex_numbers, turned))
+    x, expected = (torch.cat([z.real, z.imag], dim=1)[None, :, None] for z in (complex_numbers, turned))
     close(rotate(x, cos, sin), expected, rtol=0, atol=1e-5)
 
 
@@ -498,6 +498,28 @@ def test_the_activations_told_are_those_that_a_layer_keeps(family):
 
     told = activation_bytes(tiny(family, num_hidden_layers=1).config, tokens=200, itemsize=4)
     assert 1 <= (kept(3) - kept(2)) / told < 1.45
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joined_products_give_the_same_and_hold_no_weight_twice(family):
+    model, tokens, layout = tiny(family), random_tokens(2, 9), Layout.of(positions(2, 9), None, 3)
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    def outputs() -> list[Tensor]:
+        cache = KVCache(model.config, 2, 9, dtype=torch.float64)
+        return [model(tokens, layout), model(tokens, layout, cache=cache, columns=positions(2, 9)), cache.keys]
+
+    apart = outputs()
+    model.join()
+    for ours, theirs in zip(outputs(), apart):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    for layer in model.model.layers:
+        for whole, names in ((layer.self_attn.joined, "qkv"), (layer.mlp.joined, ("gate", "up"))):
+            parts = [getattr(layer.self_attn if names == "qkv" else layer.mlp, f"{name}_proj") for name in names]
+            assert {part.weight.untyped_storage().data_ptr() for part in parts} == {whole[0].data_ptr()}
+            assert sum(part.weight.numel() for part in parts) == whole[0].numel()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
