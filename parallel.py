@@ -103,7 +103,7 @@ def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):
     for layer in model.model.layers:
         if options.checkpoint_activations != "none":
             saved = _selective() if options.checkpoint_activations == "selective" else {}
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **saved)
+            layer.forward = _recomputed(layer.forward, saved)
         if options.torch_compile:
             torch._dynamo.config.recompile_limit = 64  # a shape of its own, and the last layer's, each count
             layer.compile()
@@ -117,11 +117,24 @@ def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):
     return _shard(model, ranks, options.parallel, None if reduce_dtype == compute_dtype else reduce_dtype)
 
 
+def _recomputed(forward, saved: dict):
+    """`forward`, which the backward pass calls again. A function, since torch.compile passes over a functools.partial
+    in silence."""
+
+    def recomputed(*inputs):
+        return checkpoint(forward, *inputs, use_reentrant=False, **saved)
+
+    return recomputed
+
+
 def _selective() -> dict:
     """Keeps the outputs of matrix products and attention; all else is computed again in the backward pass."""
-    aten = torch.ops.aten
-    outputs = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention.default]
-    outputs += [aten._scaled_dot_product_efficient_attention.default, torch.ops.higher_order.flex_attention]
+    # Attention is one of these, by device, dtype and mask. That of a FlexAttention is kept in compiled layers alone: in
+    # others it is compiled by itself, and hidden in what that makes of it.
+    aten, kernels = torch.ops.aten, ("flash_attention", "efficient_attention", "cudnn_attention")
+    outputs = [getattr(aten, f"_scaled_dot_product_{kernel}").default for kernel in kernels]
+    outputs += [aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.higher_order.flex_attention]
+    outputs += [aten.mm.default, aten.addmm.default]
     return {"context_fn": functools.partial(create_selective_checkpoint_contexts, outputs)}
 
 
