@@ -520,12 +520,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_or_is_left_out(tmp_path, sou
         nonlocal steps
         steps += 1
         total, norm = gradients(engine, sync, model, *rest)
-        return (float("nan"), float("nan")) if steps in (4, 5, 7) else (total, norm)
+        return (total * math.nan, norm * math.nan) if steps in (4, 5, 7) else (total, norm)
 
-    def counted(*args):
+    def counted(optimizers, *rest):
         nonlocal updates
-        updates += 1
-        return update(*args)
+        some = optimizers[0].param_groups[0]["params"][0]
+        before = some.detach().clone()
+        update(optimizers, *rest)
+        updates += not torch.equal(some, before)
 
     monkeypatch.setattr(train, "gradients", poisoned)
     monkeypatch.setattr(train, "update", counted)
@@ -538,8 +540,11 @@ def test_a_gradient_that_is_not_finite_ends_the_run_or_is_left_out(tmp_path, sou
     assert all(row["loss"] > 0 or row["step"] in (4, 5) for row in metrics(tmp_path / "run") if "loss" in row)
 
 
-def test_a_step_that_is_left_out_leaves_nothing_behind(tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("unread", [0, 1, 3])  # steps that are under way before a loss is read
+def test_a_step_that_is_left_out_leaves_nothing_behind(tmp_path, source, monkeypatch, optim, unread):
     """It ends as a run does in which that step has no update."""
+    monkeypatch.setitem(train.UNREAD, "cpu", unread)
     gradients, update = train.gradients, train.update
     calls = Counter()
 
@@ -548,18 +553,19 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(tmp_path, source, monkeyp
         calls["gradients"] += 1
         if calls["gradients"] == 4:
             model.model.norm.weight.grad.mul_(math.nan)
-            return total, math.nan
+            return total, norm * math.nan
         return total, norm
 
-    def missing(optimizers, rate):
+    def missing(optimizers, *rest):
         calls["update"] += 1
-        update(optimizers, rate) if calls["update"] != 4 else [each.zero_grad() for each in optimizers]
+        update(optimizers, *rest) if calls["update"] != 4 else [each.zero_grad() for each in optimizers]
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "gradients", poisoned)
-        train.main(flags_of(source, tmp_path / "left out", "--skip_nonfinite", "1", "--logging_steps", "2"))
+        more = ["--skip_nonfinite", "1", "--logging_steps", "2", "--optim", optim]
+        train.main(flags_of(source, tmp_path / "left out", *more))
     monkeypatch.setattr(train, "update", missing)
-    train.main(flags_of(source, tmp_path / "missing"))
+    train.main(flags_of(source, tmp_path / "missing", "--optim", optim))
     ours, theirs = weights(tmp_path / "left out"), weights(tmp_path / "missing")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     losses = {
@@ -573,7 +579,8 @@ def test_steps_that_were_left_out_count_after_a_resumption(tmp_path, source, mon
 
     def poisoned(*args):
         calls["gradients"] += 1
-        return (math.nan, math.nan) if calls["gradients"] in (2, 11) else gradients(*args)
+        total, norm = gradients(*args)
+        return total, norm * (math.nan if calls["gradients"] in (2, 11) else 1)
 
     monkeypatch.setattr(train, "gradients", poisoned)
     flags = flags_of(source, tmp_path / "run", "--skip_nonfinite", "1", "--save_steps", "5", "--eval_strategy", "no")
@@ -1000,7 +1007,7 @@ def test_the_fused_optimizer_updates_on_a_gpu_as_on_the_cpu():
         for step in range(5):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, dtype=torch.float64, generator=generator).to(device)
-            train.update(optimizers, 1e-2 / (step + 1))
+            train.update(optimizers, 1e-2 / (step + 1), torch.ones((), device=device))
         after.append([parameter.detach().cpu() for parameter in model.parameters()])
     for ours, theirs in zip(*after):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -118,7 +118,7 @@ def test_accumulation_changes_neither_the_loss_nor_the_weights(source, objective
             examples = examples_of(micro_batches, model.config, args)
             denominator = sum(example.denominator for example in examples)
             total, norm = train.gradients(model, lambda on: None, model, examples, denominator, 1.0, ALONE)
-            train.update(optimizers, 1e-3)
+            train.update(optimizers, 1e-3, norm)
             losses += [total / denominator, norm]
         results.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
     for losses, weights in results[1:]:
@@ -277,7 +277,7 @@ def test_a_gradient_is_clipped_to_its_norm_or_not_at_all(source):
     norms = []
     for most in (0.0, 0.01):
         model.zero_grad()
-        before = train.gradients(model, lambda on: None, model, examples, 1, most, ALONE)[1]
+        before = train.gradients(model, lambda on: None, model, examples, 1, most, ALONE)[1].item()
         norms.append((before, torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()))
     assert norms[0] == pytest.approx((norms[1][0],) * 2, rel=1e-5) and norms[1][1] == pytest.approx(0.01, rel=1e-3)
 
