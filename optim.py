@@ -1,6 +1,5 @@
 """AdamW or Muon, and the learning rate's schedule, with their options."""
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -72,11 +71,14 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            matrices = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
-            for shape, alike in itertools.groupby(matrices, key=lambda p: p.shape):
-                alike, many = list(alike), max(1, STACK // shape.numel())
-                for start in range(0, len(alike), many):
-                    self._update(alike[start : start + many], group)
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, matrices in shapes.items():
+                many = max(1, STACK // shape.numel())
+                for start in range(0, len(matrices), many):
+                    self._update(matrices[start : start + many], group)
 
     def _update(self, matrices: list[Tensor], group: dict) -> None:
         """Of n matrices of one shape (r, c)."""
