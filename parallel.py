@@ -68,7 +68,10 @@ def setup() -> Ranks:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, device)
+    # On the CPU ranks wait while another tokenises or saves; GPUs wait for each other within a step, or hang
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    if cuda:
+        dist.group.WORLD._get_backend(device)._set_default_timeout(timedelta(minutes=10))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 

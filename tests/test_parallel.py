@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import launch
@@ -28,6 +30,7 @@ from torch.distributed.checkpoint import FileSystemReader
 import checkpoint
 import files
 import log
+import parallel
 import resume
 import train
 from tasks import builtin
@@ -226,6 +229,27 @@ def test_every_division_and_every_parallel_trains_as_one_process(tmp_path, sourc
             print(f"  {name:45} {processes} x {accumulation}   losses {losses:7.1e}   final weights {final:7.1e}")
     bounds = (1e-9, 1e-9) if dtype == "float64" else (1e-5, 2e-5)  # losses near 5, weights near 1
     assert all(losses < bounds[0] and final < bounds[1] for *_, losses, final in table)
+
+
+def test_gpus_wait_ten_minutes_for_each_other_and_the_processes_an_hour(monkeypatch):
+    made, waits = [], {}
+    world = types.SimpleNamespace(
+        _get_backend=lambda device: types.SimpleNamespace(
+            _set_default_timeout=lambda timeout: waits.update({device.type: timeout.total_seconds()})
+        )
+    )
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *a, **options: made.append((*a, options)))
+    monkeypatch.setattr(parallel.dist, "group", types.SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for cuda, backends in ((True, "cpu:gloo,cuda:nccl"), (False, "gloo")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert parallel.setup().world_size == 2
+        assert made.pop() == (backends, {"timeout": timedelta(hours=1)})
+        assert waits == ({"cuda": 600} if cuda else {})
+        waits.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
