@@ -21,6 +21,7 @@ import log
 import train
 from checkpoint import load_config, load_model, save_model
 from diffusion import Batch, ar_example
+from model import Layout, visible
 from tasks import builtin
 from tokenizer import Tokenizer
 
@@ -378,6 +379,23 @@ def test_the_log_tells_rates_memory_and_the_time_left(source, tmp_path, monkeypa
     )
     assert "minutes_left" in capsys.readouterr().out
     assert any(count % 64 for count in predictions)  # not those that fill up an index
+
+
+@pytest.mark.parametrize("case", ["ar", "mdlm", "bd3lm", "packed", "random"])
+def test_the_pairs_that_cost_flops_are_those_that_see_each_other(rng, case):
+    B, T = 3, 20
+    position = torch.arange(T).repeat(B, 1)
+    document = torch.where(position < torch.tensor([[20], [13], [7]]), 0, -1)
+    if case == "random":  # any document, block and copy, in any order
+        layout = Layout(position, *(torch.randint(low, 4, (B, T), generator=rng) for low in (-2, 0, 0)))
+    elif case == "packed":
+        layout = Layout.of(position % 8, position // 8, 4).two_stream()
+    else:
+        K = {"ar": 1, "mdlm": None, "bd3lm": 4}[case]
+        layout = Layout.of(position, document, K)
+        layout = layout.two_stream() if case == "bd3lm" else layout
+    slow = visible(layout.map(lambda field: field[:, :, None]), layout.map(lambda field: field[:, None, :]))
+    assert log.visible_pairs(layout) == slow.sum() > 0
 
 
 def test_the_time_left_is_no_more_than_the_cap_on_the_time_leaves(source, tmp_path):
