@@ -147,7 +147,7 @@ def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ran
     activations = activation_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
     return (
         f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
-        f"{block}{shift}, on {where}\n"
+        f"{block}{shift}, on {where}{', layers compiled' if args.compiles_on(ranks.device) else ''}\n"
         f"data   {about_data}\n"
         f"run    {steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} tokens; "
         f"{args.optim}, learning rate {args.learning_rate:g}\n"

@@ -1,16 +1,20 @@
 """One optimizer step: recomputing, compiling and batching change no gradient and no update."""
 
 import functools
+import itertools
 import re
+import types
 from collections import Counter
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from conftest import positions, random_tokens, tiny
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import loaders
 import optim
 import parallel
 import train
@@ -177,3 +181,38 @@ def test_no_value_is_read_back_in_a_step(objective, optimizer):
 
 
 READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is otherwise on a GPU
+
+
+@pytest.mark.parametrize("norm_type", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["ar", "bd3lm"])
+def test_a_canvas_rounded_up_has_the_same_loss_and_gradient(objective, norm_type):
+    K = 4 if objective == "bd3lm" else None
+    model = tiny(objective=objective, block_length=K, right_shift=False).train()
+    rows = [{"tokens": random_tokens(n, seed=n).numpy(), "supervised": np.arange(n) > 2} for n in (9, 14, 5)]
+    figures = []
+    for multiple, T in ((1, 16 if K else 14), (32, 32)):
+        canvas = loaders.collate(rows, pad_id=0, block_length=K, eos_id=1, longest=13, multiple=multiple)
+        assert canvas["tokens"].shape == (3, T)
+        batch = Batch(**canvas, sample=torch.arange(3))
+        example = training_example(batch, model.config, Noising(), seed=0, norm_type=norm_type)
+        figures.append([*train.gradients(model, lambda on: None, model, [example], 9, 0.0, ALONE)])
+        figures[-1] += [example.denominator, *(parameter.grad.clone() for parameter in model.parameters())]
+        model.zero_grad()
+    for ours, plain in zip(*figures, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gpu_compiles_unless_told_not_to_and_rounds_up_canvases_whose_padding_is_not_learnt():
+    gpu, cpu, tokenizer = torch.device("cuda"), ALONE.device, types.SimpleNamespace(pad_id=0, eos_id=1)
+    for flag, on_gpu, on_cpu in ((None, True, False), (True, True, True), (False, False, False)):
+        options = parallel.Parallel(torch_compile=flag)
+        assert options.compiles_on(gpu) is on_gpu and options.compiles_on(cpu) is on_cpu
+    for objective, stage, device in itertools.product(("ar", "mdlm", "bd3lm"), ("sft", "pt"), ("cpu", "cuda")):
+        args, config = types.SimpleNamespace(stage=stage, pad_to=None), tiny(objective=objective, block_length=4).config
+        options = loaders.collate_for(args, config, tokenizer, device).keywords
+        rounds = stage == "sft" and device == "cuda" and objective != "mdlm"
+        assert options["multiple"] == (32 if rounds else 1) and not (rounds and options["train_on_padding"])
