@@ -68,7 +68,10 @@ def setup() -> Ranks:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, device)
+    # On the CPU ranks wait while another tokenises or saves; GPUs wait for each other within a step, or hang
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    if cuda:
+        dist.group.WORLD._get_backend(device)._set_default_timeout(timedelta(minutes=10))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -90,10 +93,14 @@ class Parallel(Options):
     checkpoint_activations: Literal["none", "selective", "full"] = "none"
     """what the backward pass computes again instead of keeping it: selective, all but matrix products; full, everything
     inside a layer"""
-    torch_compile: bool = False  # compile the layers (minutes at the start)
+    torch_compile: bool | None = None
+    """compile the layers: minutes at the start, then half the kernels and less memory traffic (default: on CUDA)"""
 
     def computes_in(self, device: torch.device) -> torch.dtype:
         return getattr(torch, self.compute_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+    def compiles_on(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.torch_compile is None else self.torch_compile
 
 
 def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):
@@ -104,7 +111,7 @@ def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):
         if options.checkpoint_activations != "none":
             saved = _selective() if options.checkpoint_activations == "selective" else {}
             layer.forward = _recomputed(layer.forward, saved)
-        if options.torch_compile:
+        if options.compiles_on(ranks.device):
             torch._dynamo.config.recompile_limit = 64  # a shape of its own, and the last layer's, each count
             layer.compile()
     model.to(ranks.device)
