@@ -179,7 +179,7 @@ def canvas(tokenizer: Tokenizer, prompt: list[int], model: LanguageModel) -> tup
     # A mask's id may lie beyond the embedding (see convert.py), so another one takes its place.
     holes = [token == tokenizer.mask_id for token in prompt]
     ids = [0 if hole else token for token, hole in zip(prompt, holes)]
-    if not model.config.right_shift or (holes and not holes[0]):
+    if not model.config.shift or (holes and not holes[0]):
         return ids, holes
 
     # A token that is predicted from the one before it needs such a one: BOS, or EOS where there is no BOS.
