@@ -736,14 +736,14 @@ class Step(NamedTuple):
     """The canvas after a forward. tokens (B, T) int64, the mask id where masked (B, T) bool; a row's columns beyond its
     own canvas hold 0. done (B,): the row is finished, whatever may still be masked. forwards: model calls so far.
     confidence (B, T): the untempered probability a settled token had when it was chosen; 0 where masked or given. draft
-    (B, T) bool: masked columns whose token is a draft, which the next forward verifies."""
+    (B, T) bool: masked columns whose token is a guess, on which the next forward decides; None: without speculation."""
 
     tokens: Tensor
     masked: Tensor
     done: Tensor
     forwards: int
     confidence: Tensor
-    draft: Tensor
+    draft: Tensor | None = None
 
 
 @dataclass
@@ -847,7 +847,6 @@ class Decoding:
 
         wide = torch.promote_types(model.head_weight.dtype, torch.float32)
         self.confidence = torch.zeros(self.B, self.T, dtype=wide, device=device)
-        self.draft = torch.zeros_like(self.masked)
         self.filled = torch.zeros(self.B, dtype=torch.int64, device=device)
         self.step = torch.zeros(self.B, dtype=torch.int64, device=device)
         self.done = ~self.masked.any(dim=1)
@@ -915,7 +914,7 @@ class Decoding:
 
     def now(self, forwards: int) -> Step:
         tokens, masked, done, confidence = self.tokens, self.masked, self.done, self.confidence
-        return Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence.clone(), self.draft.clone())
+        return Step(tokens.clone(), masked.clone(), done.clone(), forwards, confidence.clone())
 
     def check_finite(self) -> None:
         """ValueError where what was revealed had no probability, as of weights that hold NaN or overflow."""
@@ -1052,8 +1051,8 @@ class Decoding:
 
 
 class Speculation(Decoding):
-    """Rows decoded as the model's ar side decodes them, several tokens a forward: speculative decoding (arXiv 2211.17192)
-    with the model as its own drafter, as in TiDAR (arXiv 2511.08923).
+    """Rows decoded as the model's ar side decodes them, several tokens a forward: speculative decoding,
+    arXiv 2211.17192, with the model as its own drafter, as in TiDAR, arXiv 2511.08923.
 
     Columns before `known` (B,) are settled; up to N - 1 guesses may follow. A forward feeds what is settled but not yet
     in the cache, and the guesses, as clean tokens: each predicts the token after it, which tells the guesses that ar
@@ -1078,7 +1077,7 @@ class Speculation(Decoding):
         self.N = options.speculate
         self.guesses = 0  # how many follow `known`: none before the first forward, N - 1 after it
         super().__init__(model, prompts, options, None, end_ids, prefix, generator, static)
-        self.known = self.length - options.max_new_tokens
+        self.known, self.draft = self.length - options.max_new_tokens, torch.zeros_like(self.masked)
         self.key = torch.randint(2**62, (self.B,), generator=generator, device=generator.device if generator else "cpu")
         self.key = self.key.to(self.column.device)
 
@@ -1092,6 +1091,9 @@ class Speculation(Decoding):
     def first(self) -> Tensor:
         """(B,): the first column to feed. Of what is settled that is at least the last, which predicts the next."""
         return torch.minimum(self.filled, self.known - 1).clamp(min=0)
+
+    def now(self, forwards: int) -> Step:
+        return super().now(forwards)._replace(draft=self.draft.clone())
 
     def widths(self) -> Iterator[int]:
         return itertools.chain([self.width()], itertools.repeat(self.N))
