@@ -91,7 +91,8 @@ class Output(Options):
 
 @dataclass(kw_only=True)
 class Train(Machine, Blocks, Layers, Output):
-    """Time and memory of the training step of mdlm and bd3lm: forward, backward, optimizer, noise.
+    """Time and memory of the training step of mdlm and bd3lm: forward, backward, optimizer, noise. Then the time of a
+    step with causal context and the AR loss against one with block context.
 
     Two processes at a time hold a model each."""
 
@@ -104,9 +105,10 @@ class Train(Machine, Blocks, Layers, Output):
 
 @dataclass(kw_only=True)
 class Sample(Machine, Blocks, Layers, Output):
-    """Time of greedy decoding with mdlm and bd3lm.
+    """Time of greedy decoding with mdlm and bd3lm, and of a forward of speculation.
 
-    plain: logits of every position, no cache for mdlm, the prefix encoded anew for every block of bd3lm."""
+    plain: logits of every position, no cache for mdlm, the prefix encoded anew for every block of bd3lm. Speculation is
+    compared with ar; with random weights few guesses are right, so what counts is the time of a forward."""
 
     prog: ClassVar[str] = "bench.py sample"
     batch: tuple[Rows, ...] = (1, 4)  # rows, one measurement each
@@ -114,6 +116,7 @@ class Sample(Machine, Blocks, Layers, Output):
     new_tokens: Tokens = 128  # tokens to generate, a multiple of the block size
     steps: Count = 128  # forwards for them, so many that each block has a whole number
     warmup: Natural = 2  # forwards before the timed ones
+    speculate: Count = 8  # tokens of a draft
 
     def __post_init__(self):
         super().__post_init__()
@@ -321,11 +324,12 @@ def train_case(args: Train, objective: str, way: str) -> None:
         block_length = args.block_size if objective == "bd3lm" else None
         noise = draw_noise(batch, block_length=block_length)
         if objective == "bd3lm":
-            example = bd3lm_example(batch, noise, mask_id=mask_id, block_length=block_length)
+            beside = {"causal": True, "ar_weight": 0.3} if way == "causal" else {}
+            example = bd3lm_example(batch, noise, mask_id=mask_id, block_length=block_length, **beside)
         else:
             example = mdlm_example(batch, noise, mask_id=mask_id)
         example = example.to(device)
-        if way == "ours":
+        if way != "plain":
             total, denominator = loss(model, example)
             mean = total / denominator
         else:
@@ -336,7 +340,7 @@ def train_case(args: Train, objective: str, way: str) -> None:
         mean = mean.detach()
 
         def flops() -> int:
-            rows = int((example.weights > 0).sum()) if way == "ours" else example.tokens.numel()
+            rows = int((example.weights > 0).sum()) if way != "plain" else example.tokens.numel()
             return train_flops(config, example.layout, rows)
 
         return {"loss": mean.item, "flops": flops}
@@ -380,6 +384,10 @@ def train(args: Train, arguments: list[str]) -> dict:
         if not apart <= (2e-2 if cuda else 1e-4):  # NaN is no agreement; bf16 has 8 bits
             sys.exit(f"bench.py: the two ways' {objective} losses differ: {ours['loss']} and {plain['loss']}")
         table[objective] = ways
+
+    ways = table["context"] = compare(arguments, "bd3lm", ("causal", "ours"), args.warmup, args.steps)
+    ways["times"] = statistics.median(a / b for a, b in zip(*(ways[way]["seconds"] for way in ("causal", "ours"))))
+    print(f"\nbd3lm with causal context and the AR loss: {ways['times']:.2f} times the step of block context")
     return {"machine": where, "peak_flops": peak, "train": table}
 
 
@@ -442,7 +450,10 @@ def plain_denoise(model, prompts: list[list[int]], n: int, steps: int, K: int):
 
 def sample_case(args: Sample, case: str, way: str) -> None:
     objective, batch = case.split("-")
-    model = random_model(args, objective=objective, block_length=args.block_size if objective == "bd3lm" else None)
+    declared = {"objective": objective, "block_length": args.block_size if objective == "bd3lm" else None}
+    if objective == "ar":  # which speculation makes the same tokens as
+        declared["context"] = "causal"
+    model = random_model(args, **declared)
     config, generator = model.config, torch.Generator().manual_seed(0)
     lengths = [args.prompt_tokens * share // 64 for share in (64, 48, 33, 17)]
     prompts = [
@@ -459,20 +470,15 @@ def sample_case(args: Sample, case: str, way: str) -> None:
         work["rows"] += B * T if options.get("index") is None else len(options["index"])
 
     def start():
-        if way == "ours":
-            steps = denoise(
-                model,
-                prompts,
-                max_new_tokens=args.new_tokens,
-                steps=args.steps,
-                block_size=args.block_size,
-                block_align="prompt",
-            )
+        if way != "plain":
+            blocks = {"steps": args.steps, "block_size": args.block_size, "block_align": "prompt"}
+            how = {"ours": blocks, "speculation": {"speculate": args.speculate}, "ar": {}}[way]
+            steps = denoise(model, prompts, max_new_tokens=args.new_tokens, **how)
             next(steps)  # the canvas before the first forward
             return (step.tokens for step in steps)
         return plain_denoise(model, prompts, args.new_tokens, args.steps, args.block_size)
 
-    if way == "ours":
+    if way != "plain":
         prepare(model, args.torch_compile)
     for _ in zip(range(args.warmup), start()):
         pass
@@ -481,12 +487,12 @@ def sample_case(args: Sample, case: str, way: str) -> None:
     last = [None]
 
     def step(number: int) -> dict:
-        last[0] = next(canvases)
+        last[0] = next(canvases, last[0])  # speculation may be done earlier
         return {}
 
     def end() -> dict:
         tokens = last[0].tolist()
-        if args.device == "cuda" and way == "ours":  # the replay of a graph calls no hook: once more, without
+        if args.device == "cuda" and way != "plain":  # the replay of a graph calls no hook: once more, without
             work.update(tokens=0, rows=0, pairs=0)
             graphs.recorded = lambda advance, *_: advance
             for _ in zip(range(args.steps), start()):
@@ -552,6 +558,15 @@ def sample(args: Sample, arguments: list[str]) -> dict:
             for row in ways.values():
                 del row["tokens"]
             table[case] = ways
+    for batch in args.batch:
+        case, steps = f"ar-{batch}", max(4, args.new_tokens // args.speculate)
+        ways = table[case] = compare(arguments, case, ("speculation", "ar"), 0, steps)
+        milliseconds = {way: 1e3 * statistics.median(row["seconds"][1:]) for way, row in ways.items()}
+        times = milliseconds["speculation"] / milliseconds["ar"]
+        print(
+            f"speculation x{batch}: {milliseconds['speculation']:.2f} ms a forward that drafts {args.speculate}, "
+            f"ar {milliseconds['ar']:.2f}; faster from {times:.2f} tokens per forward on"
+        )
     return {"machine": where, "bandwidth": read, "sample": table}
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from files import read_json, replacing, resolve
-from model import FAMILIES, OBJECTIVES, Config, LanguageModel
+from model import CONTEXTS, FAMILIES, OBJECTIVES, Config, LanguageModel
 from tokenizer import GENERATION, Tokenizer, read_files
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # torch's name: safetensors'
@@ -28,7 +28,7 @@ SHARD_BYTES = 5_000_000_000
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What a config.json of ours declares, unknown to transformers: where a contradicting value comes from.
 DECLARED = {"objective": "--objective", "block_length": "--block_size", "right_shift": "--right_shift_logits"}
-DECLARED |= {"mask_token_id": "the tokenizer's mask token"}
+DECLARED |= {"mask_token_id": "the tokenizer's mask token", "context": "--context"}
 UNSTORED = ("extra", "reason", "assumed", "answer_length")  # fields of Config that config.json has not
 
 # What is known of published checkpoints that declare no objective, by a part of their names; and by the architecture.
@@ -130,8 +130,9 @@ def read_config(raw: dict) -> Config:
     derived = {"architectures", "transformers_version", "torch_dtype", "rope_parameters"}
     config = Config(**given, extra={name: value for name, value in raw.items() if name not in HINTS.keys() | derived})
 
-    if config.objective not in (None, *OBJECTIVES):
-        raise ValueError(f"objective {config.objective!r}: expected one of {', '.join(OBJECTIVES)}")
+    for name, known in (("objective", OBJECTIVES), ("context", CONTEXTS)):
+        if getattr(config, name) not in (None, *known):
+            raise ValueError(f"{name} {getattr(config, name)!r}: expected one of {', '.join(known)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     G, C = config.num_key_value_heads, config.head_dim
@@ -221,8 +222,11 @@ def identify(config: Config, objective: str | None = None) -> tuple[str, str]:
     return config.objective or "mdlm", config.reason
 
 
-def declare(config: Config, *, objective=None, block_length=None, right_shift=None, mask_token_id=None) -> Config:
-    """`config`, with what it does not declare filled in; ValueError where an argument contradicts what it does."""
+def declare(
+    config: Config, *, objective=None, block_length=None, right_shift=None, mask_token_id=None, context=None
+) -> Config:
+    """`config`, with what it does not declare filled in; ValueError where an argument contradicts what it does. With
+    causal context a checkpoint is an ar model, too, and of any block length."""
     # What is only assumed gives way to the arguments, and goes with the objective that it was assumed with.
     objective, reason = identify(config, objective)
     diffusion = objective != "ar"
@@ -231,11 +235,14 @@ def declare(config: Config, *, objective=None, block_length=None, right_shift=No
 
     # What the checkpoint declares wins, and no argument may differ from it.
     filled = {"objective": objective, "block_length": block_length, "right_shift": right_shift}
-    filled["mask_token_id"] = mask_token_id if diffusion else None
+    filled |= {"mask_token_id": mask_token_id if diffusion else None, "context": context}
+    free = {"block_length", *(["objective"] if objective == "ar" else [])} if config.context == "causal" else set()
     for name, value in filled.items():
         declared, stands = getattr(config, name), objective == config.objective or name == "mask_token_id"
-        if name in config.assumed and not (stands and value is None):
+        if (name in config.assumed and not (stands and value is None)) or (name in free and value is not None):
             declared = None
+        if name == "context" and declared is None and config.objective == "bd3lm":
+            declared = "block"
         if None not in (declared, value) and declared != value:
             conflict = f"{DECLARED[name]} {value} contradicts the checkpoint, which declares {name} {declared}"
             raise ValueError(f"{conflict}; leave it at that, or declare it anew with convert.py")
@@ -245,18 +252,22 @@ def declare(config: Config, *, objective=None, block_length=None, right_shift=No
 
     # What the objective needs, and what it has no use for.
     shift, K, mask_id = filled["right_shift"], filled["block_length"], filled["mask_token_id"]
-    if not diffusion and not shift:
+    if not diffusion and not shift and not free:
         raise ValueError("--right_shift_logits False: an ar model predicts the next token; leave the flag out")
     if objective == "bd3lm" and (K is None or K < 1):
         raise ValueError(f"--block_size {K}: expected at least 1, bd3lm needs a block length; pass --block_size 32")
     if objective != "bd3lm" and block_length is not None:
         raise ValueError(f"--block_size {block_length}: only bd3lm has a block length, the objective is {objective}")
+    if objective != "bd3lm" and context is not None:
+        raise ValueError(f"--context {context}: only bd3lm has a context, the objective is {objective}")
     if diffusion and mask_id is None:
         raise ValueError(f"{objective} needs a mask token and the checkpoint declares none; run convert.py on it first")
     if diffusion and mask_id >= (rows := config.vocab_size):
         raise ValueError(f"mask token id {mask_id} lies beyond the embedding's {rows} rows; run convert.py first")
 
     # Nothing is wrong, so that `config` may change.
+    if objective == "bd3lm":
+        filled["context"] = filled["context"] or "block"
     for name, value in filled.items():
         setattr(config, name, value)
     config.reason, config.assumed = reason, ()
@@ -266,6 +277,7 @@ def declare(config: Config, *, objective=None, block_length=None, right_shift=No
 def about(name: str, config: Config) -> str:
     """One line: what the checkpoint of this name was declared or taken to be, and why."""
     blocks = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
+    blocks += ", causal context" if config.context == "causal" else ""
     shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
     answers = "" if config.answer_length is None else f", trained on answers of up to {config.answer_length} tokens"
     context = f"context {config.max_position_embeddings}{answers}"

@@ -187,7 +187,7 @@ def canvas(tokenizer: Tokenizer, prompt: list[int], model: LanguageModel) -> tup
     # A mask's id may lie beyond the embedding (see convert.py), so another one takes its place.
     holes = [token == tokenizer.mask_id for token in prompt]
     ids = [0 if hole else token for token, hole in zip(prompt, holes)]
-    if not model.config.right_shift or (holes and not holes[0]):
+    if not model.config.shift or (holes and not holes[0]):
         return ids, holes
 
     # A token that is predicted from the one before it needs such a one: BOS, or EOS where there is no BOS.
@@ -223,14 +223,19 @@ def sampler_options(options: Sampling, objective: str, **changes) -> dict:
 def idle_steps(options: dict, objective: str, tokens: int) -> list[str]:
     """A remark, or none: there are more steps than tokens, which is allowed and costs nothing."""
     scheduled = all(options[name] is None for name in ("steps_per_block", *RULES))
-    if objective == "ar" or not scheduled or not 0 < tokens < options["steps"] != Sampling.steps:
+    if (
+        objective == "ar"
+        or options["speculate"]
+        or not scheduled
+        or not 0 < tokens < options["steps"] != Sampling.steps
+    ):
         return []
     return [f"steps {options['steps']} for at most {tokens} tokens: those that would reveal none are left out"]
 
 
 def in_force(options: dict, config) -> dict:
-    """Options of `sampler_options` with the blocks that they come to; ar has none."""
-    if config.objective == "ar":
+    """Options of `sampler_options` with the blocks that they come to; ar and speculation have none."""
+    if config.objective == "ar" or options["speculate"]:
         return options
     align = options["block_align"] or ("sequence" if config.objective == "bd3lm" else "prompt")
     return options | {"block_size": options["block_size"] or config.block_length, "block_align": align}
@@ -273,12 +278,15 @@ class Answers:
                 return
             # Of each token the forward that settled it, 0 if it was given, -1 while it is masked (B, T); of each row
             # the forwards until it was done (B,).
+            self.corrected = torch.zeros_like(step.masked)
             if self.last is None:
                 self.settled, self.forwards = -step.masked.long(), torch.zeros_like(step.done, dtype=torch.int64)
             else:
                 settled = torch.where(self.settled < 0, step.forwards, self.settled)
                 self.settled = torch.where(step.masked, -1, settled)
                 self.forwards = torch.where(self.last.done, self.forwards, step.forwards)
+                if step.draft is not None:  # where another token settled than was guessed
+                    self.corrected = self.last.draft & ~step.masked & (step.tokens != self.last.tokens)
             self.last = step
             yield step
 
@@ -290,8 +298,9 @@ class Answers:
     def shown(self) -> list[Spans]:
         """Each row's answer as it is after the newest step."""
         fresh = self.settled == max(self.last.forwards, 1)
-        rows = self.rows(self.last.tokens, self.last.masked, fresh)
-        return [spans(self.tokenizer, ids, masked, new, self.end_ids) for ids, masked, new in rows]
+        draft = torch.zeros_like(fresh) if self.last.draft is None else self.last.draft
+        rows = self.rows(self.last.tokens, self.last.masked, fresh, draft, self.corrected)
+        return [spans(self.tokenizer, *row[:3], self.end_ids, *row[3:]) for row in rows]
 
     def final(self) -> list[Answer]:
         """Each row's answer; if it was stopped, what is before its first mask."""

@@ -12,7 +12,7 @@ from checkpoint import EMBEDDING, HEAD, load_config, load_model, resolve, save_m
 from cli import one_line_errors
 from display import printable
 from files import check_directory, sole_user
-from model import OBJECTIVES, Config, LanguageModel
+from model import CONTEXTS, OBJECTIVES, Config, LanguageModel
 from options import Directory, Model, Options, Seed
 from tokenizer import Tokenizer
 
@@ -36,6 +36,9 @@ class Declarations(Options):
     objective: Literal[*OBJECTIVES[1:]] | None = None  # declare this objective (default: what the source declares)
     block_size: Annotated[int, "TOKENS"] | None = None
     """declare this block length; for bd3lm, which needs one (default: what the source declares)"""
+    context: Literal[*CONTEXTS] | None = None
+    """what clean tokens see, for bd3lm. block: their whole block. causal: only what is before them: the model is then
+    an ar model, too, and can verify its own drafts (default: what the source declares, else block)"""
     right_shift_logits: bool | None = None
     """declare whether position i predicts token i + 1, as in the AR model (default: what the source declares)"""
 
@@ -74,10 +77,11 @@ def redeclare(config: Config, args: Convert, mask_id: int) -> None:
     """Writes into `config` what the new checkpoint declares."""
     # No more than that, where it is to be a plain causal one.
     if args.to == "ar":
-        for flag in ("objective", "block_size", "right_shift_logits", "mask_token"):
+        for flag in ("objective", "block_size", "context", "right_shift_logits", "mask_token"):
             if getattr(args, flag) is not None:
                 raise ValueError(f"--{flag} {getattr(args, flag)} means nothing with --to ar; leave it out")
         config.objective, config.block_length, config.right_shift, config.mask_token_id = "ar", None, None, None
+        config.context = None
         return
 
     # What the source declares stays, unless a flag declares otherwise; but an AR objective goes, and its shift with it.
@@ -88,13 +92,16 @@ def redeclare(config: Config, args: Convert, mask_id: int) -> None:
     if args.right_shift_logits is not None:
         config.right_shift = args.right_shift_logits
 
-    # A block length goes with bd3lm, and only with it.
+    # A block length and a context go with bd3lm, and only with it.
     K = config.block_length if args.block_size is None else args.block_size
     if config.objective == "bd3lm" and (K is None or K < 1):
         raise ValueError(f"--block_size {K}: bd3lm needs one of at least 1, 32 say")
     if config.objective != "bd3lm" and args.block_size is not None:
         raise ValueError(f"--block_size {K}: only bd3lm declares one; add --objective bd3lm")
+    if config.objective != "bd3lm" and args.context is not None:
+        raise ValueError(f"--context {args.context}: only bd3lm declares one; add --objective bd3lm")
     config.block_length = K if config.objective == "bd3lm" else None
+    config.context = args.context or config.context or "block" if config.objective == "bd3lm" else None
 
 
 def grow(tensors: dict, config: Config, tokenizer: Tokenizer, *, untrained: bool, init: str) -> str:

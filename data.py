@@ -953,9 +953,10 @@ def filled(lengths, block_length: int | None):
 
 
 def join(rows: list[dict], block_length: int | None = None, eos_id: int | None = None) -> dict[str, np.ndarray]:
-    """Several rows as one: besides tokens and supervised, "document" numbers them, and "position" restarts at each."""
+    """Several rows as one: besides tokens and supervised, "document" numbers them, "position" restarts at each, and
+    "fill" tells what is none of their own."""
     # Every row is first extended by supervised EOS to a multiple of block_length
-    parts = {"tokens": [], "supervised": [], "document": [], "position": []}
+    parts = {"tokens": [], "supervised": [], "document": [], "position": [], "fill": []}
     for number, row in enumerate(rows):
         size = len(row["tokens"])
         end = filled(size, block_length)
@@ -963,6 +964,7 @@ def join(rows: list[dict], block_length: int | None = None, eos_id: int | None =
         parts["supervised"] += row["supervised"], np.ones(end - size, bool)
         parts["document"].append(np.full(end, number))
         parts["position"].append(np.arange(end))
+        parts["fill"].append(np.arange(end) >= size)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 

@@ -6,12 +6,14 @@
     The loss                loss: of an Example, the same for all three objectives
     Sampling                Sampling: its options. RULES, REMASKING: how many tokens a forward reveals, and which
     The sampler             denoise and Decoding: fills in the masks of a canvas, block by block
+    Speculation             the same for a model of causal context: it drafts by diffusion and verifies as ar
     Choosing a token        choose_tokens: from hidden states, without the whole logits
 
 Masked diffusion: MDLM, arXiv 2406.07524. Block diffusion: BD3LM, arXiv 2503.09573. Time t is in (0, 1], 1 = all masked;
 alpha(t) is the probability that a token is still clean. The reference is dLLM. Letters as in model.py, and S for steps.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -23,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphs import static_steps
+from graphs import static_steps, static_widths
 from model import OBJECTIVES, Config, KVCache, LanguageModel, Layout, attention_mask
-from options import Bound, Ids, Natural, Options, Steps, Tokens
+from options import Bound, Count, Ids, Natural, Options, Steps, Tokens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules and weights
@@ -41,8 +43,8 @@ WEIGHTS = {  # name: a masked token's weight at a noise level, and the noise typ
     # MDLM's equation 11: -alpha'(t) / (1 - alpha(t)); the reference's 1e-6 guards against division by zero.
     "scheduler": (lambda t, s: -alpha_derivative(t, s) / (1 - alpha(t, s) + 1e-6), ("level",)),
     # m / n where n of m tokens are masked: the unbiased bound under counts.
-    "count": (lambda t, s: 1 / t, ("count",)),
-    "uniform": (lambda t, s: torch.ones_like(t), ("level", "count")),
+    "count": (lambda t, s: 1 / t, ("count", "decay")),
+    "uniform": (lambda t, s: torch.ones_like(t), ("level", "count", "decay", "all")),
 }
 
 
@@ -104,7 +106,8 @@ def reveal_schedule(
 
 class Batch(NamedTuple):
     """Clean rows. tokens, document, position (B, T) int64; supervised (B, T) bool: whose loss counts; sample (B,)
-    int64: each row's place in the epoch's order, which its noise depends on, and not on the process or the batch."""
+    int64: each row's place in the epoch's order, which its noise depends on, and not on the process or the batch.
+    fill (B, T) bool, None: none: which of them are no row's own, but end tokens that fill its last block."""
 
     tokens: Tensor
     supervised: Tensor
@@ -112,6 +115,7 @@ class Batch(NamedTuple):
     position: Tensor
     sample: Tensor
     epoch: int = 0
+    fill: Tensor | None = None
 
 
 class Noise(NamedTuple):
@@ -121,24 +125,57 @@ class Noise(NamedTuple):
     masked: Tensor
 
 
-# A noise type: (level, uniform, rank, size, noising) -> (level, masked), all (B, T). Of a token's block: a draw `level`
-# in [0, 1), `size` supervised tokens. Of the token: a draw `uniform`, and its rank by that in the block.
+class Blocks(NamedTuple):
+    """Of each token (B, T): the number of its block in the row, how many supervised tokens that has, and how many of
+    them come before this one."""
+
+    number: Tensor
+    size: Tensor
+    place: Tensor
+
+    def rank(self, key: Tensor, supervised: Tensor) -> Tensor:
+        """(B, T): the rank of a token's key (B, T), in [0, 1), among the supervised ones of its block."""
+        # Sort by block, then by key, unsupervised ones last; a token's own number less those of earlier blocks.
+        order = torch.where(supervised, self.number + key, math.inf).argsort(dim=1)
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(key.shape[1]).expand_as(order))
+        return rank - (supervised.cumsum(dim=1) - supervised.long() - self.place)
 
 
-def _by_level(level, uniform, rank, size, noising):
+# A noise type: (level, uniform, supervised, blocks, noising) -> (level, masked), all (B, T). level in [0, 1) is a draw
+# of the token's block, uniform in [0, 1) one of its own.
+
+
+def _by_level(level, uniform, supervised, blocks, noising):
     """Masks each token with probability 1 - alpha(t), t between time_epsilon and time_max."""
     level = noising.time_epsilon + (noising.time_max - noising.time_epsilon) * level
     masked = uniform < 1 - alpha(level, noising.scheduler)
-    return level, masked | (rank == 0) if noising.at_least_one else masked  # rank 0 is masked anyway if any token is
+    # Rank 0 is masked anyway if any token is.
+    return level, masked | (blocks.rank(uniform, supervised) == 0) if noising.at_least_one else masked
 
 
-def _by_count(level, uniform, rank, size, noising):
+def _by_count(level, uniform, supervised, blocks, noising):
     """Masks n of a block's m supervised tokens, n uniform in 1..m; the level is n / m."""
+    count = 1 + (level * blocks.size).floor()
+    return count / blocks.size.clamp(min=1), blocks.rank(uniform, supervised) < count
+
+
+def _by_decay(level, uniform, supervised, blocks, noising):
+    """As many as by count, but the i-th token of a block has weight 2^((1 - n/m) i / (H m)): later ones are masked more
+    often, the more so the fewer are (Efficient-DLM, arXiv 2512.14067, section 3: H is its half-life ratio)."""
+    size = blocks.size.clamp(min=1)
     count = 1 + (level * size).floor()
-    return count / size.clamp(min=1), rank < count
+    weight = 2 ** ((1 - count / size) * blocks.place / (noising.mask_decay * size))
+    # Draws without replacement by weight: those for which an exponential draw of that rate comes first.
+    key = 1 - (1 - uniform) ** (1 / weight)
+    return _by_count(level, key, supervised, blocks, noising)
 
 
-NOISE_TYPES = {"level": _by_level, "count": _by_count}
+def _all(level, uniform, supervised, blocks, noising):
+    """Masks every supervised token."""
+    return torch.ones_like(level), supervised
+
+
+NOISE_TYPES = {"level": _by_level, "count": _by_count, "decay": _by_decay, "all": _all}
 
 
 @dataclass(kw_only=True)
@@ -147,10 +184,14 @@ class Noising(Options):
 
     loss_weight_type: Literal[*WEIGHTS] | None = None
     """weight of a masked token: scheduler, -alpha'(t)/(1 - alpha(t)), 1/t for linear, the likelihood bound; uniform, 1,
-    better at small budgets; count, m/n (default: scheduler; with --noise_type count: count)"""
-    noise_type: Literal[*NOISE_TYPES] = "level"
+    better at small budgets; count, m/n (default: scheduler; by --noise_type count and decay: count, all: uniform)"""
+    noise_type: Literal[*NOISE_TYPES] | None = None
     """level: mask each token with probability 1 - alpha(t). count: mask n of a block's m tokens, n uniform in 1..m,
-    which has lower variance"""
+    which has lower variance. decay: as many, but later ones more often. all: every one, which only drafts need
+    (default: level; with --mask_decay decay)"""
+    mask_decay: Annotated[float, Bound(lambda h: h > 0, "above 0, in blocks"), "H"] | None = None
+    """with --noise_type decay: how far apart in a block, of whose length H is a part, two tokens are of which the later
+    is twice as likely to be masked, when few are (Efficient-DLM; default: 0.5)"""
     level_per: Literal["block", "sequence"] = "block"
     """a level for each block, spread evenly over a row's blocks, or one a row, as dLLM does"""
     scheduler: Literal[*SCHEDULES] = "linear"
@@ -162,6 +203,11 @@ class Noising(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        self.noise_type = self.noise_type or ("level" if self.mask_decay is None else "decay")
+        if self.mask_decay is not None and self.noise_type != "decay":
+            raise ValueError(f"--mask_decay {self.mask_decay} is of --noise_type decay, not {self.noise_type}")
+        if self.noise_type == "decay":
+            self.mask_decay = self.mask_decay or 0.5
         fitting = [name for name, (_, noise_types) in WEIGHTS.items() if self.noise_type in noise_types]
         self.loss_weight_type = self.loss_weight_type or fitting[0]
         if self.loss_weight_type not in fitting:
@@ -193,6 +239,7 @@ def draw_noise(
     # `gather` below spreads them over the tokens.
     run = _block_number(batch.document, 0 if block_length is None else batch.position // block_length)
     size = torch.zeros_like(run).scatter_add_(1, run, supervised.long())  # (B, T): supervised tokens of block r
+    before = supervised.cumsum(dim=1) - supervised.long() - (size.cumsum(dim=1) - size).gather(1, run)
     learned = size > 0
 
     # Levels cover [0, 1) evenly without coupling rows or processes: sample n has level frac(u + n * golden ratio), and
@@ -211,12 +258,8 @@ def draw_noise(
         level[row, learned[row]] = (base[row] + stratum / max(1, len(stratum))) % 1.0
         uniform[row] = torch.from_numpy(generator.random(T))
 
-    # The rank of a token among its block's supervised ones: sort by block, then by number, unsupervised ones last.
-    key = torch.where(supervised, run + uniform, math.inf)
-    rank = torch.empty_like(run).scatter_(1, key.argsort(dim=1), torch.arange(T).expand(B, T))
-    rank = rank - (size.cumsum(dim=1) - size).gather(1, run)
-    level, size = level.gather(1, run), size.gather(1, run)
-    level, masked = NOISE_TYPES[noising.noise_type](level, uniform, rank, size, noising)
+    blocks = Blocks(run, size.gather(1, run), before)
+    level, masked = NOISE_TYPES[noising.noise_type](level.gather(1, run), uniform, supervised, blocks, noising)
     return Noise(level.float(), masked & supervised)
 
 
@@ -235,7 +278,8 @@ def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
 
 def with_complement(batch: Batch, noise: Noise) -> tuple[Batch, Noise]:
     """Batch and noise (2B, T), every row a second time with the complementary mask at level 1 - t."""
-    twice = Batch(*(torch.cat([field, field]) for field in batch[:5]), batch.epoch)
+    fill = None if batch.fill is None else torch.cat([batch.fill, batch.fill])
+    twice = Batch(*(torch.cat([field, field]) for field in batch[:5]), batch.epoch, fill)
     level = torch.cat([noise.level, (1 - noise.level).clamp(min=1e-3)])
     return twice, Noise(level, torch.cat([noise.masked, batch.supervised & ~noise.masked]))
 
@@ -247,7 +291,8 @@ def with_complement(batch: Batch, noise: Noise) -> tuple[Batch, Noise]:
 class Example(NamedTuple):
     """What the loss sees. tokens (B, T') int64 and their layout; index (N,): the flat positions in B*T' whose output
     predicts targets (N,), with weights (N,) float; entries of weight 0 pad N to a multiple of 64, so that shapes recur.
-    denominator: what the weighted sum is divided by, to be summed over the global batch first."""
+    denominator: what the weighted sum is divided by, to be summed over the global batch first. next_token (N,) bool,
+    None: none: which entries are of the AR loss beside the masked one."""
 
     tokens: Tensor
     layout: Layout
@@ -255,28 +300,42 @@ class Example(NamedTuple):
     targets: Tensor
     weights: Tensor
     denominator: float
+    next_token: Tensor | None = None
 
     def map(self, function) -> "Example":
         """`function` applied to each of its tensors."""
         layout = self.layout.map(function)._replace(kind=self.layout.kind)
         rest = (function(x) for x in (self.index, self.targets, self.weights))
-        return Example(function(self.tokens), layout, *rest, self.denominator)
+        next_token = None if self.next_token is None else function(self.next_token)
+        return Example(function(self.tokens), layout, *rest, self.denominator, next_token)
 
     def to(self, device) -> "Example":
         return self.map(lambda x: x.to(device, non_blocking=True))
 
 
-def training_example(batch: Batch, config: Config, noising: Noising, *, seed: int, norm_type: str = "token") -> Example:
-    """The Example of a clean batch for the config's objective, under the noise that `seed` draws."""
+def training_example(
+    batch: Batch,
+    config: Config,
+    noising: Noising,
+    *,
+    seed: int,
+    norm_type: str = "token",
+    block_length: int | None = None,
+    ar_weight: float = 0.0,
+) -> Example:
+    """The Example of a clean batch for the config's objective, under the noise that `seed` draws. block_length: of
+    bd3lm, where it is not the config's, of which it is a divisor. ar_weight: see bd3lm_example."""
     if config.objective == "ar":
         return ar_example(batch, norm_type=norm_type)
-    K = config.block_length if config.objective == "bd3lm" else None
+    K = block_length or config.block_length if config.objective == "bd3lm" else None
     noise = draw_noise(batch, noising, block_length=K, seed=seed)
     if noising.complementary_masks:
         batch, noise = with_complement(batch, noise)
     how = {"weight_type": noising.loss_weight_type, "scheduler": noising.scheduler, "norm_type": norm_type}
     how |= {"mask_id": config.mask_token_id, "right_shift": config.right_shift}
-    return mdlm_example(batch, noise, **how) if K is None else bd3lm_example(batch, noise, block_length=K, **how)
+    if K is None:
+        return mdlm_example(batch, noise, **how)
+    return bd3lm_example(batch, noise, block_length=K, causal=config.causal, ar_weight=ar_weight, **how)
 
 
 def ar_example(batch: Batch, *, norm_type: str = "token") -> Example:
@@ -322,11 +381,14 @@ def bd3lm_example(
     weight_type: str = "scheduler",
     norm_type: str = "token",
     scheduler: str = "linear",
+    causal: bool = False,
+    ar_weight: float = 0.0,
 ) -> Example:
     """Block diffusion (arXiv 2503.09573, equation 8): masked tokens from their noisy block and the clean past.
 
     Two streams in one sequence: the noisy copy, then the clean one. With right_shift, block_length 1 and everything
-    masked it is the causal model exactly.
+    masked it is the causal model exactly. causal: clean tokens see only those before them, not their whole block (as
+    NBDiff, arXiv 2512.06776), so that the clean stream is an AR model; ar_weight > 0 adds so much of its own loss.
     """
     # Only blocks with a supervised token get a noisy copy; any other would be neither seen nor scored.
     # In plain text these are all blocks, in chat the answer's.
@@ -335,6 +397,8 @@ def bd3lm_example(
     W = columns.shape[1]
     noised = batch.tokens.masked_fill(noise.masked, mask_id).gather(1, columns)
     noisy = clean.map(lambda field: field.gather(1, columns))._replace(noisy=torch.ones_like(columns))
+    if causal:  # a clean token is a block by itself; a noisy block is numbered by its first position
+        noisy, clean = noisy._replace(block=noisy.block * block_length), clean._replace(block=clean.position)
 
     streams = torch.cat([noised, batch.tokens], dim=1)
     layout = Layout(*(torch.cat(pair, dim=1) for pair in zip(noisy[:4], clean[:4])))  # (B, W + T)
@@ -347,7 +411,16 @@ def bd3lm_example(
             batch.position % block_length == 0, W + torch.arange(batch.tokens.shape[1]) - 1, place - 1
         )
     weight = loss_weight(noise.level, weight_type, scheduler)
-    return _example(batch, streams, layout, predictor, noise.masked, weight, right_shift, norm_type)
+    example = _example(batch, streams, layout, predictor, noise.masked, weight, right_shift, norm_type)
+    if not ar_weight:
+        return example
+
+    # The clean stream predicts its own next tokens, but not those that only fill a block.
+    own = batch.supervised if batch.fill is None else batch.supervised & ~batch.fill
+    predictor, weight = W + torch.arange(batch.tokens.shape[1]) - 1, torch.full(batch.tokens.shape, ar_weight)
+    beside = _example(batch, streams, layout, predictor, own, weight, True, norm_type)
+    both = {name: torch.cat([getattr(example, name), getattr(beside, name)]) for name in Example._fields[2:5]}
+    return example._replace(**both, next_token=torch.arange(len(both["index"])) >= len(example.index))
 
 
 def _learned_blocks(layout: Layout, supervised: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,23 +469,29 @@ def loss(model: LanguageModel, example: Example) -> tuple[Tensor, float]:
     The two are summed over all micro-batches and ranks of a step before they are divided, so that neither the loss nor
     its gradient depends on how the global batch is cut.
     """
+    return losses(model, example)[0], example.denominator
 
-    def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        return _CrossEntropy.apply(hidden, weight, example.targets, example.weights)
 
-    return model(example.tokens, example.layout, index=example.index, head=head), example.denominator
+def losses(model: LanguageModel, example: Example) -> tuple[Tensor, Tensor]:
+    """(total, next_token), (): the total of `loss`, and the part of it that is the AR loss, without a gradient."""
+
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return _CrossEntropy.apply(hidden, weight, example.targets, example.weights, example.next_token)
+
+    return model(example.tokens, example.layout, index=example.index, head=head)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of weights * cross-entropy of hidden (N, D) @ weight.T (D, V) against targets (N,)."""
+    """Sum of weights * cross-entropy of hidden (N, D) @ weight.T (D, V) against targets (N,); and that over part (N,)
+    bool of them (None: 0), which has no gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights):
+    def forward(ctx, hidden, weight, targets, weights, part):
         # The gradients are formed here, chunk by chunk: no logits are kept, none larger than a chunk exist. The softmax
         # and the sums over chunks are float32 (float64 for float64 weights).
         matrix = weight.to(hidden.dtype)
         wide = torch.promote_types(matrix.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        total, of_part = (torch.zeros((), dtype=wide, device=hidden.device) for _ in range(2))
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
@@ -428,7 +507,10 @@ class _CrossEntropy(torch.autograd.Function):
             chosen = scores.gather(1, target) - scores.amax(dim=1, keepdim=True)
             torch.softmax(scores, dim=1, out=scores)  # in place, a row at a time: one pass over memory
             log_norm = -scores.amax(dim=1, keepdim=True).log()
-            total += (w * (log_norm - chosen)).sum()
+            nats = w * (log_norm - chosen)
+            total += nats.sum()
+            if part is not None:
+                of_part += (nats * part[rows, None]).sum()
             if not (needs_hidden or needs_weight):
                 continue
 
@@ -442,18 +524,19 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_weight += gradient.T @ (w * hidden[rows]).to(matrix.dtype)
         ctx.gradients = grad_hidden, grad_weight
         ctx.weight_dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(of_part)
+        return total, of_part
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(grad)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,6 +618,9 @@ REMASKING = {  # which tokens stay where the schedule says how many: the rule, a
     "p2": (path_planning, "probability"),
 }
 
+# Options that mean nothing where tokens come one after the other.
+BY_BLOCKS = ("block_size", "steps_per_block", "block_align", "remasking", "stochastic_transfer", "cfg_scale")
+
 OR_ALL = "leave it out to choose among all tokens"
 Temperature = Annotated[float, Bound(lambda t: t >= 0, "0 (the likeliest token) or more"), "T"]
 TopK = Annotated[int, Bound(lambda k: k >= 1, f"at least 1; {OR_ALL}"), "K"]
@@ -581,6 +667,9 @@ class Sampling(Options):
     factor: Factor | None = None
     """reveal the n most probable tokens, n the largest with (n + 1)(1 - probability of the n-th) below F (Fast-dLLM),
     1 say, instead of a fixed number (default: none, --steps)"""
+    speculate: Annotated[Count, "N"] | None = None
+    """for a checkpoint with causal context: decode as its ar side would, yet several tokens a forward: each drafts N
+    tokens by diffusion and verifies the last draft. The text is ar's, at any temperature (default: none)"""
     cfg_scale: Annotated[float, "S"] = 0.0
     """classifier-free guidance s: logits u + (s + 1)(c - u), u with the prompt masked; doubles the work"""
     cfg_keep_tokens: Ids = ()  # prompt tokens that u keeps (default: none)
@@ -594,6 +683,12 @@ class Sampling(Options):
         drawn = f"top_p {self.top_p}" if self.top_k is None else f"top_k {self.top_k}"
         if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
             raise ValueError(f"{drawn} changes nothing at temperature 0; raise --temperature or leave it out")
+        if self.speculate is not None:
+            ours = {name: getattr(Sampling, name) for name in (*RULES, *BY_BLOCKS)}
+            if other := [name for name, default in ours.items() if getattr(self, name) != default]:
+                raise ValueError(
+                    f"speculate decodes as ar does, token after token, without {other[0]}; drop one of them"
+                )
         adaptive = [name for name in RULES if getattr(self, name) is not None]
         if len(adaptive) > 1:
             raise ValueError(f"{' and '.join(adaptive)} each say how many tokens a step reveals; leave out all but one")
@@ -621,12 +716,14 @@ class Sampling(Options):
 
     def block(self, config: Config, objective: str) -> int | None:
         """Tokens of a block, None: the whole canvas. ValueError where the checkpoint says otherwise."""
+        if self.speculate is not None:
+            return 1
         given, declared = self.block_size, config.block_length if objective == "bd3lm" else None
         if objective == "ar" and given is not None:
             raise ValueError(f"block_size {given}: an ar model decodes token by token; leave --block_size out")
         if objective == "bd3lm" and given is None and declared is None:
             raise ValueError("bd3lm needs a block size and the checkpoint declares none; pass --block_size")
-        if None not in (given, declared) and given != declared:
+        if None not in (given, declared) and given != declared and not config.causal:
             raise ValueError(f"block_size {given} is not the checkpoint's {declared}; leave --block_size out")
         return 1 if objective == "ar" else given or declared
 
@@ -638,13 +735,15 @@ class Sampling(Options):
 class Step(NamedTuple):
     """The canvas after a forward. tokens (B, T) int64, the mask id where masked (B, T) bool; a row's columns beyond its
     own canvas hold 0. done (B,): the row is finished, whatever may still be masked. forwards: model calls so far.
-    confidence (B, T): the untempered probability a settled token had when it was chosen; 0 where masked or given."""
+    confidence (B, T): the untempered probability a settled token had when it was chosen; 0 where masked or given. draft
+    (B, T) bool: masked columns whose token is a guess, on which the next forward decides; None: without speculation."""
 
     tokens: Tensor
     masked: Tensor
     done: Tensor
     forwards: int
     confidence: Tensor
+    draft: Tensor | None = None
 
 
 @dataclass
@@ -693,7 +792,9 @@ def denoise(
     Raises ValueError, when the first step is taken, for options that contradict the model, the prompts or each other.
     """
     static = model.head_weight.is_cuda if static is None else static
-    batch = Decoding(model, prompts, Sampling(**options), canvas_masks, end_ids, prefix, generator, static)
+    options = Sampling(**options)
+    kind = Decoding if options.speculate is None else Speculation
+    batch = kind(model, prompts, options, canvas_masks, end_ids, prefix, generator, static)
     yield batch.now(0)
     for forwards, _ in enumerate(static_steps(batch) if static else batch.steps(), 1):
         if not static:
@@ -726,7 +827,10 @@ class Decoding:
         self.model, self.options, self.generator, self.static = model, options, generator, static
         self.objective, self.mask_id = config.objective or "mdlm", config.mask_token_id
         self.cached = self.objective != "mdlm"
-        self.right_shift = int(self.objective == "ar" or bool(config.right_shift))
+        self.right_shift = config.shift
+        self.causal = (
+            config.causal and self.objective == "bd3lm"
+        )  # clean tokens see no later ones, a noisy block itself
         self.rule, self.score = options.rule
         self.fixed_count = self.rule is fixed_count  # for graphs.py, which then knows when blocks begin
         self.remasks = options.remasking == "p2"
@@ -806,7 +910,8 @@ class Decoding:
         document = torch.where(self.column < self.length[:, None], 0, -1)
         self.cache = self.mask = None
         if self.cached:
-            self.layout = Layout.of(self.column, document, self.K, self.offset)
+            blocks = (1,) if self.causal else (self.K, self.offset)
+            self.layout = Layout.of(self.column, document, *blocks)
             # Column T is a dump, for padding. Only padding attends to it, since softmax over nothing gives NaN.
             self.fields = F.pad(torch.stack(self.layout[:4]), (0, 1))
             self.fields[1, :, self.T] = -1
@@ -878,6 +983,10 @@ class Decoding:
             stop = torch.maximum(start, first + 1)
         return Window(current, start, first, stop)
 
+    def widths(self) -> Iterator[int]:
+        """The widths of all forwards to come, for static shapes."""
+        return static_widths(self)
+
     def width(self) -> int:
         """How many columns the next forward feeds: those of the row that needs most."""
         window = self.window()
@@ -891,6 +1000,12 @@ class Decoding:
         columns = window.first[:, None] + torch.arange(W, device=self.tokens.device)
         columns = torch.where(columns < window.stop[:, None], columns, self.T)
         layout, fetch = Layout(*self.fields.gather(2, columns.expand(4, -1, -1))), columns.clamp(max=self.T - 1)
+        if (
+            self.causal
+        ):  # the current block is a noisy copy, numbered by its first position, until it is fed again, clean
+            current = (columns >= window.start[:, None]) & (columns < self.T)
+            block = torch.where(current, window.start[:, None], layout.block)
+            layout = layout._replace(block=block, noisy=current.long())
         return self.tokens.gather(1, fetch), self.given.gather(1, fetch) if self.copies == 2 else None, layout, columns
 
     def predict(self, window: Window, W: int, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -942,6 +1057,137 @@ class Decoding:
         if self.remasks:  # p2 may mask the end token again until its block is finished
             before = self.block <= self.block.gather(1, end.clamp(max=self.T - 1)[:, None])
         return ~(self.masked & before).any(dim=1)
+
+
+class Speculation(Decoding):
+    """Rows decoded as the model's ar side decodes them, several tokens a forward: speculative decoding,
+    arXiv 2211.17192, with the model as its own drafter, as in TiDAR, arXiv 2511.08923.
+
+    Columns before `known` (B,) are settled; up to N - 1 guesses may follow. A forward feeds what is settled but not yet
+    in the cache, and the guesses, as clean tokens: each predicts the token after it, which tells the guesses that ar
+    would have written, and one token more. In the same forward it drafts what comes after every number of guesses that
+    may turn out right: for each a noisy copy of N masks, told apart by Layout.noisy, of which the right one is taken.
+
+    Guesses change how many forwards it takes and nothing else. At a temperature that needs the noise of a token to be
+    that of its place in the row: then draft and verdict agree as often as the two distributions do (arXiv 2408.07978),
+    and what is written is what ar would have drawn with that noise.
+    """
+
+    def __init__(self, model, prompts, options: Sampling, canvas_masks, end_ids, prefix, generator, static):
+        config = model.config
+        if config.context != "causal" or config.mask_token_id is None:
+            raise ValueError(
+                "speculate needs a checkpoint with causal context, which can verify its drafts; leave it out"
+            )
+        if canvas_masks is not None:
+            raise ValueError("speculate decodes as ar, which sees nothing after a mask; leave it out to fill in masks")
+        if [] in prompts:
+            raise ValueError("an empty prompt has nothing to predict from; begin it with the BOS or EOS token")
+        self.N = options.speculate
+        self.guesses = 0  # how many follow `known`: none before the first forward, N - 1 after it
+        super().__init__(model, prompts, options, None, end_ids, prefix, generator, static)
+        self.known, self.draft = self.length - options.max_new_tokens, torch.zeros_like(self.masked)
+        self.key = torch.randint(2**62, (self.B,), generator=generator, device=generator.device if generator else "cpu")
+        self.key = self.key.to(self.column.device)
+
+    def _make_context(self) -> None:
+        """The cache: a column for each of the canvas, then those of the copies' masks, then a dump for padding."""
+        config, weight = self.model.config, self.model.head_weight
+        self.dump = self.T + self.N**2
+        self.layout = Layout.of(self.column, torch.where(self.column < self.length[:, None], 0, -1), 1)
+        self.cache = KVCache(config, self.B, self.dump + 1, dtype=weight.dtype, device=weight.device)
+
+    def first(self) -> Tensor:
+        """(B,): the first column to feed. Of what is settled that is at least the last, which predicts the next."""
+        return torch.minimum(self.filled, self.known - 1).clamp(min=0)
+
+    def now(self, forwards: int) -> Step:
+        return super().now(forwards)._replace(draft=self.draft.clone())
+
+    def widths(self) -> Iterator[int]:
+        return itertools.chain([self.width()], itertools.repeat(self.N))
+
+    def width(self) -> int:
+        return int((self.known - self.first()).max()) + self.guesses
+
+    def advance(self, W: int) -> None:
+        """A forward over W clean columns of each row and the copies after them, and what it settles and drafts."""
+        # A verdict is on the column `known` or one after a guess; token j of a draft stands j columns after that.
+        first, N, G = self.first(), self.N, self.guesses
+        tokens, layout, columns = self.feed_drafts(first, W)
+        after = torch.arange(G + 1, device=first.device)  # how many guesses turn out right
+        ahead = torch.arange(1, N, device=first.device)
+        verdict = (self.known - 1 - first)[:, None] + after  # (B, G + 1): where in the forward it is predicted
+        shift = int(bool(self.model.config.right_shift))
+        draft = W + after[:, None] * N + ahead - shift  # (G + 1, N - 1)
+        index = torch.cat([verdict.clamp(max=W - 1), draft.flatten().expand(self.B, -1)], dim=1)
+        index = (index + self.rows[:, None] * tokens.shape[1]).flatten()
+        place = torch.cat([after, (after[:, None] + ahead).flatten()])  # (P,): of the predicted tokens, from `known` on
+        place = (self.known[:, None] + place).flatten()
+
+        head = functools.partial(self.choose_at, row=self.rows.repeat_interleave(len(place) // self.B), place=place)
+        picked, probability, _ = self.model(tokens, layout, index=index, head=head, cache=self.cache, columns=columns)
+        picked, probability = picked.view(self.B, -1), probability.view(self.B, -1)
+        self.settle(picked[:, : G + 1], probability[:, : G + 1], picked[:, G + 1 :].view(self.B, G + 1, N - 1))
+
+    def feed_drafts(self, first: Tensor, W: int) -> tuple[Tensor, Layout, Tensor]:
+        """What is fed, (B, W + copies * N) each: tokens, layout and the cache's columns."""
+        columns = first[:, None] + torch.arange(W, device=first.device)
+        inside = columns < torch.minimum(self.known + self.guesses, self.length)[:, None]
+        fetch, zeros = columns.clamp(max=self.T - 1), torch.zeros_like(columns)
+        # Padding queries see the dump, by block 0: softmax over nothing gives NaN.
+        clean = Layout(fetch, zeros.masked_fill(~inside, -1), fetch.masked_fill(~inside, 0), zeros)
+        tokens, columns = self.tokens.gather(1, fetch), columns.masked_fill(~inside, self.dump)
+
+        # A copy's masks stand where its draft will, and see what is settled or guessed before them, and each other.
+        n = torch.arange((self.guesses + 1) * self.N if self.N > 1 else 0, device=first.device).expand(self.B, -1)
+        start = self.known[:, None] + n // self.N
+        noisy = Layout(start + n % self.N, torch.zeros_like(n), start, n // self.N + 1)
+        layout = Layout(*(torch.cat(pair, dim=1) for pair in zip(clean[:4], noisy[:4])))
+        tokens = torch.cat([tokens, torch.full_like(n, self.mask_id)], dim=1)
+        return tokens, layout, torch.cat([columns, self.T + n], dim=1)
+
+    def choose_at(self, hidden: Tensor, weight: Tensor, row: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+        """`choose_tokens` of hidden (N, D), for the tokens at these places of these rows, (N,) each; by chunks."""
+        picks = []
+        for at in torch.arange(len(row), device=row.device).split(CHUNK[hidden.device.type] // 2):
+            noise = functools.partial(noised_at, self.key[row[at]], place[at], self.options.temperature)
+            how = weight, self.options, self.mask_id, self.generator, self.model.known_ids
+            picks.append(choose_tokens([hidden[at]], *how, noise=noise))
+        return tuple(torch.cat(column) for column in zip(*picks))
+
+    def settle(self, verdict: Tensor, probability: Tensor, drafts: Tensor) -> None:
+        """Settles guesses up to the first that the verdict (B, G + 1) contradicts, and the verdict there; then takes
+        the draft (B, G + 1, N - 1) for that many. Nothing follows an end token or the canvas."""
+        G, live = verdict.shape[1] - 1, ~self.done[:, None]
+        after = torch.arange(G + 1, device=verdict.device)
+        guess = self.tokens.gather(1, (self.known[:, None] + after[:G]).clamp(max=self.T - 1))
+        right = (guess == verdict[:, :G]).long().cumprod(dim=1).sum(dim=1)  # (B,)
+        ends = (verdict[:, :, None] == self.ends).any(dim=2).long()
+        new = (
+            (after <= right[:, None])
+            & (ends.cumsum(dim=1) == ends)
+            & (self.known[:, None] + after < self.length[:, None])
+        )
+
+        # Of each column of the canvas, the verdict that belongs there; then the same for the draft.
+        place = self.column - self.known[:, None]
+        settled = (place >= 0) & (place < new.sum(dim=1)[:, None]) & live
+        self.tokens.copy_(torch.where(settled, verdict.gather(1, place.clamp(0, G)), self.tokens))
+        chosen = probability.to(self.confidence.dtype).gather(1, place.clamp(0, G))
+        self.confidence.copy_(torch.where(settled, chosen, self.confidence))
+        self.masked.logical_and_(~settled)
+        self.filled.copy_(torch.where(self.done, self.filled, self.known + torch.minimum(right, new.sum(dim=1))))
+        self.known.add_(settled.sum(dim=1))
+        self.done.copy_(self.ended())
+
+        self.tokens.masked_fill_(self.masked, self.mask_id)
+        place = self.column - self.known[:, None]
+        self.draft.copy_((place >= 0) & (place < drafts.shape[2]) & self.masked & ~self.done[:, None])
+        if drafts.shape[2]:
+            taken = drafts[self.rows, right].gather(1, place.clamp(0, drafts.shape[2] - 1))
+            self.tokens.copy_(torch.where(self.draft, taken, self.tokens))
+        self.guesses = self.N - 1
 
 
 def check_canvas(config: Config, objective: str, options: Sampling, prompts, canvas_masks, end_ids, prefix) -> None:
@@ -1025,6 +1271,26 @@ def noised(logits: Tensor, temperature: float, generator: torch.Generator | None
     return torch.sub(logits, drawn.float().log_(), alpha=temperature)
 
 
+def uniform_at(key: Tensor, place: Tensor, start: int, shape, device) -> Tensor:
+    """(N, v) float64 in (0, 1): the random number of each token from `start` on at `place` (N,) of the row `key` (N,):
+    a function of these alone, so that whoever asks for it again gets it (SplitMix64's mixing, twice)."""
+    token = torch.arange(start, start + shape[1], device=device)
+
+    def mix(x: Tensor) -> Tensor:  # int64 arithmetic wraps around; >> would copy the sign
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+        return x ^ (x >> 31 & (1 << 33) - 1)
+
+    step = -0x61C8864680B583EB  # 2**64 / golden ratio
+    bits = mix(mix(key + place * step)[:, None] + (token + 1) * step) >> 11 & (1 << 53) - 1
+    return (bits.double() + 0.5) / 2**53
+
+
+def noised_at(key: Tensor, place: Tensor, temperature: float, start: int, logits: Tensor) -> Tensor:
+    """Logits (N, v) of the tokens from `start` on, with the Gumbel noise of their places."""
+    return gumbel(logits, temperature, uniform_at(key, place, start, logits.shape, logits.device))
+
+
 def restrict(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits (N, V) with -inf outside the top_k largest, and outside the smallest set of probability >= top_p."""
     if top_k is not None and top_k < logits.shape[1]:
@@ -1067,12 +1333,16 @@ class Slice(NamedTuple):
     mean: Tensor
 
 
-def choose_tokens(hidden: list[Tensor], weight: Tensor, options: Sampling, mask_id, generator, known_ids=None):
+def choose_tokens(
+    hidden: list[Tensor], weight: Tensor, options: Sampling, mask_id, generator, known_ids=None, *, noise=None
+):
     """(token, probability, score), each (N,), from hidden [(N, D)] or, with guidance, [conditional, unconditional].
 
     The score is the probability; with `entropy` the distribution's negative entropy in nats. Neither temperature nor
     top_k nor top_p enters them. Neither mask_id (None: there is none) nor an id from known_ids on is ever chosen.
+    noise: (first token, logits (N, v)) -> the same with Gumbel noise of the temperature; None: the generator's.
     """
+    noise = noise or (lambda start, logits: noised(logits, options.temperature, generator))
     never = [] if mask_id is None else [(mask_id, mask_id + 1)]
     never += [] if known_ids is None else [(known_ids, len(weight))]
     entropy = options.rule[1] == "entropy"
@@ -1083,7 +1353,7 @@ def choose_tokens(hidden: list[Tensor], weight: Tensor, options: Sampling, mask_
         if options.cfg_scale:
             free = scores[1].to(logits.dtype)
             logits = free + (options.cfg_scale + 1) * (logits - free)
-        parts.append(_choose_in_slice(logits, start, options, never, generator, entropy, restricted))
+        parts.append(_choose_in_slice(logits, start, options, never, noise, entropy, restricted))
 
     part = parts[0] if len(parts) == 1 else _whole(parts)
     probability = (part.logit - part.top).exp() / part.total
@@ -1103,7 +1373,7 @@ def _whole(parts: list[Slice]) -> Slice:
     return Slice(best, token, logit, top, (part.total * share).sum(dim=0), mean.sum(dim=0))
 
 
-def _choose_in_slice(logits, start: int, options: Sampling, never, generator, entropy, restricted) -> Slice:
+def _choose_in_slice(logits, start: int, options: Sampling, never, noise, entropy, restricted) -> Slice:
     """logits (N, v) of the tokens from `start` on; they are overwritten."""
     # Some tokens are never chosen.
     inside = range(start, start + logits.shape[1])
@@ -1122,7 +1392,7 @@ def _choose_in_slice(logits, start: int, options: Sampling, never, generator, en
     if options.temperature:
         T = options.temperature
         noisy = restrict(logits / T, options.top_k, options.top_p) * T if restricted else logits
-        best, token = noised(noisy, T, generator).max(dim=1)
+        best, token = noise(start, noisy).max(dim=1)
 
     # Its probability, over the whole slice with their logits restored, but for tokens of begin_suppress_tokens.
     for part, share in reversed(barred):

@@ -150,7 +150,8 @@ class A2D:
         # Scores of a checkpoint by an objective that it was not trained for would mean nothing.
         config, name = load_config(resolve(options.pretrained)), f"--model a2d_{self.objective}"
         declared = config.objective
-        if declared not in (None, self.objective) and not config.assumed:
+        both = config.causal and {declared, self.objective} == {"ar", "bd3lm"}  # it is one as well as the other
+        if declared not in (None, self.objective) and not config.assumed and not both:
             way = f"which declares objective {declared}; pass --model a2d_{declared}"
             raise ValueError(f"{name} contradicts the checkpoint, {way}")
         chosen = {"model_name_or_path": options.pretrained, "objective": self.objective, "device": device}

@@ -13,7 +13,7 @@ def static_steps(batch) -> Iterator[None]:
     if not batch.masked.any():
         return
     advance = recorded(batch.advance, batch.generator, batch.column.device)
-    for width in static_widths(batch):
+    for width in batch.widths():
         over = later(batch.done.all())
         advance(width)
         if over():  # every row was done before this forward, which changed nothing

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from diffusion import CHUNK, Batch, Noising, denoise, loss, training_example, vocabulary_slices
+from diffusion import CHUNK, Batch, Noising, denoise, losses, training_example, vocabulary_slices
 from model import Config, KVCache, LanguageModel, Layout
 from parallel import Ranks
 
@@ -99,7 +99,7 @@ def log_likelihood(
 def _plan(config: Config, K: int | None, contexts, continuations, draws: int, sets: int, seed: int) -> list[_Row]:
     """The rows to feed for all requests."""
     ar = config.objective == "ar"
-    shift = int(ar or bool(config.right_shift))  # a token is predicted from so many positions before its own
+    shift = config.shift
     longest = config.max_position_embeddings + int(ar)  # ar does not feed its last token
     rows: dict[tuple | bytes, _Row] = {}
     for request, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
@@ -180,6 +180,7 @@ def _batches(rows: list[_Row], forward_tokens: int) -> Iterator[list[_Row]]:
 def _score(model: LanguageModel, batch: list[_Row], reads: list[np.ndarray], K: int | None) -> list[np.ndarray]:
     """The scores of each row's reads. One forward has the clean pasts and as many copies as it takes; other copies
     follow in forwards of their own, which see the same past in the cache."""
+    clean = 1 if K and model.config.causal else K  # the block length of the clean past
     B, P, width = len(batch), max(len(row.past) for row in batch), max(row.width for row in batch)
     copies = max(len(row.copies) for row in batch)
     at_once = max(1, COPIES // max(width, 1))  # copies of a forward
@@ -191,7 +192,7 @@ def _score(model: LanguageModel, batch: list[_Row], reads: list[np.ndarray], K: 
     if K and (copies or len(contexts) < B):
         cache = KVCache(model.config, B, dump + 1, dtype=model.head_weight.dtype, device=model.head_weight.device)
     if len(contexts) < B and any(contexts):
-        _encode(model, contexts, [contexts.index(row.past[: row.shared]) for row in batch], cache, K)
+        _encode(model, contexts, [contexts.index(row.past[: row.shared]) for row in batch], cache, clean)
         # Its last token is fed again: under right shift it predicts, and the cache has no hidden states.
         first = [max(row.shared - 1, 0) for row in batch]
 
@@ -204,11 +205,13 @@ def _score(model: LanguageModel, batch: list[_Row], reads: list[np.ndarray], K: 
         for i, (row, read) in enumerate(zip(batch, reads)):
             # The first forward has the rest of the past; behind it, a slot of `width` tokens for each copy.
             if begin == 0:
-                _put(fed[i], row.past[first[i] :], first[i], first[i], 0, K)
+                _put(fed[i], row.past[first[i] :], first[i], first[i], 0, clean)
             starts = np.array([start for start, _ in row.copies] + [0])  # the last one is for PAST
             for c, (start, tokens) in enumerate(list(row.copies)[numbers.start : numbers.stop]):
                 tokens = np.frombuffer(tokens, dtype=np.int64)
                 _put(fed[i, before + c * width :], tokens, start, P + c * width, numbers[c] + 1, K)
+                if clean != K:  # with causal context a copy is numbered by its first position
+                    fed["block"][i, before + c * width :][: len(tokens)] = start
             # Each predictor is in the past or in the slot of its copy; other forwards answer the other reads.
             copy, predictor = read["copy"], read["predictor"]
             column = before + (copy - begin) * width + predictor - starts[copy]
@@ -315,30 +318,35 @@ EVALUATION_SEED = 0  # of the noise: the same in every run
 
 
 @torch.no_grad()
-def evaluate(engine, model: LanguageModel, rows, collate, *, batch_size: int, ranks: Ranks) -> float:
-    """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased.
+def evaluate(
+    engine, model: LanguageModel, rows, collate, *, batch_size: int, ranks: Ranks
+) -> tuple[float, float | None]:
+    """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased. With
+    causal context also that of the model as ar, else None.
 
     Mask counts with weight m/n (diffusion.draw_noise) under noise that is fixed, whatever the run trains with. Padding
     that mdlm or bd3lm predict adds to the sum, not to the count, so that the objectives compare. Rows are taken in
     order of length, so that a batch has little padding, and always the same. The ranks take batches in turn.
     """
     noising = Noising(noise_type="count")
-    first = int(model.config.right_shift)  # then a row's first token has no predictor
+    first = model.config.shift  # then a row's first token has no predictor
+    beside = {"ar_weight": 1.0} if model.config.context == "causal" and model.config.objective == "bd3lm" else {}
     order = sorted(range(len(rows)), key=lambda i: (rows.lengths[i], i))
     begins = range(0, len(order), batch_size)
     model.eval()
-    total, tokens = 0.0, 0
+    total, of_ar, tokens, ar_tokens = 0.0, 0.0, 0, 0
     turns = range(math.ceil(len(begins) / ranks.world_size))
     for turn in tqdm(turns, "evaluate", unit="batch", leave=False, disable=True if ranks.rank else None):
         n = turn * ranks.world_size + ranks.rank
         begin = begins[min(n, len(begins) - 1)]  # FSDP's ranks must run together: one without a batch repeats the last
         picked = [rows[i] for i in order[begin : begin + batch_size]]
         batch = {**collate(picked), "sample": torch.arange(begin, begin + len(picked)), "epoch": 0}
-        example = training_example(Batch(**batch), model.config, noising, seed=EVALUATION_SEED)
-        value = loss(engine, example.to(ranks.device))[0].item()
+        example = training_example(Batch(**batch), model.config, noising, seed=EVALUATION_SEED, **beside)
+        value, ar = (part.item() for part in losses(engine, example.to(ranks.device)))
         if n < len(begins):
-            total += value
+            total, of_ar = total + value - ar, of_ar + ar
             tokens += sum(int(row["supervised"][first:].sum()) for row in picked)
+            ar_tokens += sum(int(row["supervised"][1:].sum()) for row in picked)
     model.train()
-    total, tokens = ranks.sum(total, tokens)
-    return total / max(1, tokens)
+    total, of_ar, tokens, ar_tokens = ranks.sum(total, of_ar, tokens, ar_tokens)
+    return total / max(1, tokens), of_ar / max(1, ar_tokens) if beside else None

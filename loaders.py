@@ -70,13 +70,13 @@ MULTIPLE = {"cpu": 1, "cuda": 32}
 def collate(
     rows, *, pad_id: int, train_on_padding=False, block_length=None, eos_id=None, length=None, longest=0, multiple=1
 ) -> dict[str, torch.Tensor]:
-    """Rows side by side, padded on the right: tokens, document, position (B, T) int64, supervised (B, T) bool.
+    """Rows side by side, padded on the right: tokens, document, position (B, T) int64, supervised, fill (B, T) bool.
 
     T: `length`, else the longest row, here or in the rest of the global batch (`longest` tokens), rounded up to a
     `multiple`. document: 0, in a packed row the number of its row, padding -1. Padding is not supervised. Two ways to
     learn where an answer ends:
     train_on_padding: padding is supervised and visible (document 0), so that a row tells where in a canvas it ends;
-    block_length: each row is first extended by supervised eos_id to a multiple of it.
+    block_length: each row is first extended by supervised eos_id to a multiple of it, which `fill` tells from its own.
     """
     assert not (train_on_padding and block_length), "padding is trained on, or rows fill their blocks: not both"
     assert not (train_on_padding and any("document" in row for row in rows)), "packed rows have no padding to train on"
@@ -92,6 +92,7 @@ def collate(
     tokens, supervised = torch.full((B, T), pad_id), torch.full((B, T), train_on_padding)
     document, position = torch.full((B, T), 0 if train_on_padding else -1), torch.arange(T).repeat(B, 1)
     batch = {"tokens": tokens, "supervised": supervised, "document": document, "position": position}
+    batch["fill"] = torch.zeros(B, T, dtype=torch.bool)
     for b, row in enumerate(rows):
         for name in batch:
             batch[name][b, : len(row[name])] = torch.from_numpy(row[name])

@@ -21,7 +21,8 @@ except ImportError:  # Windows
     resource = None
 
 ARGS, METRICS, PICTURE = "args.json", "metrics.jsonl", "curves.png"  # in a run's --output_dir, beside its checkpoints
-SUMS = ("loss", "denominator", "tokens", "supervised", "flops", "seconds")  # what a line of the log is made of
+# What a line of the log is made of; ar_loss and ar_weight: of the AR loss beside the masked one.
+SUMS = ("loss", "ar_loss", "ar_weight", "denominator", "tokens", "supervised", "flops", "seconds")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,6 +124,8 @@ def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
         "tokens": total["tokens"],
         "supervised_tokens": total["supervised"],
     }
+    if total["ar_weight"]:
+        metrics["ar_loss"] = total["ar_loss"] / total["ar_weight"]
     if peak:  # model FLOPs utilization: the share of what the devices could have done that the steps needed
         metrics["mfu"] = total["flops"] / seconds / (peak * ranks.world_size)
     if ranks.device.type == "cuda":
@@ -138,7 +141,8 @@ def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ran
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
-    block = f", block length {config.block_length}" if config.objective == "bd3lm" else ""
+    block = f", block length {args.block_size or config.block_length}" if config.objective == "bd3lm" else ""
+    block += f", causal context, AR loss x {args.ar_weight:g}" if config.context == "causal" else ""
     where = f"{ranks.world_size} x {ranks.device.type} ({args.parallel})" if ranks.world_size > 1 else ranks.device.type
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     length = args.pad_to or args.max_length

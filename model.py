@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 OBJECTIVES = ("ar", "mdlm", "bd3lm")
+CONTEXTS = ("block", "causal")
 
 
 @dataclass
@@ -48,12 +49,23 @@ class Config:
     block_length: int | None = None  # K of bd3lm
     mask_token_id: int | None = None
     right_shift: bool | None = None  # position i predicts token i + 1, as in the AR model
+    context: str | None = None  # of bd3lm, one of CONTEXTS: what clean tokens see; None: block
     extra: dict = field(default_factory=dict)  # the source's other fields, unread, kept to be written back
 
     # Not in config.json: what checkpoint.load_config found out besides.
     reason: str = field(default="declared", compare=False)  # why it is of this objective; empty: nothing says which
     assumed: tuple = field(default=(), compare=False)  # fields that no file declares, so that an option may differ
     answer_length: int | None = field(default=None, compare=False)  # tokens of the longest answer it was trained on
+
+    @property
+    def causal(self) -> bool:
+        """Clean tokens see only those before them: the model is an AR model as well."""
+        return self.objective == "ar" or self.context == "causal"
+
+    @property
+    def shift(self) -> int:
+        """From how many positions before its own a token is predicted: 0 or 1."""
+        return int(self.objective == "ar" or bool(self.right_shift))
 
     @property
     def family(self) -> "Family":

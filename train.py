@@ -9,6 +9,7 @@
 Beside it: optim.py, likelihood.py (evaluation), loaders.py, resume.py (a run's directory), log.py, parallel.py.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -31,13 +32,13 @@ import data
 import resume
 from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model, resolve
 from cli import one_line_errors
-from diffusion import Batch, Example, Noising, loss, training_example
+from diffusion import Batch, Example, Noising, losses, training_example
 from files import replacing_file
 from graphs import later
 from likelihood import evaluate
 from loaders import Batching, ChatBatching, Workers, build_loaders, longest_answer, prefetch
 from log import ARGS, SUMS, Log, describe, import_wandb, past_rows, peak_flops, readable, summarize, train_flops
-from model import OBJECTIVES, Config, LanguageModel, use_cudnn
+from model import CONTEXTS, OBJECTIVES, Config, LanguageModel, use_cudnn
 from optim import Optimization, build_optimizers, learning_rate
 from options import (
     Count,
@@ -61,6 +62,25 @@ UNREAD = {"cpu": 0, "cuda": 1}  # steps whose loss is read only when so many mor
 # The settings. They bear dLLM's names and defaults where it has them.
 
 
+def growth(text: str) -> list[tuple[int, float]]:
+    """--block_size as (block length, the part of the run at which it ends), in order; ValueError for what is none."""
+    parts = [part.partition(":") for part in text.split(",")]
+    lengths = [int(K) for K, _, _ in parts]
+    shares = [float(share) if colon else 1 / len(parts) for _, colon, share in parts]
+    if min(lengths) < 1 or any(lengths[-1] % K for K in lengths) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise ValueError(text)
+    return list(zip(lengths, itertools.accumulate(shares)))
+
+
+def block_lengths(text: str) -> str:
+    try:
+        growth(text)
+    except ValueError:
+        expected = "a number from 1 on, or some that each divide the last, as 1,2,4,8 or 1:0.25,4:0.75, in parts of 1"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
+    return text
+
+
 @dataclass(kw_only=True)
 class Source(Options):
     "model"
@@ -76,7 +96,14 @@ class Target(Options):
 
     objective: Literal[*OBJECTIVES] | None = None
     """what to train it as (default: what the checkpoint declares, else mdlm)"""
-    block_size: Annotated[int, "TOKENS"] | None = None  # bd3lm's block length (default: the checkpoint's)
+    block_size: Annotated[str, block_lengths, "K|K,K,..."] | None = None
+    """bd3lm's block length. 1,2,4,8: it grows over the run, in equal parts, or 1:0.1,2:0.2,4:0.3,8:0.4; each divides
+    the last, which the checkpoint declares and evaluations use (default: the checkpoint's)"""
+    context: Literal[*CONTEXTS] | None = None
+    """what clean tokens see, for bd3lm. block: their whole block. causal: only what is before them: the model is then
+    an ar model, too, and can verify its own drafts (default: what the checkpoint declares, else block)"""
+    ar_weight: NonNegative | None = None
+    """with causal context, add so many times the next-token loss of the clean tokens (default: 0.3)"""
     right_shift_logits: bool | None = None
     """position i predicts token i + 1, as in the AR model (default: what the checkpoint declares, else False)"""
 
@@ -156,9 +183,15 @@ class Settings(
             raise ValueError(f"--{name} is for --stage {other}; leave it out of --stage {args.stage}")
         return args
 
-    def check_noise(self, objective: str) -> None:
-        """Refuses noise for ar, which has none, once the checkpoint has declared the objective."""
-        if objective != "ar":
+    def fit(self, config: Config) -> None:
+        """Once the checkpoint has declared what it is: refuses what that has no use for, and fills in the AR weight."""
+        both = config.objective == "bd3lm" and config.context == "causal"
+        if self.ar_weight and not both:
+            raise ValueError(
+                f"--ar_weight {self.ar_weight}: only bd3lm with causal context has an AR loss beside its own"
+            )
+        self.ar_weight = (0.3 if self.ar_weight is None else self.ar_weight) if both else 0.0
+        if config.objective != "ar":
             return
         for name in self.given & flags(Noising).keys():
             raise ValueError(f"--{name} {getattr(self, name)}: ar has no noise; leave it out, or pass --objective")
@@ -192,9 +225,10 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
     declare(
         model.config,
         objective=args.objective or ("mdlm" if model.config.reason == PLAIN else None),
-        block_length=args.block_size,
+        block_length=args.block_size and growth(args.block_size)[-1][0],
         right_shift=args.right_shift_logits,
         mask_token_id=mask_id,
+        context=args.context,
     )
     config = model.config
     tokenizer.fit(config.vocab_size, mask=config.objective != "ar")
@@ -245,7 +279,7 @@ class StepTaken(NamedTuple):
     step: int
     data: StepData
     rate: float  # the learning rate
-    figures: Callable[[], list[float]]  # waits for (loss, norm)
+    figures: Callable[[], list[float]]  # waits for (loss, its AR part, norm)
     logged: bool  # a line of the log follows it
 
 
@@ -258,7 +292,7 @@ class Run:
         wandb = import_wandb() if args.report_to == "wandb" else None
         with ranks.first_on_node():
             self.model, self.tokenizer = build_model(args)
-            args.check_noise(self.model.config.objective)
+            args.fit(self.model.config)
             if start.checkpoints:
                 resume.check_resumed(start, args, self.model.config, ranks.world_size)
             self.loaders = build_loaders(args, self.model.config, self.tokenizer, ranks)
@@ -279,6 +313,7 @@ class Run:
         self.unread: deque[StepTaken] = deque()
 
         # The first step's data is read here, so that what cannot be read is refused before anything is written.
+        self.began = time.perf_counter() - 60 * self.minutes_before
         self.prefetched = prefetch(self._prepare_steps(), PREFETCH[ranks.device.type])
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
         self._prepare_directory(start)
@@ -319,8 +354,11 @@ class Run:
     def _prepare_steps(self):
         """Iterator over the StepData of each step; on CUDA a thread runs it while the GPU computes."""
         args, config = self.args, self.model.config
-        for micro_batches in self.loaders.train.batches():
-            options = {"seed": args.seed, "norm_type": args.loss_norm_type}
+        options = {"seed": args.seed, "norm_type": args.loss_norm_type, "ar_weight": args.ar_weight}
+        growing = growth(args.block_size) if args.block_size else []
+        for step, micro_batches in enumerate(self.loaders.train.batches(), self.step):
+            now = self.progress(self.minutes, step)
+            options["block_length"] = next((K for K, end in growing if now < end), config.block_length)
             examples = [training_example(Batch(**batch), config, args, **options) for batch in micro_batches]
             counted = examples if self.peak else []
             flops = sum(train_flops(config, e.layout, int((e.weights > 0).sum())) for e in counted)
@@ -372,19 +410,23 @@ class Run:
         finite, as `skip` has it."""
         while len(self.unread) > ahead:
             taken = self.unread.popleft()
-            total, norm = taken.figures()
+            total, ar, norm = taken.figures()
             if math.isfinite(norm):
-                self.count(taken.data, total, taken.data.denominator)
+                self.count(taken.data, total, ar, taken.data.denominator)
             else:
                 self.skip(taken)
-                self.count(taken.data, 0.0, 0)
+                self.count(taken.data, 0.0, 0.0, 0)
             self.newest = taken, norm
             if taken.logged:
                 self.write_metrics()
 
-    def count(self, done: StepData, total: float, denominator: float) -> None:
-        """Adds a step, and the time since the one before, to the sums of the log's next line."""
-        self.sums["loss"] += total
+    def count(self, done: StepData, total: float, ar: float, denominator: float) -> None:
+        """Adds a step, and the time since the one before, to the sums of the log's next line. total: the loss, of which
+        `ar` is the AR loss's part."""
+        self.sums["loss"] += total - ar
+        self.sums["ar_loss"] += ar
+        beside = [e.weights[e.next_token] for e in done.examples if e.next_token is not None and denominator]
+        self.sums["ar_weight"] += sum(float(weights.sum()) for weights in beside)
         self.sums["denominator"] += denominator
         self.sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in done.micro_batches)
         self.sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in done.micro_batches)
@@ -424,15 +466,17 @@ class Run:
         size, goal = self.args.per_device_eval_batch_size, self.args.stop_at_eval_loss
         rows, collate = self.loaders.eval_rows, self.loaders.collate
         with self.clock_stopped():
-            nats = evaluate(self.engine, self.model, rows, collate, batch_size=size, ranks=self.ranks)
+            nats, ar = evaluate(self.engine, self.model, rows, collate, batch_size=size, ranks=self.ranks)
         if not math.isfinite(nats):
             raise ValueError(
                 f"step {self.step}: the evaluated bound is {nats}; the weights are damaged, or --compute_dtype "
                 "too narrow for them"
             )
         perplexity = math.exp(min(nats, 700))
-        self.log.write(self.step, eval_loss=nats, eval_perplexity=perplexity, minutes=self.minutes)
-        self.log.print(f"step {self.step}: evaluation {nats:.4f} nats per token, perplexity {readable(perplexity)}")
+        beside, said = ({}, "") if ar is None else ({"eval_ar_loss": ar}, f"; as ar {ar:.4f}")
+        self.log.write(self.step, eval_loss=nats, **beside, eval_perplexity=perplexity, minutes=self.minutes)
+        said = f"{nats:.4f} nats per token, perplexity {readable(perplexity)}{said}"
+        self.log.print(f"step {self.step}: evaluation {said}")
         return self.step > 0 and goal is not None and nats <= goal
 
     def evaluation_is_due(self) -> bool:
@@ -520,7 +564,9 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
 
         # A loss that is not finite on one rank makes the gradient not finite on all of them,
         # so that all leave the step out.
-        total, norm = gradients(run.engine, run.sync, run.model, batch.examples, denominator, args.max_grad_norm, ranks)
+        totals, norm = gradients(
+            run.engine, run.sync, run.model, batch.examples, denominator, args.max_grad_norm, ranks
+        )
         update(run.optimizers, rate, norm)
         run.step += 1
 
@@ -529,7 +575,7 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
         stopped = signalled > 0 and not ended
         before, now = now, run.progress(minutes, run.step)
         logged = run.step % args.logging_steps == 0 or ended
-        run.unread.append(StepTaken(run.step, batch, rate, later(torch.stack([total, norm])), logged))
+        run.unread.append(StepTaken(run.step, batch, rate, later(torch.cat([totals, norm[None]])), logged))
         run.read(ahead=UNREAD[ranks.device.type])
         if (args.save_steps and run.due(args.save_steps, before, now) and not ended) or stopped:
             saved = run.save(batch.loader_state)
@@ -556,8 +602,8 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
 
 
 def gradients(engine, sync, model, examples: list[Example], denominator: float, max_grad_norm: float, ranks: Ranks):
-    """(summed loss of this rank, norm of the gradient) of a global batch, whose clipped gradient is then in the model;
-    both () on the device, which nothing here waits for.
+    """(sums (2,) of this rank's losses, as `diffusion.losses` has them, norm () of the gradient) of a global batch, its
+    clipped gradient then in the model; both on the device, which nothing here waits for.
 
     denominator: of the global batch. Gradients are averaged over ranks, hence the factor. Where a loss is not finite,
     nor is the gradient.
@@ -565,10 +611,10 @@ def gradients(engine, sync, model, examples: list[Example], denominator: float, 
     total = 0.0
     for n, example in enumerate(examples):
         sync(n == len(examples) - 1)
-        value, _ = loss(engine, example.to(ranks.device))
+        value, ar = losses(engine, example.to(ranks.device))
         scale = torch.full_like(value, ranks.world_size / max(1, denominator))
         value.backward(torch.where(value.isfinite(), scale, math.nan))  # so that all ranks learn of it by the gradient
-        total += value.detach()
+        total += torch.stack([value.detach(), ar])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     return total, norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP
 

@@ -46,6 +46,9 @@ def bound(objective: str, model, context, continuation) -> float:
                 # the clean past, then this block noisy: each sees the blocks before, and its own
                 position = torch.arange(stop)[None]
                 layout = Layout.of(position, None, K)
+                if model.config.context == "causal":  # the past: only what is before; the block: the past, and itself
+                    noisy = position >= start
+                    layout = layout._replace(block=torch.where(noisy, start, position), noisy=noisy.long())
                 if shift and start:  # the position before the block is clean, and in an earlier block
                     assert noised[start - 1] == sequence[start - 1]
                 log_p = log_probs(model, noised, layout)
@@ -116,9 +119,10 @@ def test_greedy_verdicts_are_the_references():
 
 
 @pytest.mark.parametrize("right_shift", [False, True])
+@pytest.mark.parametrize("context", [None, "causal"])
 @pytest.mark.parametrize(("objective", "K"), [("mdlm", None), ("bd3lm", 1), ("bd3lm", 3), ("bd3lm", 4)])
-def test_enumeration_is_the_bound_of_the_definition(objective, K, right_shift):
-    model = tiny(objective=objective, block_length=K, right_shift=right_shift)
+def test_enumeration_is_the_bound_of_the_definition(objective, K, context, right_shift):
+    model = tiny(objective=objective, block_length=K, right_shift=right_shift, context=context)
     for P, L in [(5, 1), (4, 3), (8, 4), (1, 4), (7, 5)]:
         context, continuation = tokens(P), tokens(L, 1)
         estimate, error = log_likelihood(model, [context], [continuation], draws=31, generator=rng())

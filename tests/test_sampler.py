@@ -58,6 +58,15 @@ MODES = {
         {"block_align": "prompt"},
     ),
     "bd3lm.shift.1": ({"objective": "bd3lm", "block_length": 1, "right_shift": True}, {}),
+    "bd3lm.causal": ({"objective": "bd3lm", "block_length": 4, "context": "causal"}, {}),
+    "bd3lm.causal.shift": (
+        {"objective": "bd3lm", "block_length": 4, "context": "causal", "right_shift": True},
+        {},
+    ),
+    "bd3lm.causal.other.prompt": (
+        {"objective": "bd3lm", "block_length": 4, "context": "causal"},
+        {"block_size": 3, "block_align": "prompt"},
+    ),
 }
 each_mode = pytest.mark.parametrize("mode", MODES)
 each_infilling_mode = pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.endswith(".prompt")])
@@ -152,10 +161,11 @@ def test_samples_equal_the_reference_token_for_token(case):
 # A slow and obvious sampler
 
 
-def slow_sampler(model, canvas, holes, *, attention, K, offset, shift, steps, cfg_scale=0.0, keep=()):
+def slow_sampler(model, canvas, holes, *, attention, K, offset, shift, steps, causal=False, cfg_scale=0.0, keep=()):
     """All canvases of one row: no cache, no batch, no window; a whole forward at every step, selection in Python.
 
-    attention: the block length of attention (None: bidirectional); K: of the decoding blocks.
+    attention: the block length of attention (None: bidirectional); K: of the decoding blocks; causal: clean tokens see
+    only what is before them, which the current block's are not until it is done.
     """
     canvas, holes, T = list(canvas), set(holes), len(canvas)
     given = [i for i in range(T) if i not in holes and canvas[i] not in keep]
@@ -163,8 +173,13 @@ def slow_sampler(model, canvas, holes, *, attention, K, offset, shift, steps, cf
         canvas[i] = MASK
     canvases = [list(canvas)]
 
-    def forward(ids):
+    def forward(ids, block):
         layout = Layout.of(positions(1, T), None, attention, torch.tensor([offset]))
+        if causal:
+            start, stop = max(block * K - offset, 0), min((block + 1) * K - offset, T)
+            current = positions(1, T) >= start
+            layout = layout._replace(block=torch.where(current, start, positions(1, T)), noisy=current.long())
+            ids, layout = ids[:stop], layout.map(lambda field: field[:, :stop])
         return model(torch.tensor([ids]), layout)[0]
 
     while holes:
@@ -173,9 +188,9 @@ def slow_sampler(model, canvas, holes, *, attention, K, offset, shift, steps, cf
         for quota in reveal_schedule(torch.tensor(len(todo)), steps).tolist():
             if not todo:
                 break
-            logits = forward(canvas)
+            logits = forward(canvas, block)
             if cfg_scale:
-                free = forward([MASK if i in given else token for i, token in enumerate(canvas)])
+                free = forward([MASK if i in given else token for i, token in enumerate(canvas)], block)
                 logits = free + (cfg_scale + 1) * (logits - free)
             choices = []
             for i in sorted(todo):
@@ -196,15 +211,14 @@ def slow(mode, model, prompt, *, canvas_mask=None, new=NEW, steps=128, steps_per
     holes = [i for i, hole in enumerate(canvas_mask or []) if hole] + list(range(len(prompt), len(canvas)))
     objective = declared["objective"]
     attention = {"ar": 1, "mdlm": None, "bd3lm": declared.get("block_length")}[objective]
-    K = attention or options.get("block_size", len(canvas))
+    K = options.get("block_size") or attention or len(canvas)
     align = options.get("block_align", "prompt" if objective == "mdlm" else "sequence")
     offset = -len(prompt) % K if align == "prompt" and canvas_mask is None else 0
     shift = int(objective == "ar" or declared.get("right_shift", False))
     span = len(canvas) if canvas_mask is not None else new
     steps = steps_per_block or math.ceil(steps / math.ceil(span / K))
-    return slow_sampler(
-        model, canvas, holes, attention=attention, K=K, offset=offset, shift=shift, steps=steps, **guidance
-    )
+    how = {"attention": attention, "K": K, "offset": offset, "shift": shift, "causal": "context" in declared}
+    return slow_sampler(model, canvas, holes, steps=steps, **how, **guidance)
 
 
 @pytest.mark.parametrize(("family", "steps"), [("qwen3", 1), ("qwen3", 40), *((family, 7) for family in FAMILIES)])
@@ -303,7 +317,8 @@ def test_the_logits_tokens_are_picked_from_are_those_of_training(mode, family, m
     assert len(recorded) == len(steps) - 1
     # Training knows no offset: a canvas whose blocks do not begin at 0 is a document whose positions do not.
     prompt_aligned = config.objective == "bd3lm" and MODES[mode][1].get("block_align") == "prompt"
-    offset = -len(prompt) % config.block_length if prompt_aligned else 0
+    K = MODES[mode][1].get("block_size", config.block_length)
+    offset = -len(prompt) % K if prompt_aligned else 0
     tolerance = 1e-4 if offset else 1e-9  # angles are float32
     for step, logits in zip(steps, recorded):
         T = step.tokens.shape[1]
@@ -317,7 +332,7 @@ def test_the_logits_tokens_are_picked_from_are_those_of_training(mode, family, m
             everything = batch._replace(supervised=step.masked)
             example = mdlm_example(everything, noise._replace(masked=step.masked), **options)
         else:
-            example = bd3lm_example(batch, noise, block_length=config.block_length, **options)
+            example = bd3lm_example(batch, noise, block_length=K, causal=config.causal, **options)
         trained = model(example.tokens, example.layout, index=example.index)[: len(logits)]
         torch.testing.assert_close(logits, trained, rtol=tolerance, atol=tolerance)
 
@@ -517,9 +532,10 @@ def blocks_of(mode, prompt) -> list[int]:
     """How many tokens each decoding block generates."""
     declared, options = MODES[mode]
     length = len(prompt) + NEW
-    K = {"ar": 1, "mdlm": options.get("block_size", length), "bd3lm": declared.get("block_length")}[
-        declared["objective"]
-    ]
+    K = (
+        options.get("block_size")
+        or {"ar": 1, "mdlm": length, "bd3lm": declared.get("block_length")}[declared["objective"]]
+    )
     aligned = options.get("block_align", "prompt" if declared["objective"] == "mdlm" else "sequence")
     offset = -len(prompt) % K if aligned == "prompt" else 0
     return [
