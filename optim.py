@@ -96,7 +96,9 @@ class Muon(torch.optim.Muon):
         gradient = torch.where(applied, gradient, mean)
         mean.lerp_(gradient, 1 - group["momentum"])
         torch._foreach_copy_(momenta, mean.unbind())
-        update = on_whole_matrices(lambda x: orthogonal(x, group), gradient.lerp_(mean, group["momentum"]), matrices[0])
+        update = gradient.lerp_(mean, group["momentum"])
+        update = update.bfloat16() if update.dtype == torch.float32 else update
+        update = on_whole_matrices(lambda x: orthogonal(x, group), update, matrices[0])
         update = torch.where(applied, update.to(first.dtype), 0)
 
         if decayed != 1:
@@ -124,9 +126,8 @@ def on_whole_matrices(function, rows: Tensor, matrix: Tensor) -> Tensor:
     return DTensor.from_local(found, mesh, whole, run_check=False).redistribute(mesh, sharded).to_local()
 
 
-def orthogonal(matrices: Tensor, group: dict) -> Tensor:
-    """(n, r, c): of each matrix U S V^T about U V^T, by Newton and Schulz's iteration; bfloat16 for float32."""
-    x = matrices.bfloat16() if matrices.dtype == torch.float32 else matrices
+def orthogonal(x: Tensor, group: dict) -> Tensor:
+    """(n, r, c): of each matrix U S V^T about U V^T, by Newton and Schulz's iteration."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     norms = torch.stack(torch._foreach_norm(x.unbind()))
