@@ -69,7 +69,7 @@ class Muon(torch.optim.Muon):
     found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -81,32 +81,53 @@ class Muon(torch.optim.Muon):
                     self._update(matrices[start : start + many], group)
 
     def _update(self, matrices: list[Tensor], group: dict) -> None:
-        """Of n matrices of one shape (r, c)."""
-        first, decayed = matrices[0], 1 - group["lr"] * group["weight_decay"]
-        left_out = torch.zeros((), device=first.device) if self.found_inf is None else self.found_inf
-        applied = left_out == 0
+        """Of n matrices of one shape (r, c), of which FSDP has given this process some rows."""
         for p in matrices:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+        weights, momenta = local(matrices), local([self.state[p]["momentum_buffer"] for p in matrices])
+        first, decayed = weights[0], 1 - group["lr"] * group["weight_decay"]
+        left_out = torch.zeros((), device=first.device) if self.found_inf is None else self.found_inf
+        applied = left_out == 0
 
         # Nesterov's momentum: a mean of gradients, and then of it and the newest. A step that is left out has the mean
         # for its gradient, which leaves the mean as it is.
-        mean, gradient = torch.stack(momenta), torch.stack([p.grad for p in matrices])  # (n, r, c)
+        mean, gradient = torch.stack(momenta), torch.stack(local([p.grad for p in matrices]))  # (n, r, c)
         gradient = torch.where(applied, gradient, mean)
         mean.lerp_(gradient, 1 - group["momentum"])
         torch._foreach_copy_(momenta, mean.unbind())
-        update = orthogonal(gradient.lerp_(mean, group["momentum"]), group).to(first.dtype)
-        update = torch.where(applied, update, 0)
+        update = gradient.lerp_(mean, group["momentum"])
+        update = update.bfloat16() if update.dtype == torch.float32 else update
+        update = on_whole_matrices(lambda x: orthogonal(x, group), update, matrices[0])
+        update = torch.where(applied, update.to(first.dtype), 0)
 
         if decayed != 1:
-            torch._foreach_mul_(matrices, torch.where(applied, first.new_full((), decayed), 1))
-        torch._foreach_add_(matrices, update.unbind(), alpha=-0.2 * group["lr"] * max(first.shape) ** 0.5)
+            torch._foreach_mul_(weights, torch.where(applied, first.new_full((), decayed), 1))
+        torch._foreach_add_(weights, update.unbind(), alpha=-0.2 * group["lr"] * max(matrices[0].shape) ** 0.5)
 
 
-def orthogonal(matrices: Tensor, group: dict) -> Tensor:
-    """(n, r, c): of each matrix U S V^T about U V^T, by Newton and Schulz's iteration; bfloat16 for float32."""
-    x = matrices.bfloat16() if matrices.dtype == torch.float32 else matrices
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """What this process has of each: of a DTensor its shard, which shares its memory."""
+    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+
+
+def on_whole_matrices(function, rows: Tensor, matrix: Tensor) -> Tensor:
+    """This process's rows of what `function` makes of n matrices (n, r, c), of which it has `rows` (n, r', c), as of
+    `matrix`. All processes that share the matrices compute the same."""
+    if not hasattr(matrix, "to_local"):
+        return function(rows)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh, shape = matrix.device_mesh, torch.Size([len(rows), *matrix.shape])
+    whole = [Replicate()] * mesh.ndim
+    sharded = [Shard(1) if place.is_shard() else place for place in matrix.placements]
+    stride = (shape[1] * shape[2], shape[2], 1)
+    found = function(DTensor.from_local(rows, mesh, sharded, shape=shape, stride=stride).full_tensor()).contiguous()
+    return DTensor.from_local(found, mesh, whole, run_check=False).redistribute(mesh, sharded).to_local()
+
+
+def orthogonal(x: Tensor, group: dict) -> Tensor:
+    """(n, r, c): of each matrix U S V^T about U V^T, by Newton and Schulz's iteration."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     norms = torch.stack(torch._foreach_norm(x.unbind()))

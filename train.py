@@ -159,10 +159,6 @@ class Settings(
 
     def __post_init__(self):
         super().__post_init__()
-        if self.optim == "muon" and self.parallel != "ddp":
-            raise ValueError(
-                f"--optim muon needs whole matrices, which --parallel {self.parallel} shards; use ddp or adamw"
-            )
         if self.packing and self.stage == "pt":
             raise ValueError("--packing is for --stage sft; plain text is always packed")
         if self.streaming and self.load_preprocessed_data:

@@ -155,6 +155,8 @@ def test_two_processes_train_as_one(tmp_path, source):
     cases = [
         {"objective": "mdlm", "stage": "sft", "parallel": "zero2"},
         {"objective": "bd3lm", "stage": "pt", "parallel": "ddp"},
+        {"objective": "mdlm", "stage": "pt", "parallel": "zero3", "flags": ["--optim", "muon"]},
+        {"objective": "mdlm", "stage": "sft", "parallel": "hybrid", "flags": ["--optim", "muon"]},
     ]
     for *_, losses, final in compare(tmp_path, source, cases, [(2, 2)]):
         assert losses < 1e-9 and final < 1e-9
@@ -285,6 +287,19 @@ def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, source, mon
     assert_equal(tmp_path / "whole", output)
     kept = [path.name for path in output.iterdir() if path.name.startswith(".")]
     assert not kept
+
+
+def test_a_run_with_muon_goes_on_sharded_and_sharded_another_way(tmp_path, source):
+    def plan(name, *more, rows=4) -> dict:
+        return {"flags": flags_of(source, tmp_path / name, "--optim", "muon", *more, rows=rows)}
+
+    on = [("--resume_from_checkpoint", str(tmp_path / place)) for place in ("alone/checkpoint-5", "on/checkpoint-8")]
+    ended(start([plan("alone", "--save_steps", "5", rows=8)]))
+    zero2 = plan("on", "--parallel", "zero2", *on[0], "--save_steps", "8")
+    ended(start([zero2, plan("further", "--parallel", "zero3", *on[1])], 2))
+    alone = weights(tmp_path / "alone")
+    for name in ("on", "further"):
+        assert max((x - weights(tmp_path / name)[key]).abs().max() for key, x in alone.items()) < 1e-9
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -557,7 +557,6 @@ MISTAKES = {
     "--dataset_args builtin/sums --stage pt": "no column 'text'",
     "--model_name_or_path ./nowhere": "neither a directory",
     "--eval_steps 0": "expected more than 0",
-    "--optim muon --parallel zero2": "needs whole matrices",
     "--stage pt --dataset_args builtin/stdlib --packing True": "--packing is for --stage sft",
     "--packing True --objective mdlm": "mdlm learns chat with its padding",
     "--streaming True --load_preprocessed_data True": "contradict each other",
