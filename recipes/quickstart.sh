@@ -15,10 +15,9 @@ run() {
     "$PYTHON" "$@"
 }
 
-# No grouping: rows of like length would be of one task
 train() {
-    run train.py --stage sft --group_by_length False --per_device_eval_batch_size 250 --optim muon --adam_beta2 0.95 \
-        --max_steps 1000 --eval_steps 100 --save_steps 0 --logging_steps 100 --overwrite "$@"
+    run train.py --stage sft --per_device_eval_batch_size 250 --optim muon --adam_beta2 0.95 --max_steps 1000 \
+        --eval_steps 100 --save_steps 0 --logging_steps 100 --overwrite "$@"
 }
 
 chats() { # as many questions a step as of builtin/sums, in a quarter of the rows
@@ -32,9 +31,10 @@ score() {
         --max_new_tokens 8 --batch_size 125 --min_exact_match 95 "$@"
 }
 
-train --model_name_or_path builtin/tiny --objective ar --dataset_args builtin/sums --max_length 64 \
-    --per_device_train_batch_size 64 --learning_rate 2e-2 --max_minutes 2.4 --stop_at_eval_loss 0.005 \
-    --output_dir "$RUNS/ar-sums"
+# Single questions of like length are of one task, and so would be a batch of them
+train --model_name_or_path builtin/tiny --objective ar --dataset_args builtin/sums --group_by_length False \
+    --max_length 64 --per_device_train_batch_size 64 --learning_rate 2e-2 --max_minutes 2.4 \
+    --stop_at_eval_loss 0.005 --output_dir "$RUNS/ar-sums"
 chats --model_name_or_path "$RUNS/ar-sums/checkpoint-final" --objective ar --learning_rate 7e-3 \
     --max_minutes 0.5 --output_dir "$RUNS/ar"
 run convert.py --model_name_or_path "$RUNS/ar/checkpoint-final" --output_dir "$RUNS/a2d" --overwrite
