@@ -35,8 +35,8 @@ score() {
 train --model_name_or_path builtin/tiny --objective ar --dataset_args builtin/sums --group_by_length False \
     --max_length 64 --per_device_train_batch_size 64 --learning_rate 2e-2 --max_minutes 2.4 \
     --stop_at_eval_loss 0.005 --output_dir "$RUNS/ar-sums"
-chats --model_name_or_path "$RUNS/ar-sums/checkpoint-final" --objective ar --learning_rate 7e-3 \
-    --max_minutes 0.5 --output_dir "$RUNS/ar"
+chats --model_name_or_path "$RUNS/ar-sums/checkpoint-final" --objective ar --learning_rate 7e-3 --max_minutes 0.5 \
+    --dataset_args 'builtin/chats[train:5000]' --output_dir "$RUNS/ar"
 run convert.py --model_name_or_path "$RUNS/ar/checkpoint-final" --output_dir "$RUNS/a2d" --overwrite
 chats --model_name_or_path "$RUNS/a2d" --objective mdlm --right_shift_logits True --loss_weight_type uniform \
     --learning_rate 7e-3 --max_minutes 1.9 --stop_at_eval_loss 0.005 --output_dir "$RUNS/mdlm"

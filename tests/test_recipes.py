@@ -42,7 +42,7 @@ def test_every_command_of_the_quickstart_is_one_that_its_program_takes(tmp_path)
     runs = {Path(args.output_dir).name: args for args in parsed if isinstance(args, train.Settings)}
     assert list(runs) == ["ar-sums", "ar", "mdlm", "bd3lm"]
     for name in ("ar", "mdlm", "bd3lm"):
-        assert (runs[name].dataset_args, runs[name].train_on) == ("builtin/chats", "all")
+        assert runs[name].dataset_args.startswith("builtin/chats") and runs[name].train_on == "all"
     scored = Counter(args.dataset_args for args in parsed if isinstance(args, sample.Sample))
     assert scored == {"builtin/sums[test:500]": 5, "builtin/chats[test:250]": 3, None: 2}
 
