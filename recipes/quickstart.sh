@@ -1,6 +1,7 @@
 #!/bin/sh
 # The whole path on two CPU cores in under ten minutes, without a GPU or a network: a small AR model is trained on
-# generated chat (builtin/sums), converted, trained on as MDLM and as BD3LM, sampled, and scored on unseen questions.
+# generated questions (builtin/sums), then on conversations of four of them (builtin/chats), converted, trained on as
+# MDLM and as BD3LM, sampled, and scored on unseen questions, alone and as the last of a conversation.
 # Each training stage ends early at an evaluated bound, and after its --max_minutes in any case.
 set -e
 case ${1-} in
@@ -20,24 +21,31 @@ run() {
 }
 
 train() {
-    run train.py --stage sft --dataset_args builtin/sums --group_by_length False --max_length 64 \
-        --per_device_train_batch_size 64 --per_device_eval_batch_size 250 --optim muon --adam_beta2 0.95 \
-        --max_steps 1000 --eval_steps 100 --save_steps 0 --logging_steps 100 --overwrite "$@"
+    run train.py --stage sft --per_device_eval_batch_size 250 --optim muon --adam_beta2 0.95 --max_steps 1000 \
+        --eval_steps 100 --save_steps 0 --logging_steps 100 --overwrite "$@"
+}
+
+chats() { # as many questions a step as of builtin/sums, in a quarter of the rows
+    train --dataset_args builtin/chats --train_on all --max_length 128 --per_device_train_batch_size 16 "$@"
 }
 
 score() {
-    name=$1
-    shift
-    run sample.py --model_name_or_path "$RUNS/$name/checkpoint-final" --dataset_args 'builtin/sums[test:500]' \
+    name=$1 rows=$2
+    shift 2
+    run sample.py --model_name_or_path "$RUNS/$name/checkpoint-final" --dataset_args "builtin/$rows" \
         --max_new_tokens 8 --batch_size 125 --min_exact_match 95 "$@"
 }
 
-train --model_name_or_path builtin/tiny --objective ar --learning_rate 2e-2 \
-    --max_minutes 2.4 --stop_at_eval_loss 0.003 --output_dir "$RUNS/ar"
+# Single questions of like length are of one task, and so would be a batch of them
+train --model_name_or_path builtin/tiny --objective ar --dataset_args builtin/sums --group_by_length False \
+    --max_length 64 --per_device_train_batch_size 64 --learning_rate 2e-2 --max_minutes 2.4 \
+    --stop_at_eval_loss 0.005 --output_dir "$RUNS/ar-sums"
+chats --model_name_or_path "$RUNS/ar-sums/checkpoint-final" --objective ar --learning_rate 7e-3 --max_minutes 0.5 \
+    --dataset_args 'builtin/chats[train:5000]' --output_dir "$RUNS/ar"
 run convert.py --model_name_or_path "$RUNS/ar/checkpoint-final" --output_dir "$RUNS/a2d" --overwrite
-train --model_name_or_path "$RUNS/a2d" --objective mdlm --right_shift_logits True --loss_weight_type uniform \
+chats --model_name_or_path "$RUNS/a2d" --objective mdlm --right_shift_logits True --loss_weight_type uniform \
     --learning_rate 7e-3 --max_minutes 1.9 --stop_at_eval_loss 0.005 --output_dir "$RUNS/mdlm"
-train --model_name_or_path "$RUNS/a2d" --objective bd3lm --block_size 8 --right_shift_logits True \
+chats --model_name_or_path "$RUNS/a2d" --objective bd3lm --block_size 8 --right_shift_logits True \
     --loss_weight_type uniform --learning_rate 7e-3 --max_minutes 2.1 --stop_at_eval_loss 0.005 \
     --output_dir "$RUNS/bd3lm"
 
@@ -45,11 +53,14 @@ for name in mdlm bd3lm; do
     run sample.py --model_name_or_path "$RUNS/$name/checkpoint-final" --max_new_tokens 8 --steps 8 --show \
         'What is 47 + 38?' 'Reverse the word PLANET.'
 done
-score ar
-score mdlm --steps 8 --block_size 8
-score mdlm --threshold 0.9 --block_size 8
-score bd3lm --steps 8
-score bd3lm --threshold 0.9
+score ar 'sums[test:500]'
+score mdlm 'sums[test:500]' --steps 8 --block_size 8
+score mdlm 'sums[test:500]' --threshold 0.9 --block_size 8
+score bd3lm 'sums[test:500]' --steps 8
+score bd3lm 'sums[test:500]' --threshold 0.9
+for name in ar mdlm bd3lm; do
+    score "$name" 'chats[test:250]' --min_exact_match 90
+done
 
 printf '\nYours to ask (add --show to watch it think), and to talk to:\n\n'
 printf "  %s sample.py --model_name_or_path %s/mdlm/checkpoint-final --max_new_tokens 8 --threshold 0.9 'What is 12 + 34?'\n" \

@@ -1,4 +1,4 @@
-"""The builtin data sets, which need no network: builtin/sums (chat) and builtin/stdlib (plain text)."""
+"""The builtin data sets, which need no network: builtin/sums and builtin/chats (chat), builtin/stdlib (plain text)."""
 
 import random
 import sysconfig
@@ -29,6 +29,7 @@ def stdlib_rows(split: str) -> list[dict]:
 # ---------------------------------------------------------------- chat
 
 SUMS = {"train": 60_000, "validation": 500, "test": 2_000}  # rows
+TURNS = 4  # questions of a row of builtin/chats
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # capitals: merges learnt from the questions' wording never touch the payload
 
 
@@ -67,33 +68,45 @@ TASKS = {"add": add, "reverse": reverse, "sort": sort, "count": count, "largest"
 SHARES = {"add": 5, "reverse": 1, "sort": 1, "count": 1, "largest": 2}  # of training rows: more of what is hard
 
 
-def sums_rows(split: str) -> list[dict]:
-    """Chat rows {"task", "messages"} of the five TASKS, the same at every call.
+def exchange(task: str, split: str, rng) -> list[dict]:
+    """A question of that split, drawn at random, and its answer, as messages.
 
-    The tasks take turns; the training rows repeat each by its share. A hash of a question's key decides its split (10 %
-    test, 2 % validation), so no question, nor its mirror image (b + a; the same digits or numbers in another order; a
-    word, both in reverse and in count), is in two splits. In validation and test no question occurs twice.
+    A hash of the question's key decides its split (10 % test, 2 % validation), so no question, nor its mirror image
+    (b + a; the same digits or numbers in another order; a word, both in reverse and in count), is in two splits.
     """
-    # The order of tasks: in training, each as often as its share
+    while True:
+        key, question, answer = TASKS[task](rng)
+        bucket = zlib.crc32(key.encode()) % 50
+        if split == ("test" if bucket < 5 else "validation" if bucket == 5 else "train"):
+            return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def sums_rows(split: str) -> list[dict]:
+    """Chat rows {"task", "messages"}, one question each, the same at every call.
+
+    The tasks take turns; the training rows repeat each by its share. In validation and test no question occurs twice.
+    """
     rng = random.Random(f"sums {split}")
     rows, seen, tasks = [], set(), list(TASKS)
     if split == "train":
         tasks = [task for task in TASKS for _ in range(SHARES[task])]
-
-    # Draw until there are enough: a question of another split, or one that occurred, is not taken
     while len(rows) < SUMS[split]:
         task = tasks[len(rows) % len(tasks)]
-        key, question, answer = TASKS[task](rng)
-        bucket = zlib.crc32(key.encode()) % 50
-        if split != ("test" if bucket < 5 else "validation" if bucket == 5 else "train"):
-            continue
-        if split != "train":
-            if question in seen:
-                continue
-            seen.add(question)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        rows.append({"task": task, "messages": messages})
+        messages = exchange(task, split, rng)
+        if split == "train" or messages[0]["content"] not in seen:
+            rows.append({"task": task, "messages": messages})
+        seen.add(messages[0]["content"])
     return rows
 
 
-BUILTIN = {"builtin/sums": sums_rows, "builtin/stdlib": stdlib_rows}
+def chats_rows(split: str) -> list[dict]:
+    """Chat rows {"task", "messages"} of TURNS such questions, whatever their tasks; "task" is that of the last."""
+    rng, rows = random.Random(f"chats {split}"), []
+    for _ in range(SUMS[split] // TURNS):
+        tasks = rng.choices(list(TASKS), SHARES.values(), k=TURNS)
+        messages = [message for task in tasks for message in exchange(task, split, rng)]
+        rows.append({"task": tasks[-1], "messages": messages})
+    return rows
+
+
+BUILTIN = {"builtin/sums": sums_rows, "builtin/chats": chats_rows, "builtin/stdlib": stdlib_rows}

@@ -1,5 +1,6 @@
 """Specs, packing, chat rows and padding against the reference's outputs; the laws of splits, builtin sets, loader."""
 
+import hashlib
 import json
 import re
 import sys
@@ -15,11 +16,12 @@ from conftest import GOLDEN, golden_json, tiny
 import data
 import loaders
 from diffusion import Batch, Noise, bd3lm_example, draw_noise, loss
+from tasks.builtin import SHARES, TASKS
 from tokenizer import Tokenizer
 
 TOK = Tokenizer(GOLDEN / "models" / "qwen3")
 DATA = golden_json("data")
-SUMS = {split: list(data.raw("builtin/sums", split)) for split in data.SPLITS}
+SUMS, CHATS = ({split: list(data.raw(f"builtin/{name}", split)) for split in data.SPLITS} for name in ("sums", "chats"))
 PAD, EOS = DATA["special_ids"]["pad"], DATA["special_ids"]["eos"]
 
 
@@ -199,7 +201,7 @@ def test_mistakes_in_naming_a_set_name_the_way_out(tmp_path):
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
     (tmp_path / "configs" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     for text, message in {
-        "builtin/sum": "unknown dataset builtin/sum; the builtin sets are builtin/sums, builtin/stdlib",
+        "builtin/sum": "unknown dataset builtin/sum; the builtin sets are builtin/sums, builtin/chats, builtin/stdlib",
         "builtin/sums[name:x]": "no configurations",
         "builtin/sums[lang:python]": "no answer in train contains 'python'",
         "builtin/stdlib[lang:python]": "this set is none",
@@ -298,34 +300,33 @@ def test_files_that_cannot_be_read_are_one_clear_line(tmp_path, name, content, m
 # ---------------------------------------------------------------- builtin sets
 
 
-def solve(task: str, question: str) -> tuple[str, object]:
-    """The answer, and what must not be shared between splits."""
-    if task == "add":
-        a, b = map(int, re.fullmatch(r"What is (\d+) \+ (\d+)\?", question).groups())
-        return str(a + b), frozenset((a, b))
-    if task == "reverse":
-        word = re.fullmatch(r"Reverse the word ([A-Z]{3,6})\.", question)[1]
-        return "".join(reversed(word)), word
-    if task == "sort":
-        digits = re.fullmatch(r"Sort the digits (\d{3,5})\.", question)[1]
-        return "".join(d * digits.count(d) for d in "0123456789"), tuple(sorted(digits))
-    if task == "count":
-        word = re.fullmatch(r"How many letters are in ([A-Z]{3,6})\?", question)[1]
-        return str(len(word)), word
+def solve(question: str) -> tuple[str, str, object]:
+    """The task, the answer, and what must not be shared between splits."""
+    if found := re.fullmatch(r"What is (\d+) \+ (\d+)\?", question):
+        a, b = map(int, found.groups())
+        return "add", str(a + b), frozenset((a, b))
+    if found := re.fullmatch(r"Reverse the word ([A-Z]{3,6})\.", question):
+        return "reverse", "".join(reversed(found[1])), found[1]
+    if found := re.fullmatch(r"Sort the digits (\d{3,5})\.", question):
+        return "sort", "".join(d * found[1].count(d) for d in "0123456789"), tuple(sorted(found[1]))
+    if found := re.fullmatch(r"How many letters are in ([A-Z]{3,6})\?", question):
+        return "count", str(len(found[1])), found[1]
     numbers = [int(n) for n in re.fullmatch(r"Which is the largest of (\d+), (\d+) and (\d+)\?", question).groups()]
-    assert task == "largest" and max(numbers) < 100
-    return str(sorted(numbers)[-1]), tuple(sorted(numbers))
+    assert max(numbers) < 100
+    return "largest", str(sorted(numbers)[-1]), tuple(sorted(numbers))
 
 
 def test_sums_are_right_and_no_question_is_in_two_splits():
     keys = {}
-    for split, rows in SUMS.items():
-        for row in rows:
-            (user, question), (assistant, answer) = (message.values() for message in row["messages"])
-            expected, key = solve(row["task"], question)
-            assert (user, assistant, answer) == ("user", "assistant", expected), question
-            word = key if isinstance(key, str) else None  # a held-out word is held out of reverse and count alike
-            assert keys.setdefault(word or (row["task"], key), split) == split, question
+    for split in data.SPLITS:
+        for row in SUMS[split] + CHATS[split]:
+            said = [message.values() for message in row["messages"]]
+            for (user, question), (assistant, answer) in zip(said[::2], said[1::2], strict=True):
+                task, expected, key = solve(question)
+                assert (user, assistant, answer) == ("user", "assistant", expected), question
+                word = key if isinstance(key, str) else None  # a held-out word is held out of reverse and count alike
+                assert keys.setdefault(word or (task, key), split) == split, question
+            assert row["task"] == task, "of its last question"
 
 
 def test_sums_in_validation_and_test_are_distinct_and_in_equal_shares():
@@ -333,8 +334,21 @@ def test_sums_in_validation_and_test_are_distinct_and_in_equal_shares():
         questions = {row["messages"][0]["content"] for row in SUMS[split]}
         assert len(SUMS[split]) == len(questions) == n
     shares = Counter(row["task"] for row in data.raw("builtin/sums[test:500]", "test"))
-    assert shares == dict.fromkeys(("add", "reverse", "sort", "count", "largest"), 100)
+    assert shares == dict.fromkeys(TASKS, 100)
     assert list(data.raw("builtin/sums[test:500]", "test")) == SUMS["test"][:500]
+
+
+def test_chats_are_of_four_sums_of_one_split_in_random_order():
+    assert [len(rows) for rows in CHATS.values()] == [15_000, 125, 500]
+    assert {len(row["messages"]) for rows in CHATS.values() for row in rows} == {8}
+    for turn in range(0, 8, 2):
+        tasks = Counter(solve(row["messages"][turn]["content"])[0] for row in CHATS["train"])
+        assert all(abs(tasks[task] / 1500 - share) < 0.3 for task, share in SHARES.items())
+
+
+def test_the_rows_that_scores_are_measured_on_stay_as_they_are():
+    digest = hashlib.sha256(json.dumps(SUMS["test"]).encode()).hexdigest()
+    assert digest.startswith("396c4fd874691719")
 
 
 def test_builtin_sets_need_no_datasets_library(monkeypatch):
@@ -372,7 +386,7 @@ def test_known_columns_become_messages(tmp_path):
 
 def test_texts_are_what_a_tokenizer_sees():
     strings = [text for message in SUMS["train"][0]["messages"] for text in (message["role"], message["content"])]
-    assert list(islice(data.texts("builtin/sums", "sft"), 4)) == strings
+    assert list(islice(data.texts("builtin/sums", "sft"), len(strings))) == strings
     assert [{"text": text} for text in data.texts("builtin/stdlib[train:3]", "pt")] == list(
         data.raw("builtin/stdlib[train:3]", "train")
     )

@@ -3,9 +3,14 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+import convert
+import sample
+import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINING = sorted(path.stem for path in RECIPES.glob("*.sh") if "common.sh" in path.read_text())
@@ -21,6 +26,25 @@ def run(recipe: str, *words: str, cwd="/") -> tuple[int, str, str]:
 def test_every_recipe_can_be_started():
     assert TRAINING == ["alpaca", "openwebtext", "shakespeare", "tiny-a2d"]
     assert all(os.access(path, os.X_OK) for path in RECIPES.glob("*.sh") if path.stem != "common")
+
+
+def test_every_command_of_the_quickstart_is_one_that_its_program_takes(tmp_path):
+    """A stand-in for Python notes the commands. What chats is trained on conversations, all turns of them."""
+    python, noted = tmp_path / "python", tmp_path / "noted"
+    python.write_text('#!/bin/sh\nprintf "%s\\0" "$@" >> "$NOTED" && echo >> "$NOTED"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "NOTED": str(noted), "RUNS": str(tmp_path / "runs")}
+    subprocess.run([str(RECIPES / "quickstart.sh")], env=environment, capture_output=True, check=True)
+
+    programs = {"train.py": train.Settings, "convert.py": convert.Convert, "sample.py": sample.Sample}
+    commands = [line.split("\0")[:-1] for line in noted.read_text().splitlines()]
+    parsed = [programs[program].parse(words) for program, *words in commands]
+    runs = {Path(args.output_dir).name: args for args in parsed if isinstance(args, train.Settings)}
+    assert list(runs) == ["ar-sums", "ar", "mdlm", "bd3lm"]
+    for name in ("ar", "mdlm", "bd3lm"):
+        assert runs[name].dataset_args.startswith("builtin/chats") and runs[name].train_on == "all"
+    scored = Counter(args.dataset_args for args in parsed if isinstance(args, sample.Sample))
+    assert scored == {"builtin/sums[test:500]": 5, "builtin/chats[test:250]": 3, None: 2}
 
 
 @pytest.mark.parametrize("recipe", TRAINING)
