@@ -68,16 +68,21 @@ TASKS = {"add": add, "reverse": reverse, "sort": sort, "count": count, "largest"
 SHARES = {"add": 5, "reverse": 1, "sort": 1, "count": 1, "largest": 2}  # of training rows: more of what is hard
 
 
+def split_of(key: str) -> str:
+    """10 % test, 2 % validation, by a hash."""
+    bucket = zlib.crc32(key.encode()) % 50
+    return "test" if bucket < 5 else "validation" if bucket == 5 else "train"
+
+
 def exchange(task: str, split: str, rng) -> list[dict]:
     """A question of that split, drawn at random, and its answer, as messages.
 
-    A hash of the question's key decides its split (10 % test, 2 % validation), so no question, nor its mirror image
-    (b + a; the same digits or numbers in another order; a word, both in reverse and in count), is in two splits.
+    Its key decides that, so no question, nor its mirror image (b + a; the same digits or numbers in another order; a
+    word, both in reverse and in count), is in two splits.
     """
     while True:
         key, question, answer = TASKS[task](rng)
-        bucket = zlib.crc32(key.encode()) % 50
-        if split == ("test" if bucket < 5 else "validation" if bucket == 5 else "train"):
+        if split_of(key) == split:
             return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -109,4 +114,18 @@ def chats_rows(split: str) -> list[dict]:
     return rows
 
 
-BUILTIN = {"builtin/sums": sums_rows, "builtin/chats": chats_rows, "builtin/stdlib": stdlib_rows}
+def words_rows(split: str) -> list[dict]:
+    """Chat rows {"task", "messages"} with long answers, of 17 to 32 letters and spaces: a word twice, then backwards."""
+    rng, rows = random.Random(f"words {split}"), []
+    while len(rows) < SUMS[split] // 4:
+        word = "".join(rng.choice(LETTERS) for _ in range(rng.randint(5, 10)))
+        if split_of(word) == split:
+            question = f"Write the word {word} twice, then backwards."
+            messages = [{"role": "user", "content": question}]
+            messages.append({"role": "assistant", "content": f"{word} {word} {word[::-1]}"})
+            rows.append({"task": "words", "messages": messages})
+    return rows
+
+
+BUILTIN = {"builtin/sums": sums_rows, "builtin/chats": chats_rows, "builtin/words": words_rows}
+BUILTIN |= {"builtin/stdlib": stdlib_rows}
