@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import graphs
 import log
 from checkpoint import load_config, load_model, save_model
-from cli import compile_layers, one_line_errors
+from cli import compile_layers, one_line_errors, prepare
 from diffusion import Batch, bd3lm_example, denoise, draw_noise, loss, loss_weight, mdlm_example
 from files import check_file, replacing_file
 from likelihood import log_likelihood
@@ -472,8 +472,8 @@ def sample_case(args: Sample, case: str, way: str) -> None:
             return (step.tokens for step in steps)
         return plain_denoise(model, prompts, args.new_tokens, args.steps, args.block_size)
 
-    if args.torch_compile and way == "ours":
-        compile_layers(model)
+    if way == "ours":
+        prepare(model, args.torch_compile)
     for _ in zip(range(args.warmup), start()):
         pass
     model.register_forward_pre_hook(count, with_kwargs=True)

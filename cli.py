@@ -15,7 +15,7 @@ import torch
 from checkpoint import DTYPES, about, declare, identify, load_config, load_model, resolve
 from diffusion import RULES, Prefix, Sampling, denoise
 from display import Spans, one_line, shorten, spans, terminal
-from model import OBJECTIVES, LanguageModel
+from model import OBJECTIVES, LanguageModel, use_cudnn
 from options import Model, Options, Seed
 from tokenizer import ROLES, Tokenizer, why_invalid
 
@@ -122,6 +122,15 @@ def compile_layers(model: LanguageModel) -> None:
         layer.compile()
 
 
+def prepare(model: LanguageModel, compiled: bool) -> None:
+    """Makes ready a model that stays where it is, only to be sampled from and scored. compiled: by `compile_layers`."""
+    use_cudnn(False)  # prompts, and with them caches, have any length
+    if model.head_weight.is_cuda:  # on a CPU there is nothing to launch, and rounding would differ
+        model.join()
+    if compiled:
+        compile_layers(model)
+
+
 def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageModel, Tokenizer]:
     """A checkpoint's model and tokenizer. The model's config then declares its objective and all that goes with it, by
     the checkpoint or, where that says nothing, by the options. block_size: of the sampler."""
@@ -150,8 +159,7 @@ def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageMo
 
     model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device, config=config)
     model.known_ids = tokenizer.known_ids
-    if args.torch_compile:
-        compile_layers(model)
+    prepare(model, args.torch_compile)
 
     # At a terminal, and wherever the checkpoint itself does not say what it is.
     screen = sys.stdout if terminal(sys.stdout) else sys.stderr

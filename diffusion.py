@@ -739,6 +739,7 @@ class Decoding:
         self.rows = torch.arange(self.B, device=device)
         self.column = torch.arange(self.T, device=device).expand(self.B, self.T)
         self.length = torch.tensor(lengths, device=device)
+        self.last = (self.length - 1).clamp(min=0)[:, None]
         self.ends = torch.tensor(end_ids, dtype=torch.int64, device=device)
         self._make_canvas(prompts, canvas_masks)
         self._make_blocks(lengths, infilling=canvas_masks is not None)
@@ -769,7 +770,9 @@ class Decoding:
         self.given = ~self.generated & ~torch.isin(self.tokens, keep) & (self.column < self.length[:, None])
 
     def _make_blocks(self, lengths: list[int], infilling: bool) -> None:
-        """block (B, T): each column's; schedule (B, blocks, S): how many tokens each step of each block reveals."""
+        """Of each column (B, T): `block`, and `borders` (B, T, 4), its block, where that begins and ends, and the first
+        column needed to predict it. Of each block: `schedule` (B, blocks, S), how many tokens each step reveals, and
+        `wanted` (B, blocks, n), the columns that are generated, filled up with T."""
         options, K = self.options, self.K
         self.offset = torch.zeros_like(self.length)
         align = options.block_align or ("sequence" if self.cached else "prompt")
@@ -779,6 +782,13 @@ class Decoding:
         blocks = int((((self.length - 1).clamp(min=0) + self.offset) // K).max()) + 1
         masks = torch.zeros(self.B, blocks, dtype=torch.int64, device=self.column.device)
         masks.scatter_add_(1, self.block.clamp(max=blocks - 1), self.masked.long())
+        start = (self.block * K - self.offset[:, None]).clamp(min=0)
+        stop = torch.minimum((self.block + 1) * K - self.offset[:, None], self.length[:, None])
+        self.borders = torch.stack([self.block, start, stop, (start - self.right_shift).clamp(min=0)], dim=-1)
+        self.wanted = masks.new_full((*masks.shape, int(masks.max())), self.T)
+        row, column = self.masked.nonzero().unbind(dim=1)
+        block, before = self.block[row, column], masks.cumsum(dim=1) - masks  # masks of earlier blocks
+        self.wanted[row, block, self.masked.cumsum(dim=1)[row, column] - 1 - before[row, block]] = column
 
         # The steps are shared evenly by the blocks of the answer (of an infilled canvas: by all its blocks).
         spans = lengths if infilling else [options.max_new_tokens] * self.B
@@ -797,7 +807,9 @@ class Decoding:
         self.cache = self.mask = None
         if self.cached:
             self.layout = Layout.of(self.column, document, self.K, self.offset)
-            # Column T is a dump: what is written there is never attended to by what matters.
+            # Column T is a dump, for padding. Only padding attends to it, since softmax over nothing gives NaN.
+            self.fields = F.pad(torch.stack(self.layout[:4]), (0, 1))
+            self.fields[1, :, self.T] = -1
             self.cache = KVCache(config, self.copies * self.B, self.T + 1, dtype=weight.dtype, device=weight.device)
         else:
             self.layout = Layout.of(self.column, document if (document < 0).any() else None)
@@ -842,31 +854,28 @@ class Decoding:
         quota = self.schedule[self.rows, window.block, self.step.clamp(max=self.schedule.shape[-1] - 1)]
         still = self.rule(score, token, candidates, quota, self.generator)
         revealed = candidates & ~still
-        self.tokens.copy_(torch.where(revealed, token, self.tokens))
-        self.confidence.copy_(torch.where(revealed, probability, self.confidence).masked_fill(still, 0.0))
+        torch.where(revealed, token, self.tokens, out=self.tokens)
+        torch.where(revealed, probability, self.confidence, out=self.confidence).masked_fill_(still, 0.0)
         if self.remasks and self.mask_id is not None:
             self.tokens.masked_fill_(still, self.mask_id)
-        self.masked.copy_((self.masked & ~candidates) | still)
+        self.masked.logical_and_(~revealed).logical_or_(still)
 
         # What lies before the block has been fed clean; a block without masks makes way for the next.
         self.filled.copy_(window.start)
-        self.step.copy_(torch.where((self.masked & here).any(dim=1), self.step + 1, 0))
+        self.step.add_(1).mul_((self.masked & here).any(dim=1))
         self.done.copy_(self.ended())
 
     def window(self) -> Window:
         """The current block, and the columns to feed: for mdlm all, for the others what is not yet in the cache."""
-        last = (self.length - 1).clamp(min=0)
-        first_masked = torch.where(self.masked.any(dim=1), self.masked.int().argmax(dim=1), last)
-        current = self.block.gather(1, first_masked[:, None])[:, 0]
-        start = (current * self.K - self.offset).clamp(min=0)
+        first_masked = torch.where(self.masked, self.column, self.last).amin(dim=1)
+        current, start, stop, lead = self.borders[self.rows, first_masked].unbind(dim=1)
         if not self.cached:
             return Window(current, start, torch.zeros_like(start), self.length)
         # From the first column not in the cache to the block's end. Right shift also needs the column before the block.
         # With K = 1 the only mask is never fed: its predictor is enough.
-        first, stop = self.filled, torch.minimum((current + 1) * self.K - self.offset, self.length)
-        if self.right_shift:
-            first = torch.minimum(self.filled, (start - 1).clamp(min=0))
-            stop = torch.maximum(start, first + 1) if self.K == 1 else stop
+        first = torch.minimum(self.filled, lead)
+        if self.right_shift and self.K == 1:
+            stop = torch.maximum(start, first + 1)
         return Window(current, start, first, stop)
 
     def width(self) -> int:
@@ -880,18 +889,15 @@ class Decoding:
         if not self.cached:
             return self.tokens, self.given, self.layout, None
         columns = window.first[:, None] + torch.arange(W, device=self.tokens.device)
-        inside, fetch = columns < window.stop[:, None], columns.clamp(max=self.T - 1)
-        layout = self.layout.map(lambda field: field.gather(1, fetch))
-        # Padding queries see the dump, by block 0: softmax over nothing gives NaN.
-        document, block = torch.where(inside, layout.document, -1), torch.where(inside, layout.block, 0)
-        layout = layout._replace(document=document, block=block)
-        return self.tokens.gather(1, fetch), self.given.gather(1, fetch), layout, torch.where(inside, columns, self.T)
+        columns = torch.where(columns < window.stop[:, None], columns, self.T)
+        layout, fetch = Layout(*self.fields.gather(2, columns.expand(4, -1, -1))), columns.clamp(max=self.T - 1)
+        return self.tokens.gather(1, fetch), self.given.gather(1, fetch) if self.copies == 2 else None, layout, columns
 
     def predict(self, window: Window, W: int, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(token, probability, score), (B, T) each, where asked (B, T) bool; 0, -inf and -inf elsewhere."""
         tokens, given, layout, columns = self.feed(window, W)
         row, column = self.asked_columns(window, asked)
-        predictor = (column.clamp(max=self.T - 1) - self.right_shift - window.first[row]).clamp(0, W - 1)
+        predictor = (column - self.right_shift - window.first[row]).clamp(0, W - 1)
         index = row * W + predictor
         if self.copies == 2:  # the rows once more, with what is given masked
             tokens, layout = torch.cat([tokens, tokens.masked_fill(given, self.mask_id)]), self._copied(layout)
@@ -911,11 +917,11 @@ class Decoding:
         return canvas(picked, 0), canvas(probability, -math.inf), canvas(score, -math.inf)
 
     def asked_columns(self, window: Window, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """(row, column), (N,) each: where a token is wanted. With static shapes N is that of whole blocks, and what is
-        not wanted has column T."""
+        """(row, column), (N,) each: where a token is wanted. With static shapes N is the same at every step, the most
+        that a block generates from each row, and what is not wanted has column T."""
         if not self.static:
             return asked.nonzero().unbind(dim=1)
-        column = window.start[:, None] + torch.arange(min(self.K, self.T), device=asked.device)
+        column = self.wanted[self.rows, window.block]  # (B, n)
         wanted = asked.gather(1, column.clamp(max=self.T - 1)) & (column < self.T)
         return self.rows[:, None].expand_as(column).flatten(), torch.where(wanted, column, self.T).flatten()
 
@@ -926,12 +932,12 @@ class Decoding:
         pairs = zip(*(half.split(chunk) for half in hidden.chunk(self.copies)))  # conditional, unconditional
         how = weight, self.options, self.mask_id, self.generator, self.model.known_ids
         picks = [choose_tokens(list(pair), *how) for pair in pairs]
-        return tuple(torch.cat(column) for column in zip(*picks))
+        return picks[0] if len(picks) == 1 else tuple(torch.cat(column) for column in zip(*picks))
 
     def ended(self) -> Tensor:
         """(B,): nothing is masked before the row's first generated end token, or in the row."""
         end = self.generated & ~self.masked & (self.tokens[:, :, None] == self.ends).any(dim=2)
-        end = torch.where(end.any(dim=1), end.int().argmax(dim=1), self.T)
+        end = torch.where(end, self.column, self.T).amin(dim=1)
         before = self.column < end[:, None]
         if self.remasks:  # p2 may mask the end token again until its block is finished
             before = self.block <= self.block.gather(1, end.clamp(max=self.T - 1)[:, None])
@@ -1008,6 +1014,17 @@ def gumbel(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     return logits.double() - temperature * torch.log(-torch.log(uniform))
 
 
+def noised(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Logits (N, V) with Gumbel noise of that temperature, drawn by `generator`."""
+    if not logits.is_cuda:
+        uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
+        return gumbel(logits, temperature, uniform)
+    # The same as the logarithm of exponential draws, and all but the draws in float32. A draw must be float64: those of
+    # float32 are 6e-8 apart, and the winner among 150,000 tokens is near 7e-6. The sums may be rounded, by 1e-6.
+    drawn = torch.empty(logits.shape, dtype=torch.float64, device=logits.device).exponential_(generator=generator)
+    return torch.sub(logits, drawn.float().log_(), alpha=temperature)
+
+
 def restrict(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits (N, V) with -inf outside the top_k largest, and outside the smallest set of probability >= top_p."""
     if top_k is not None and top_k < logits.shape[1]:
@@ -1068,18 +1085,22 @@ def choose_tokens(hidden: list[Tensor], weight: Tensor, options: Sampling, mask_
             logits = free + (options.cfg_scale + 1) * (logits - free)
         parts.append(_choose_in_slice(logits, start, options, never, generator, entropy, restricted))
 
-    # Over all slices: the best of the bests, and log-sum-exp of the parts.
+    part = parts[0] if len(parts) == 1 else _whole(parts)
+    probability = (part.logit - part.top).exp() / part.total
+    if not entropy:
+        return part.token, probability, probability
+    return part.token, probability, part.mean / part.total - part.total.log()
+
+
+def _whole(parts: list[Slice]) -> Slice:
+    """All slices as one: the best of the bests, and log-sum-exp of the parts."""
     part = Slice(*(torch.stack(column) for column in zip(*parts)))  # (slices, N) each
     first = part.best.argmax(dim=0, keepdim=True)
-    token, logit = part.token.gather(0, first)[0], part.logit.gather(0, first)[0]
-    peak = part.top.amax(dim=0)
-    share = (part.top - peak).exp()
-    norm = (part.total * share).sum(dim=0)
-    probability = (logit - peak).exp() / norm
-    if not entropy:
-        return token, probability, probability
-    mean = (part.mean + (part.top - peak) * part.total) * share
-    return token, probability, mean.sum(dim=0) / norm - norm.log()
+    best, token, logit = (x.gather(0, first)[0] for x in (part.best, part.token, part.logit))
+    top = part.top.amax(dim=0)
+    share = (part.top - top).exp()
+    mean = (part.mean + (part.top - top) * part.total) * share
+    return Slice(best, token, logit, top, (part.total * share).sum(dim=0), mean.sum(dim=0))
 
 
 def _choose_in_slice(logits, start: int, options: Sampling, never, generator, entropy, restricted) -> Slice:
@@ -1101,8 +1122,7 @@ def _choose_in_slice(logits, start: int, options: Sampling, never, generator, en
     if options.temperature:
         T = options.temperature
         noisy = restrict(logits / T, options.top_k, options.top_p) * T if restricted else logits
-        uniform = torch.rand(noisy.shape, generator=generator, device=noisy.device, dtype=torch.float64)
-        best, token = gumbel(noisy, T, uniform).max(dim=1)
+        best, token = noised(noisy, T, generator).max(dim=1)
 
     # Its probability, over the whole slice with their logits restored, but for tokens of begin_suppress_tokens.
     for part, share in reversed(barred):

@@ -175,27 +175,38 @@ def folded(mask: Tensor, share: int, dtype: torch.dtype) -> Tensor:
     """A bool mask (B, 1, Q, K) as 0 and -inf, repeated for the `share` query heads of a group: (B, 1, share * Q, K)."""
     # On CUDA only the flash kernel, which takes no mask, and the slow one know groups of heads (torch's manual). So a
     # group's queries stand in one row, as if of one head; exact, and as fast on a CPU.
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf).repeat(1, 1, share, 1)
+    return mask.to(dtype).log_().repeat(1, 1, share, 1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-    """Softmax attention of q (B, H, Q, C) over k, v (B, G, K, C), H a multiple of G.
+    """Softmax attention (B, Q, H * C) of q (B, H, Q, C) over k, v (B, G, K, C), H a multiple of G.
 
     mask: from `attention_mask`; if it is a tensor, `folded`.
     """
+    Q, G = q.shape[2], k.shape[1]
+    if isinstance(mask, Tensor):
+        rows = q.reshape(len(q), G, -1, q.shape[3])  # (B, G, share * Q, C)
+        heads = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).unflatten(2, (-1, Q))
+        # Each kernel has an order of its own in memory, of which no view but a copy makes ours.
+        return heads.permute(0, 3, 1, 2, 4).flatten(2)  # (B, Q, G, share, C) before
     if isinstance(mask, str):  # full or causal
         # In float32 CUDA has a fast kernel (the others keep Q x K scores) only for heads with keys of their own.
         if q.is_cuda and q.dtype == torch.float32:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            k, v = (x.repeat_interleave(q.shape[1] // G, dim=1) for x in (k, v))
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=grouped)
-    if isinstance(mask, Tensor):
-        rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, G, share * Q, C)
-        # No view: kernels return (B, Q, H, C) in memory, or what q has.
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
-    from torch.nn.attention.flex_attention import flex_attention
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=grouped)
+    else:
+        from torch.nn.attention.flex_attention import flex_attention
 
-    return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True)
+        heads = _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True)
+    return heads.transpose(1, 2).flatten(2)
+
+
+def use_cudnn(lengths_recur: bool) -> None:
+    """Says whether attention on CUDA may be cuDNN's, for the whole process."""
+    # torch prefers it on an H100. It is planned anew for every shape, which others report to take up to a second, and
+    # is reported to be faster by half or more once it is. Neither has been measured here.
+    torch.backends.cuda.enable_cudnn_sdp(lengths_recur)
 
 
 class KVCache:
@@ -208,20 +219,26 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, length, G, C)
         self.values = torch.zeros_like(self.keys)
-        # Columns that nobody has written belong to document -2, as no query does.
-        zeros = torch.zeros(batch, length, dtype=torch.int64, device=device)
-        self.layout = Layout(zeros.clone(), zeros - 2, zeros.clone(), zeros.clone())
+        self.fields = torch.zeros(4, batch, length, dtype=torch.int64, device=device)
+        self.fields[1] = -2  # columns that nobody has written belong to document -2, as no query does
+        self.layout = Layout(*self.fields)
         self.rows = torch.arange(batch, device=device)[:, None]
 
     def write_layout(self, columns: Tensor, layout: Layout) -> None:
-        for old, new in zip(self.layout[:4], layout[:4]):
-            old[self.rows, columns] = new
+        self.fields[:, self.rows, columns] = torch.stack(layout[:4])
 
-    def write(self, layer: int, columns: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, G, T, C) at columns (B, T) of a layer; returns that layer's whole (B, G, length, C)."""
-        self.keys[layer, self.rows, columns] = k.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer, self.rows, columns] = v.transpose(1, 2).to(self.values.dtype)
-        return self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)
+    def layer(self, i: int, columns: Tensor) -> tuple[Tensor, ...]:
+        """What layer i needs in order to write at columns (B, T)."""
+        # Tensors alone, since a layer that is told its number, or given all keys, would be compiled for that number.
+        return self.keys[i], self.values[i], self.rows, columns
+
+
+def write(kept: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts k, v (B, G, T, C) into the layer of a KVCache that it was given; returns all of that, (B, G, length, C)."""
+    keys, values, rows, columns = kept
+    keys[rows, columns] = k.transpose(1, 2).to(keys.dtype)
+    values[rows, columns] = v.transpose(1, 2).to(values.dtype)
+    return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,33 +286,60 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+def joined(parts: list[Linear]) -> tuple[Tensor, Tensor | None]:
+    """One weight (and bias) for several products of the same input, theirs being views of it from now on."""
+    sizes, whole = [part.out_features for part in parts], []
+    for name in ("weight", "bias"):
+        parameters = [getattr(part, name) for part in parts]
+        whole.append(None if parameters[0] is None else torch.cat([parameter.data for parameter in parameters]))
+        for parameter, view in zip(parameters, () if whole[-1] is None else whole[-1].split(sizes)):
+            parameter.data = view
+    return tuple(whole)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, C = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = C
+        self.head_dim, self.heads = C, (H, G)
         self.q_proj = Linear(D, H * C, bias=config.qkv_bias)
         self.k_proj = Linear(D, G * C, bias=config.qkv_bias)
         self.v_proj = Linear(D, G * C, bias=config.qkv_bias)
         self.o_proj = Linear(H * C, D, bias=config.output_bias)
         self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.family.qk_norm else None
         self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.family.qk_norm else None
+        self.joined = None  # LanguageModel.join: q_proj's, k_proj's and v_proj's weight and bias, and the norms'
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, write, index) -> Tensor:
+    def join(self) -> None:
+        norms = (self.q_norm, self.k_norm) if self.q_norm is not None else ()
+        norm = torch.cat([x.weight.data.expand(n, -1) for x, n in zip(norms, self.heads)]) if norms else None
+        self.joined = *joined([self.q_proj, self.k_proj, self.v_proj]), norm
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, kept, index) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (  # each (B, T, heads, C)
-            projection(x).view(B, T, -1, self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, heads, T, C)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.joined is None:
+            q, k, v = (  # each (B, T, heads, C)
+                projection(x).view(B, T, -1, self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj)
+            )
+            if self.q_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, heads, T, C)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        else:
+            # The same by few kernels, each over the heads of q and k together.
+            weight, bias, norm = self.joined
+            heads = F.linear(x, weight, bias).view(B, T, -1, self.head_dim)  # (B, T, H + 2G, C)
+            qk, v = heads.split([sum(self.heads), self.heads[1]], dim=2)
+            if norm is not None:  # of v too, in vain, since what is contiguous is normed without a copy
+                qk = F.rms_norm(heads, (self.head_dim,), None, self.q_norm.eps)[:, :, : sum(self.heads)] * norm
+            q, k = rotate(qk.transpose(1, 2), cos, sin).split(self.heads, dim=1)
+            v = v.transpose(1, 2)
 
         # With a cache the new keys and values go into it, and attention is over all that it holds.
-        if write is not None:
-            k, v = write(k, v)
-        heads = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)
+        if kept is not None:
+            k, v = write(kept, k, v)
+        heads = attention(q, k, v, mask)  # (B, T, H * C)
         return self.o_proj(heads if index is None else heads.flatten(0, 1)[index])
 
 
@@ -306,9 +350,17 @@ class MLP(nn.Module):
         self.gate_proj = Linear(D, inner, bias=False)
         self.up_proj = Linear(D, inner, bias=False)
         self.down_proj = Linear(inner, D, bias=False)
+        self.joined = None  # LanguageModel.join: gate_proj's weight and up_proj's
+
+    def join(self) -> None:
+        self.joined = joined([self.gate_proj, self.up_proj])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.joined is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = F.linear(x, *self.joined).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -319,9 +371,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, write=None, index=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, kept=None, index=None) -> Tensor:
         """x (B, T, D) to the same; with `index` (N,), flat positions in B*T, to those of them alone, (N, D)."""
-        heads = self.self_attn(self.input_layernorm(x), cos, sin, mask, write, index)
+        heads = self.self_attn(self.input_layernorm(x), cos, sin, mask, kept, index)
         x = heads + (x if index is None else x.flatten(0, 1)[index])
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -360,6 +412,13 @@ class LanguageModel(nn.Module):
             else:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
+    def join(self) -> None:
+        """Gives each layer one matrix product in the place of three, and of two, of the same input; no memory, as the
+        weights become views. For sampling, once the model is where and in what dtype it stays: rounding may differ."""
+        for layer in self.model.layers:
+            layer.self_attn.join()
+            layer.mlp.join()
+
     def forward(
         self,
         tokens: Tensor,
@@ -393,7 +452,7 @@ class LanguageModel(nn.Module):
         # The last layer computes what is asked for alone: the rest of its outputs, BD3LM's clean stream above all,
         # would have no use.
         for i, layer in enumerate(self.model.layers):
-            write = None if cache is None else functools.partial(cache.write, i, columns)
-            x = layer(x, cos, sin, mask, write, index if i == len(self.model.layers) - 1 else None)
+            kept = None if cache is None else cache.layer(i, columns)
+            x = layer(x, cos, sin, mask, kept, index if i == len(self.model.layers) - 1 else None)
         x = self.model.norm(x)  # (B, T, D), or (N, D)
         return F.linear(x, self.head_weight.to(x.dtype)) if head is None else head(x, self.head_weight)

@@ -35,7 +35,7 @@ from files import replacing_file
 from likelihood import evaluate
 from loaders import Batching, ChatBatching, Workers, build_loaders, longest_answer, prefetch
 from log import ARGS, SUMS, Log, describe, import_wandb, past_rows, peak_flops, readable, summarize, train_flops
-from model import OBJECTIVES, Config, LanguageModel
+from model import OBJECTIVES, Config, LanguageModel, use_cudnn
 from optim import Optimization, build_optimizers, learning_rate
 from options import (
     Count,
@@ -254,6 +254,7 @@ class Run:
         self.fingerprints = resume.fingerprints(self.loaders, known)
         self._plan(start.done)
         self.save_dtype = getattr(torch, args.save_dtype or self.model.config.dtype)
+        use_cudnn(args.stage == "pt" or args.pad_to is not None)
         self.engine, self.sync = parallelize(self.model, args, ranks)
         self.optimizers = build_optimizers(self.model, args)
         self.peak = peak_flops(ranks.device)

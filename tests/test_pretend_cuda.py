@@ -28,6 +28,12 @@ def a_model(objective: str, **changes):
     return tiny(dtype=torch.float32, **declared, **changes)
 
 
+def on_cuda(objective: str):
+    sampler = a_model(objective).to(CUDA)
+    sampler.join()
+    return sampler
+
+
 @pytest.fixture(autouse=True)
 def as_written(monkeypatch):
     """FlexAttention as it is written, not compiled: so the CPU has no backward pass of it."""
@@ -45,7 +51,7 @@ def test_recorded_forwards_decode_what_the_cpu_does_and_wait_for_nothing(objecti
         pytest.skip("of diffusion alone")
     expected = list(denoise(a_model(objective), PROMPTS, **LENGTH, **options))
     with PretendCuda() as gpu:
-        steps = denoise(a_model(objective).to(CUDA), PROMPTS, **LENGTH, **options)
+        steps = denoise(on_cuda(objective), PROMPTS, **LENGTH, **options)
         found = [next(steps), next(steps)]
         gpu.waits.clear()
         found += steps
@@ -57,7 +63,7 @@ def test_recorded_forwards_decode_what_the_cpu_does_and_wait_for_nothing(objecti
 @pytest.mark.parametrize("options", [{"temperature": 0.7, "top_p": 0.9, "top_k": 9}, {"remasking": "random"}], ids=str)
 def test_what_is_drawn_is_recorded_with_its_generator(options):
     with PretendCuda():
-        sampler, generator = a_model("bd3lm").to(CUDA), CudaGenerator()
+        sampler, generator = on_cuda("bd3lm"), CudaGenerator()
         tokens = list(denoise(sampler, PROMPTS, generator=generator, **LENGTH, **options))[-1].tokens
         assert not (tokens == MASK).any()
         with pytest.raises(Refused, match="a CPU generator"):
@@ -76,7 +82,7 @@ def test_a_kept_cache_serves_the_next_turn_and_is_not_read_in_a_step(objective):
 
     expected = turns(a_model(objective))
     with PretendCuda() as gpu:
-        sampler = a_model(objective).to(CUDA)
+        sampler = on_cuda(objective)
         gpu.waits.clear()
         assert turns(sampler) == expected
         assert max(gpu.waits.values()) < LENGTH["steps"], gpu.waits  # in three turns: none is of each forward
