@@ -5,8 +5,9 @@ the code under test takes its CUDA branches, with real numbers and autograd. Wha
 on two devices, and while a graph is recorded all that waits for the device or is copied to it, and a generator that the
 graph does not know. A recording computes nothing; a replay does, operation by operation, into the memory recorded.
 
-gpu.waits: where the host waited, and how often. gpu.kernels: operations that launch one, by name. Results of attention
-have the strides that CUDA's kernels return. Not seen: the numerics and speed of kernels, memory, Triton, NCCL, streams.
+gpu.waits: where the host waited, and how often. gpu.recorded: what the last recording launches, kernels by name, about
+as a GPU would. Results of attention have the strides that CUDA's kernels return. Not seen: the numerics and speed of
+kernels, memory, Triton, NCCL, streams.
 """
 
 import contextlib
@@ -27,6 +28,11 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2",
 NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "_unsafe_view", "detach", "lift_fresh"}
 
 
+@torch.library.custom_op("pretend_cuda::rms_norm", mutates_args=())
+def rms_norm(x: torch.Tensor, shape: list[int], weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, shape, weight, eps)
+
+
 class Refused(RuntimeError):
     """What a GPU, or the recording of a graph, would not do."""
 
@@ -41,7 +47,7 @@ class PretendCuda(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.marks: dict[int, StorageWeakRef] = {}
-        self.waits, self.kernels = Counter(), Counter()
+        self.waits, self.recorded = Counter(), None
         self.making = False  # a tensor on cuda:0 out of none
         self.graph = None  # that is being recorded
 
@@ -98,9 +104,9 @@ class PretendCuda(TorchDispatchMode):
     def run(self, op, name: str, args, kwargs):
         if op.is_view or name in NO_KERNEL:
             return op(*args, **kwargs)
-        self.kernels[name] += 1
-        if name == "_fused_rms_norm" and not args[0].is_contiguous():
-            self.kernels["rms_norm's copy"] += 1
+        if self.graph is not None:
+            self.recorded[name] += 1
+            self.recorded["contiguous"] += name.endswith("::rms_norm") and not args[0].is_contiguous()
         if self.graph is None:
             out = op(*args, **kwargs)
         elif op._schema.is_mutable:  # what it writes to must stay as it is
@@ -130,7 +136,7 @@ class PretendCuda(TorchDispatchMode):
                 self.register_generator_state = self.generators.append
 
             def replay(self) -> None:
-                with torch._C._DisableTorchDispatch():
+                with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                     for op, args, kwargs, out in self.ops:
                         new = op(*args, **kwargs)
                         for old, value in zip(tree_leaves(out), tree_leaves(new)):
@@ -139,7 +145,7 @@ class PretendCuda(TorchDispatchMode):
 
         @contextlib.contextmanager
         def recording(graph, pool=None, stream=None):
-            gpu.graph = graph
+            gpu.graph, gpu.recorded = graph, Counter()
             try:
                 yield
             finally:
@@ -188,7 +194,7 @@ class _Functions(TorchFunctionMode):
         if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
             return self.move(func, x, ours, args[1:], kwargs)
         if ours and func is F.rms_norm and not torch.is_grad_enabled():  # one kernel, of which the CPU makes six
-            return torch._fused_rms_norm(*args, **kwargs)[0]
+            return rms_norm(*args, **kwargs)
         if ours and func is F.scaled_dot_product_attention:
             self.check_attention(*args[:3], **kwargs)
         if ours or names_cuda(kwargs.get("device")):

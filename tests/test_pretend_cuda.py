@@ -8,8 +8,9 @@ import torch.nn.attention.flex_attention as flex
 from conftest import MASK, positions, random_tokens, tiny
 from pretend_cuda import CUDA, CudaGenerator, PretendCuda, Refused
 
+import cli
 import model
-from diffusion import Batch, Noising, Prefix, denoise, training_example
+from diffusion import Batch, Decoding, Noising, Prefix, denoise, noised, training_example
 from likelihood import log_likelihood
 from parallel import Ranks
 from train import gradients
@@ -22,15 +23,14 @@ OPTIONS = (
 LENGTH = {"max_new_tokens": 12, "steps": 12}
 
 
-def a_model(objective: str, **changes):
+def a_model(objective: str, dtype=torch.float32, **changes):
     declared = {"objective": objective, "block_length": 4 if objective == "bd3lm" else None}
-    declared["right_shift"] = objective == "ar"
-    return tiny(dtype=torch.float32, **declared, **changes)
+    return tiny(dtype=dtype, **declared | {"right_shift": objective == "ar"} | changes)
 
 
 def on_cuda(objective: str):
     sampler = a_model(objective).to(CUDA)
-    sampler.join()
+    cli.prepare(sampler, compiled=False)
     return sampler
 
 
@@ -39,6 +39,8 @@ def as_written(monkeypatch):
     """FlexAttention as it is written, not compiled: so the CPU has no backward pass of it."""
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(model, "_compiled", lambda function: function)
+    yield
+    model.use_cudnn(True)
 
 
 each_objective = pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
@@ -86,6 +88,51 @@ def test_a_kept_cache_serves_the_next_turn_and_is_not_read_in_a_step(objective):
         gpu.waits.clear()
         assert turns(sampler) == expected
         assert max(gpu.waits.values()) < LENGTH["steps"], gpu.waits  # in three turns: none is of each forward
+
+
+def test_noise_on_cuda_is_as_exact_as_that_of_doubles():
+    shape, seed = (64, 150_000), 0
+    drawn = torch.empty(shape, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(seed))
+    logits = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    expected = (logits.double() - 0.7 * drawn.log()).argmax(dim=1)
+    with PretendCuda():
+        generator = CudaGenerator()
+        found = noised(logits.to(CUDA), 0.7, generator.manual_seed(seed))
+        assert found.dtype == torch.float32 and torch.equal(found.argmax(dim=1).cpu(), expected)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@each_objective
+def test_the_head_sees_no_more_columns_than_a_block_generates(objective, holes, monkeypatch):
+    seen, choose = set(), Decoding.choose
+    monkeypatch.setattr(Decoding, "choose", lambda self, hidden, w: (seen.add(len(hidden)), choose(self, hidden, w))[1])
+    masks = [[0 < i < 7 for i in range(len(prompt))] for prompt in PROMPTS] if holes else None
+    with PretendCuda():
+        list(denoise(on_cuda(objective), PROMPTS, canvas_masks=masks, **LENGTH))
+    assert seen == {len(PROMPTS) * {"ar": 1, "bd3lm": 4, "mdlm": 12 + 6 * holes}[objective]}
+
+
+# What a forward launches
+
+
+def kernels(objective: str, layers: int) -> Counter:
+    """The operations of a recorded forward that launch a kernel, of Qwen3-0.6B's layers but for their width."""
+    shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": layers}
+    options = {} if objective == "ar" else {"block_size": 32}
+    with PretendCuda() as gpu:
+        sampler = a_model(objective, torch.bfloat16, **shape, block_length=32 if objective == "bd3lm" else None)
+        cli.prepare(sampler.to(CUDA), compiled=False)
+        steps = denoise(sampler, [[1] * 64], max_new_tokens=128, steps=128, **options)
+        while gpu.recorded is None:
+            next(steps)
+    return gpu.recorded
+
+
+@pytest.mark.parametrize(("objective", "layer", "besides"), [("ar", 19, 119), ("mdlm", 16, 94), ("bd3lm", 20, 117)])
+def test_a_forward_launches_few_kernels(objective, layer, besides):
+    two, three = (kernels(objective, layers).total() for layers in (2, 3))
+    assert three - two <= layer
+    assert 3 * two - 2 * three <= besides
 
 
 @each_objective
