@@ -500,6 +500,28 @@ def test_the_activations_told_are_those_that_a_layer_keeps(family):
     assert 1 <= (kept(3) - kept(2)) / told < 1.45
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joined_products_give_the_same_and_hold_no_weight_twice(family):
+    model, tokens, layout = tiny(family), random_tokens(2, 9), Layout.of(positions(2, 9), None, 3)
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    def outputs() -> list[Tensor]:
+        cache = KVCache(model.config, 2, 9, dtype=torch.float64)
+        return [model(tokens, layout), model(tokens, layout, cache=cache, columns=positions(2, 9)), cache.keys]
+
+    apart = outputs()
+    model.join()
+    for ours, theirs in zip(outputs(), apart):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    for layer in model.model.layers:
+        for whole, names in ((layer.self_attn.joined, "qkv"), (layer.mlp.joined, ("gate", "up"))):
+            parts = [getattr(layer.self_attn if names == "qkv" else layer.mlp, f"{name}_proj") for name in names]
+            assert {part.weight.untyped_storage().data_ptr() for part in parts} == {whole[0].data_ptr()}
+            assert sum(part.weight.numel() for part in parts) == whole[0].numel()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # CUDA
 

@@ -53,7 +53,9 @@ def test_recorded_forwards_decode_what_the_cpu_does_and_wait_for_nothing(objecti
         pytest.skip("of diffusion alone")
     expected = list(denoise(a_model(objective), PROMPTS, **LENGTH, **options))
     with PretendCuda() as gpu:
-        steps = denoise(on_cuda(objective), PROMPTS, **LENGTH, **options)
+        sampler = on_cuda(objective)
+        assert sampler.model.layers[0].mlp.joined and not torch.backends.cuda.cudnn_sdp_enabled()
+        steps = denoise(sampler, PROMPTS, **LENGTH, **options)
         found = [next(steps), next(steps)]
         gpu.waits.clear()
         found += steps

@@ -479,6 +479,15 @@ def test_weights_and_biases_gets_what_the_metrics_hold(source, tmp_path, monkeyp
     assert Run.finished
 
 
+@pytest.mark.parametrize(("flags", "recur"), [((), False), (("--pad_to", "256"), True)])
+def test_cudnn_may_attend_where_all_rows_have_one_length(source, tmp_path, flags, recur, monkeypatch):
+    monkeypatch.setattr(train, "parallelize", None)  # which comes after, and ends it
+    with pytest.raises(TypeError):
+        run(source, tmp_path / "run", *flags)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == recur
+    train.use_cudnn(True)
+
+
 def test_a_run_computes_in_the_dtype_it_is_told(source, tmp_path):
     losses = {
         dtype: [
