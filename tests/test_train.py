@@ -479,7 +479,7 @@ def test_weights_and_biases_gets_what_the_metrics_hold(source, tmp_path, monkeyp
     assert Run.finished
 
 
-@pytest.mark.parametrize(("flags", "recur"), [((), False), (("--pad_to", "256"), True)])
+@pytest.mark.parametrize(("flags", "recur"), [((), False), (("--pad_to", "512"), True)])
 def test_cudnn_may_attend_where_all_rows_have_one_length(source, tmp_path, flags, recur, monkeypatch):
     monkeypatch.setattr(train, "parallelize", None)  # which comes after, and ends it
     with pytest.raises(TypeError):
