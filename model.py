@@ -234,11 +234,10 @@ class KVCache:
 
 
 def write(kept: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts k, v (B, G, T, C) into the layer of a KVCache that it was given; returns all of that, (B, G, length, C)."""
+    """Puts k, v (B, T, G, C) into the layer of a KVCache that `kept` is; returns all of that, (B, length, G, C)."""
     keys, values, rows, columns = kept
-    keys[rows, columns] = k.transpose(1, 2).to(keys.dtype)
-    values[rows, columns] = v.transpose(1, 2).to(values.dtype)
-    return keys.transpose(1, 2), values.transpose(1, 2)
+    keys[rows, columns], values[rows, columns] = k.to(keys.dtype), v.to(values.dtype)
+    return keys, values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +245,7 @@ def write(kept: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
 
 
 def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, and sin with its first half negated, (B, 1, T, C), of the rotary angles at `position` (B, T), in float32:
+    """cos, and sin with its first half negated, (B, T, 1, C), of the rotary angles at `position` (B, T), in float32:
     RoPE, arXiv 2104.09864, in the half-split form of the published checkpoints."""
     C = config.head_dim
     frequency = config.rope_theta ** -(torch.arange(0, C, 2, dtype=torch.float32, device=position.device) / C)
@@ -259,13 +258,13 @@ def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / s["factor"])
-    angle = position[:, None, :, None].float() * frequency  # (B, 1, T, C/2)
+    angle = position[:, :, None, None].float() * frequency  # (B, T, 1, C/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, C) turned by the angles of `rotary`; feature c pairs with c + C/2: (a cos - b sin, b cos + a sin)."""
+    """x (B, T, H, C) turned by the angles of `rotary`; feature c pairs with c + C/2: (a cos - b sin, b cos + a sin)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -324,7 +323,6 @@ class Attention(nn.Module):
             )
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, heads, T, C)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         else:
             # The same by few kernels, each over the heads of q and k together.
@@ -333,13 +331,12 @@ class Attention(nn.Module):
             qk, v = heads.split([sum(self.heads), self.heads[1]], dim=2)
             if norm is not None:  # of v too, in vain, since what is contiguous is normed without a copy
                 qk = F.rms_norm(heads, (self.head_dim,), None, self.q_norm.eps)[:, :, : sum(self.heads)] * norm
-            q, k = rotate(qk.transpose(1, 2), cos, sin).split(self.heads, dim=1)
-            v = v.transpose(1, 2)
+            q, k = rotate(qk, cos, sin).split(self.heads, dim=2)
 
         # With a cache the new keys and values go into it, and attention is over all that it holds.
         if kept is not None:
             k, v = write(kept, k, v)
-        heads = attention(q, k, v, mask)  # (B, T, H * C)
+        heads = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, T, H * C)
         return self.o_proj(heads if index is None else heads.flatten(0, 1)[index])
 
 

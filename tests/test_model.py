@@ -245,11 +245,11 @@ def test_rotary_angles_are_positions_times_falling_frequencies():
     cos, sin = rotary(config, torch.tensor([[0, 1, 7]]), torch.float64)
     frequency = torch.tensor([1.0, 100**-0.25, 100**-0.5, 100**-0.75], dtype=torch.float64)
     angle = torch.tensor([0.0, 1.0, 7.0], dtype=torch.float64)[:, None] * frequency
-    close(cos[0, 0], torch.cat([angle.cos(), angle.cos()], dim=1), rtol=0, atol=1e-6)
-    close(sin[0, 0], torch.cat([-angle.sin(), angle.sin()], dim=1), rtol=0, atol=1e-6)
+    close(cos[0, :, 0], torch.cat([angle.cos(), angle.cos()], dim=1), rtol=0, atol=1e-6)
+    close(sin[0, :, 0], torch.cat([-angle.sin(), angle.sin()], dim=1), rtol=0, atol=1e-6)
     complex_numbers = torch.view_as_complex(torch.randn(3, 4, 2, dtype=torch.float64))
     turned = complex_numbers * torch.polar(torch.ones_like(angle), angle)
-    x, expected = (torch.cat([z.real, z.imag], dim=1)[None, None] for z in (complex_numbers, turned))
+    x, expected = (torch.cat([z.real, z.imag], dim=1)[None, :, None] for z in (complex_numbers, turned))
     close(rotate(x, cos, sin), expected, rtol=0, atol=1e-5)
 
 
