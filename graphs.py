@@ -66,16 +66,16 @@ def recorded(advance, generator: torch.Generator | None, device: torch.device):
     return run
 
 
-def later(flag: Tensor):
-    """A function that returns the value of `flag` (); on CUDA it waits for what came before it, not after."""
-    if not flag.is_cuda:
-        return flag.clone().item
-    copy, ready = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
-    copy.copy_(flag, non_blocking=True)
-    ready.record(torch.cuda.current_stream(flag.device))
+def later(x: Tensor):
+    """A function that returns x.tolist() (of () a number); on CUDA it waits for what came before it, not after."""
+    if not x.is_cuda:
+        return x.clone().tolist
+    copy, ready = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    copy.copy_(x, non_blocking=True)
+    ready.record(torch.cuda.current_stream(x.device))
 
-    def value() -> bool:
+    def value():
         ready.synchronize()
-        return copy.item()
+        return copy.tolist()
 
     return value

@@ -1,6 +1,7 @@
 """Rows in, batches out: a loader of rows that are there, one of a stream, and the one that a run's options ask for."""
 
 import itertools
+import math
 import multiprocessing
 import os
 import traceback
@@ -61,14 +62,19 @@ class Workers(data.Workers):
 
 # ---------------------------------------------------------------- rows to a batch
 
+# Chat canvases are so many tokens or a multiple of it: a GPU's kernels, and its memory, are then for few shapes. Not
+# where padding is learnt. On a CPU a padded column costs more than a new shape.
+MULTIPLE = {"cpu": 1, "cuda": 32}
+
 
 def collate(
-    rows, *, pad_id: int, train_on_padding=False, block_length=None, eos_id=None, length=None, longest=0
+    rows, *, pad_id: int, train_on_padding=False, block_length=None, eos_id=None, length=None, longest=0, multiple=1
 ) -> dict[str, torch.Tensor]:
     """Rows side by side, padded on the right: tokens, document, position (B, T) int64, supervised (B, T) bool.
 
-    T: `length`, else the longest row, here or in the rest of the global batch (`longest` tokens). document: 0, in a
-    packed row the number of its row, padding -1. Padding is not supervised. Two ways to learn where an answer ends:
+    T: `length`, else the longest row, here or in the rest of the global batch (`longest` tokens), rounded up to a
+    `multiple`. document: 0, in a packed row the number of its row, padding -1. Padding is not supervised. Two ways to
+    learn where an answer ends:
     train_on_padding: padding is supervised and visible (document 0), so that a row tells where in a canvas it ends;
     block_length: each row is first extended by supervised eos_id to a multiple of it.
     """
@@ -78,7 +84,7 @@ def collate(
     # A single row is one that is packed alone; the longest decides about the canvas
     rows = [row if "document" in row else data.join([row], block_length, eos_id) for row in rows]
     most = max(len(row["tokens"]) for row in rows)
-    B, T = len(rows), max(most, filled(longest, block_length)) if length is None else length
+    B, T = len(rows), filled(max(most, filled(longest, block_length)), multiple) if length is None else length
     if most > T:
         raise ValueError(f"a row of {most} tokens exceeds the canvas of {T}; lower max_length or raise --pad_to")
 
@@ -92,12 +98,13 @@ def collate(
     return batch
 
 
-def collate_for(args, config: Config, tokenizer: Tokenizer) -> Callable:
+def collate_for(args, config: Config, tokenizer: Tokenizer, device="cpu") -> Callable:
     """collate as the stage and the objective want it: see its docstring for the two ways to fill a chat row.
-    args: train.Settings."""
+    args: train.Settings; device: the type of that which computes."""
     chat, objective = args.stage == "sft", config.objective
     block_length = config.block_length if chat and objective == "bd3lm" else None
     canvas = {"length": args.pad_to, "train_on_padding": chat and objective == "mdlm", "block_length": block_length}
+    canvas["multiple"] = MULTIPLE[device] if chat and objective != "mdlm" else 1
     # Padding that nobody learns may be any token, but what ends an answer may not
     pad_id, learnt = tokenizer.pad_id, {"mdlm": tokenizer.pad_id, "bd3lm": tokenizer.eos_id}
     if chat and learnt.get(objective, 0) is None:
@@ -372,7 +379,7 @@ class Loaders(NamedTuple):
 def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Loaders:
     """What a training run reads. args: train.Settings."""
     reading, hold_out = data.Reading(**args.only(data.Reading)), args.eval_strategy != "no"
-    collate = collate_for(args, config, tokenizer)
+    collate = collate_for(args, config, tokenizer, ranks.device.type)
 
     def load(split: str) -> data.Rows:
         if args.load_preprocessed_data:
@@ -406,7 +413,8 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
     # Else all rows are there. How much of a batch is padding, and how much packing leaves of it
     batches["group_by_length"] = args.stage == "sft" and args.group_by_length
     loader = Loader(rows=load("train"), **batches)
-    canvas = {"block_length": blocks.get("block_length"), "length": args.pad_to}
+    multiple = math.lcm(blocks.get("block_length", 1), collate.keywords["multiple"])
+    canvas = {"block_length": multiple, "length": args.pad_to}
     padding = f"{1 - loader.useful_share(**canvas):.0%} of each batch is padding"
     if args.packing:
         loader = Loader(rows=data.Packed(loader.rows, pack_length, **blocks), **batches)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from display import printable
 from files import naming_file, replacing_file
-from model import Config, LanguageModel, Layout, visible
+from model import Config, LanguageModel, Layout
 from parallel import Ranks
 
 try:
@@ -147,7 +147,7 @@ def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ran
     activations = activation_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
     return (
         f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
-        f"{block}{shift}, on {where}\n"
+        f"{block}{shift}, on {where}{', layers compiled' if args.compiles_on(ranks.device) else ''}\n"
         f"data   {about_data}\n"
         f"run    {steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} tokens; "
         f"{args.optim}, learning rate {args.learning_rate:g}\n"
@@ -180,10 +180,24 @@ def forward_flops(config: Config, tokens: int, rows: int, pairs: int) -> int:
 
 def train_flops(config: Config, layout: Layout, rows: int) -> int:
     """FLOPs of a training step on `layout`, forward 1 part and backward 2 parts; of the pairs, those that see each
-    other. All rows of `layout` are taken to be like the first."""
-    first = layout.map(lambda field: field[:1])
-    pairs = visible(first.map(lambda field: field[:, :, None]), first.map(lambda field: field[:, None, :])).sum()
-    return 3 * forward_flops(config, layout.position.numel(), rows, layout.position.shape[0] * int(pairs))
+    other."""
+    return 3 * forward_flops(config, layout.position.numel(), rows, visible_pairs(layout))
+
+
+def visible_pairs(layout: Layout) -> int:
+    """How many (query, key) of the rows see each other, as model.visible has it, without a matrix of them."""
+    # A document of a row, and a block in it, as one number: blocks of a document follow each other. All are at least 0
+    row, blocks = torch.arange(len(layout.block))[:, None], int(layout.block.max()) + 2
+    document = (row * (int(layout.document.max()) + 3) + layout.document + 2) * blocks
+    place, noisy = document + layout.block + 1, layout.noisy > 0
+
+    # Noisy tokens see their block of their copy. All see the clean ones of their document up to a block, theirs or, if
+    # they are noisy, the one before: where these stand in order says how many they are
+    copies = (place * (int(layout.noisy.max()) + 1) + layout.noisy)[noisy]
+    alike = copies.unique(return_counts=True)[1]
+    clean = place[~noisy].sort().values
+    seen = torch.searchsorted(clean, place - noisy.long(), right=True) - torch.searchsorted(clean, document)
+    return int(alike.square().sum() + seen.sum())
 
 
 def peak_flops(device: torch.device) -> float | None:

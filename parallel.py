@@ -68,7 +68,10 @@ def setup() -> Ranks:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, device)
+    # On the CPU ranks wait while another tokenises or saves; GPUs wait for each other within a step, or hang
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    if cuda:
+        dist.group.WORLD._get_backend(device)._set_default_timeout(timedelta(minutes=10))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -90,10 +93,14 @@ class Parallel(Options):
     checkpoint_activations: Literal["none", "selective", "full"] = "none"
     """what the backward pass computes again instead of keeping it: selective, all but matrix products; full, everything
     inside a layer"""
-    torch_compile: bool = False  # compile the layers (minutes at the start)
+    torch_compile: bool | None = None
+    """compile the layers: minutes at the start, then half the kernels and less memory traffic (default: on CUDA)"""
 
     def computes_in(self, device: torch.device) -> torch.dtype:
         return getattr(torch, self.compute_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+    def compiles_on(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.torch_compile is None else self.torch_compile
 
 
 def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):
@@ -103,8 +110,8 @@ def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):
     for layer in model.model.layers:
         if options.checkpoint_activations != "none":
             saved = _selective() if options.checkpoint_activations == "selective" else {}
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **saved)
-        if options.torch_compile:
+            layer.forward = _recomputed(layer.forward, saved)
+        if options.compiles_on(ranks.device):
             torch._dynamo.config.recompile_limit = 64  # a shape of its own, and the last layer's, each count
             layer.compile()
     model.to(ranks.device)
@@ -117,11 +124,24 @@ def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):
     return _shard(model, ranks, options.parallel, None if reduce_dtype == compute_dtype else reduce_dtype)
 
 
+def _recomputed(forward, saved: dict):
+    """`forward`, which the backward pass calls again. A function, since torch.compile passes over a functools.partial
+    in silence."""
+
+    def recomputed(*inputs):
+        return checkpoint(forward, *inputs, use_reentrant=False, **saved)
+
+    return recomputed
+
+
 def _selective() -> dict:
     """Keeps the outputs of matrix products and attention; all else is computed again in the backward pass."""
-    aten = torch.ops.aten
-    outputs = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention.default]
-    outputs += [aten._scaled_dot_product_efficient_attention.default, torch.ops.higher_order.flex_attention]
+    # Attention is one of these, by device, dtype and mask. That of a FlexAttention is kept in compiled layers alone: in
+    # others it is compiled by itself, and hidden in what that makes of it.
+    aten, kernels = torch.ops.aten, ("flash_attention", "efficient_attention", "cudnn_attention")
+    outputs = [getattr(aten, f"_scaled_dot_product_{kernel}").default for kernel in kernels]
+    outputs += [aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.higher_order.flex_attention]
+    outputs += [aten.mm.default, aten.addmm.default]
     return {"context_fn": functools.partial(create_selective_checkpoint_contexts, outputs)}
 
 

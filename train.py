@@ -16,7 +16,8 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model,
 from cli import one_line_errors
 from diffusion import Batch, Example, Noising, loss, training_example
 from files import replacing_file
+from graphs import later
 from likelihood import evaluate
 from loaders import Batching, ChatBatching, Workers, build_loaders, longest_answer, prefetch
 from log import ARGS, SUMS, Log, describe, import_wandb, past_rows, peak_flops, readable, summarize, train_flops
@@ -52,6 +54,7 @@ from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
 PREFETCH = {"cpu": 0, "cuda": 2}  # steps whose examples a thread makes ahead; a CPU is busy with the step itself
+UNREAD = {"cpu": 0, "cuda": 1}  # steps whose loss is read only when so many more are under way: a GPU never idles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,10 +132,6 @@ class Settings(
 
     def __post_init__(self):
         super().__post_init__()
-        if self.optim == "muon" and self.parallel != "ddp":
-            raise ValueError(
-                f"--optim muon needs whole matrices, which --parallel {self.parallel} shards; use ddp or adamw"
-            )
         if self.packing and self.stage == "pt":
             raise ValueError("--packing is for --stage sft; plain text is always packed")
         if self.streaming and self.load_preprocessed_data:
@@ -236,6 +235,16 @@ class StepData(NamedTuple):
         return sum(example.denominator for example in self.examples)
 
 
+class StepTaken(NamedTuple):
+    """An optimizer step whose loss and gradient's norm the GPU may not have computed yet."""
+
+    step: int
+    data: StepData
+    rate: float  # the learning rate
+    figures: Callable[[], list[float]]  # waits for (loss, norm)
+    logged: bool  # a line of the log follows it
+
+
 class Run:
     """A run in progress: model, optimizers, data and log, and how far it is. Every rank has one."""
 
@@ -263,6 +272,7 @@ class Run:
         self.step, self.skipped, self.minutes_before, self.sums = 0, 0, 0.0, Counter()
         begin_at, past = self._restore(start.checkpoints) if start.checkpoints else (None, [])
         self.first_step = self.step
+        self.unread: deque[StepTaken] = deque()
 
         # The first step's data is read here, so that what cannot be read is refused before anything is written.
         self.prefetched = prefetch(self._prepare_steps(), PREFETCH[ranks.device.type])
@@ -277,6 +287,7 @@ class Run:
         else:
             self.log.write(0, **{f"rows {name}": count for name, count in self.loaders.counts.items()})
         self.began = time.perf_counter() - 60 * self.minutes_before
+        self.counted = self.minutes_before  # minutes up to the last step that was counted
 
     def _plan(self, done: int) -> None:
         """How many steps, and every how many of them it evaluates and saves. done: steps of a complete run that is to
@@ -352,41 +363,60 @@ class Run:
             return self.step % every(interval, self.steps) == 0
         return int(now / interval) > int(before / interval)
 
-    def count(self, done: StepData, total: float, denominator: float, seconds: float) -> None:
-        """Adds a step to the sums of the log's next line."""
+    def read(self, ahead: int = 0) -> None:
+        """Waits for the loss of all steps but the newest `ahead`, and counts and logs them; ValueError where one is not
+        finite, as `skip` has it."""
+        while len(self.unread) > ahead:
+            taken = self.unread.popleft()
+            total, norm = taken.figures()
+            if math.isfinite(norm):
+                self.count(taken.data, total, taken.data.denominator)
+            else:
+                self.skip(taken)
+                self.count(taken.data, 0.0, 0)
+            self.newest = taken, norm
+            if taken.logged:
+                self.write_metrics()
+
+    def count(self, done: StepData, total: float, denominator: float) -> None:
+        """Adds a step, and the time since the one before, to the sums of the log's next line."""
         self.sums["loss"] += total
         self.sums["denominator"] += denominator
         self.sums["tokens"] += sum(int((batch["document"] >= 0).sum()) for batch in done.micro_batches)
         self.sums["supervised"] += sum(int(batch["supervised"].sum()) for batch in done.micro_batches)
         self.sums["flops"] += done.flops
-        self.sums["seconds"] += seconds
+        self.sums["seconds"] += 60 * ((now := self.minutes) - self.counted)
+        self.counted = now
         self.log.advance()
 
-    def skip(self, done: StepData) -> None:
-        """Leaves out a step that is not finite; ValueError where --skip_nonfinite allows no more of them."""
+    def skip(self, taken: StepTaken) -> None:
+        """Tells of a step that was left out; ValueError where --skip_nonfinite allows no more of them."""
         self.skipped += 1
-        samples = self.ranks.gather([n for batch in done.micro_batches for n in batch["sample"].tolist()])
-        text = f"step {self.step}: the loss or the gradient is not finite, on samples {samples} of epoch {done.epoch}"
+        samples = self.ranks.gather([n for batch in taken.data.micro_batches for n in batch["sample"].tolist()])
+        where = f"on samples {samples} of epoch {taken.data.epoch}"
+        text = f"step {taken.step}: the loss or the gradient is not finite, {where}"
         if self.skipped > self.args.skip_nonfinite:
             good = max(resume.checkpoints(self.directory), key=resume.number_of, default="none was written")
             raise ValueError(f"{text}; last good checkpoint: {good}; --skip_nonfinite N leaves such steps out")
         self.log.print(f"{text}; left out")
-        self.model.zero_grad(set_to_none=True)
 
-    def write_metrics(self, epoch: int, rate: float, norm: float) -> None:
-        """A line in the log about the steps since the last one."""
+    def write_metrics(self) -> None:
+        """A line in the log about the steps that were read since the last one."""
+        taken, norm = self.newest
         metrics = summarize(self.sums, self.ranks, self.peak)
-        shown = {"loss": metrics.pop("loss"), "learning_rate": rate, "grad_norm": norm}
+        shown = {"loss": metrics.pop("loss"), "learning_rate": taken.rate, "grad_norm": norm}
         shown["tokens_per_second"] = metrics.pop("tokens_per_second")
-        left = (self.minutes - self.minutes_before) / (self.step - self.first_step) * (self.steps - self.step)
+        left = (self.minutes - self.minutes_before) / (taken.step - self.first_step) * (self.steps - taken.step)
         if self.args.max_minutes is not None:
             left = min(left, max(0.0, self.args.max_minutes - self.minutes))
-        self.log.write(self.step, epoch=epoch + 1, **shown, **metrics, minutes=self.minutes, minutes_left=left)
-        self.log.show(self.step, left, **shown)
+        epoch = taken.data.epoch + 1
+        self.log.write(taken.step, epoch=epoch, **shown, **metrics, minutes=self.minutes, minutes_left=left)
+        self.log.show(taken.step, left, **shown)
         self.sums.clear()
 
     def evaluate(self) -> bool:
         """Logs the bound on the rows to evaluate on; True where it reaches --stop_at_eval_loss."""
+        self.read()
         size, goal = self.args.per_device_eval_batch_size, self.args.stop_at_eval_loss
         rows, collate = self.loaders.eval_rows, self.loaders.collate
         with self.clock_stopped():
@@ -411,6 +441,7 @@ class Run:
 
     def save(self, loader_state: dict) -> Path:
         """Writes checkpoint-N, from which the run can be resumed; older ones lose that, or go, as the flags say."""
+        self.read()
         name = f"checkpoint-{self.step}"
         progress = {
             "step": self.step,
@@ -431,6 +462,7 @@ class Run:
         return self.output / name
 
     def save_final(self) -> None:
+        self.read()
         resume.save_whole(self.model, self.directory / resume.FINAL, self.save_dtype, self.tokenizer, self.ranks)
         self._settle()
 
@@ -470,7 +502,6 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
         ended = run.end_early()
 
     while not ended and run.step < run.steps:
-        began = time.perf_counter()
         batch = next(run.steps_data)
 
         # The loss is divided by a count over the GLOBAL batch (supervised tokens, by default): the ranks add theirs up
@@ -486,20 +517,16 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
         # A loss that is not finite on one rank makes the gradient not finite on all of them,
         # so that all leave the step out.
         total, norm = gradients(run.engine, run.sync, run.model, batch.examples, denominator, args.max_grad_norm, ranks)
+        update(run.optimizers, rate, norm)
         run.step += 1
-        if math.isfinite(norm):
-            update(run.optimizers, rate)
-            run.count(batch, total, batch.denominator, time.perf_counter() - began)
-        else:
-            run.skip(batch)
-            run.count(batch, 0.0, 0, time.perf_counter() - began)
 
         # The last step logs, saves and evaluates, others once in a while; a signal saves.
         ended = run.step == run.steps or (args.max_minutes is not None and minutes >= args.max_minutes)
         stopped = signalled > 0 and not ended
         before, now = now, run.progress(minutes, run.step)
-        if run.step % args.logging_steps == 0 or ended:
-            run.write_metrics(batch.epoch, rate, norm)
+        logged = run.step % args.logging_steps == 0 or ended
+        run.unread.append(StepTaken(run.step, batch, rate, later(torch.stack([total, norm])), logged))
+        run.read(ahead=UNREAD[ranks.device.type])
         if (args.save_steps and run.due(args.save_steps, before, now) and not ended) or stopped:
             saved = run.save(batch.loader_state)
         if ended:
@@ -510,7 +537,7 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
         if due and run.evaluate() and not ended:
             ended = run.end_early()
             if run.step % args.logging_steps:
-                run.write_metrics(batch.epoch, rate, norm)
+                run.write_metrics()
 
     run.close()
     if stopped:
@@ -525,7 +552,8 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
 
 
 def gradients(engine, sync, model, examples: list[Example], denominator: float, max_grad_norm: float, ranks: Ranks):
-    """(summed loss of this rank, norm of the gradient) of a global batch, whose clipped gradient is then in the model.
+    """(summed loss of this rank, norm of the gradient) of a global batch, whose clipped gradient is then in the model;
+    both () on the device, which nothing here waits for.
 
     denominator: of the global batch. Gradients are averaged over ranks, hence the factor. Where a loss is not finite,
     nor is the gradient.
@@ -538,13 +566,14 @@ def gradients(engine, sync, model, examples: list[Example], denominator: float, 
         value.backward(torch.where(value.isfinite(), scale, math.nan))  # so that all ranks learn of it by the gradient
         total += value.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP
-    return total.item(), norm.item()
+    return total, norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP
 
 
-def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """A step of the optimizers at that learning rate; the gradients are freed."""
+def update(optimizers: list[torch.optim.Optimizer], rate: float, norm: Tensor) -> None:
+    """A step of the optimizers at that learning rate, which changes nothing where the gradient's norm () is not finite;
+    the gradients are freed."""
     for optimizer in optimizers:
+        optimizer.found_inf = (~norm.isfinite()).float()  # read on the device, where the host would have to wait
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()

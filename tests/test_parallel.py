@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import launch
@@ -28,6 +30,7 @@ from torch.distributed.checkpoint import FileSystemReader
 import checkpoint
 import files
 import log
+import parallel
 import resume
 import train
 from tasks import builtin
@@ -152,6 +155,8 @@ def test_two_processes_train_as_one(tmp_path, source):
     cases = [
         {"objective": "mdlm", "stage": "sft", "parallel": "zero2"},
         {"objective": "bd3lm", "stage": "pt", "parallel": "ddp"},
+        {"objective": "mdlm", "stage": "pt", "parallel": "zero3", "flags": ["--optim", "muon"]},
+        {"objective": "mdlm", "stage": "sft", "parallel": "hybrid", "flags": ["--optim", "muon"]},
     ]
     for *_, losses, final in compare(tmp_path, source, cases, [(2, 2)]):
         assert losses < 1e-9 and final < 1e-9
@@ -228,6 +233,27 @@ def test_every_division_and_every_parallel_trains_as_one_process(tmp_path, sourc
     assert all(losses < bounds[0] and final < bounds[1] for *_, losses, final in table)
 
 
+def test_gpus_wait_ten_minutes_for_each_other_and_the_processes_an_hour(monkeypatch):
+    made, waits = [], {}
+    world = types.SimpleNamespace(
+        _get_backend=lambda device: types.SimpleNamespace(
+            _set_default_timeout=lambda timeout: waits.update({device.type: timeout.total_seconds()})
+        )
+    )
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *a, **options: made.append((*a, options)))
+    monkeypatch.setattr(parallel.dist, "group", types.SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for cuda, backends in ((True, "cpu:gloo,cuda:nccl"), (False, "gloo")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert parallel.setup().world_size == 2
+        assert made.pop() == (backends, {"timeout": timedelta(hours=1)})
+        assert waits == ({"cuda": 600} if cuda else {})
+        waits.clear()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Resumed = uninterrupted
 
@@ -261,6 +287,19 @@ def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, source, mon
     assert_equal(tmp_path / "whole", output)
     kept = [path.name for path in output.iterdir() if path.name.startswith(".")]
     assert not kept
+
+
+def test_a_run_with_muon_goes_on_sharded_and_sharded_another_way(tmp_path, source):
+    def plan(name, *more, rows=4) -> dict:
+        return {"flags": flags_of(source, tmp_path / name, "--optim", "muon", *more, rows=rows)}
+
+    on = [("--resume_from_checkpoint", str(tmp_path / place)) for place in ("alone/checkpoint-5", "on/checkpoint-8")]
+    ended(start([plan("alone", "--save_steps", "5", rows=8)]))
+    zero2 = plan("on", "--parallel", "zero2", *on[0], "--save_steps", "8")
+    ended(start([zero2, plan("further", "--parallel", "zero3", *on[1])], 2))
+    alone = weights(tmp_path / "alone")
+    for name in ("on", "further"):
+        assert max((x - weights(tmp_path / name)[key]).abs().max() for key, x in alone.items()) < 1e-9
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -520,12 +559,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_or_is_left_out(tmp_path, sou
         nonlocal steps
         steps += 1
         total, norm = gradients(engine, sync, model, *rest)
-        return (float("nan"), float("nan")) if steps in (4, 5, 7) else (total, norm)
+        return (total * math.nan, norm * math.nan) if steps in (4, 5, 7) else (total, norm)
 
-    def counted(*args):
+    def counted(optimizers, *rest):
         nonlocal updates
-        updates += 1
-        return update(*args)
+        some = optimizers[0].param_groups[0]["params"][0]
+        before = some.detach().clone()
+        update(optimizers, *rest)
+        updates += not torch.equal(some, before)
 
     monkeypatch.setattr(train, "gradients", poisoned)
     monkeypatch.setattr(train, "update", counted)
@@ -538,8 +579,11 @@ def test_a_gradient_that_is_not_finite_ends_the_run_or_is_left_out(tmp_path, sou
     assert all(row["loss"] > 0 or row["step"] in (4, 5) for row in metrics(tmp_path / "run") if "loss" in row)
 
 
-def test_a_step_that_is_left_out_leaves_nothing_behind(tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("unread", [0, 1, 3])  # steps that are under way before a loss is read
+def test_a_step_that_is_left_out_leaves_nothing_behind(tmp_path, source, monkeypatch, optim, unread):
     """It ends as a run does in which that step has no update."""
+    monkeypatch.setitem(train.UNREAD, "cpu", unread)
     gradients, update = train.gradients, train.update
     calls = Counter()
 
@@ -548,18 +592,19 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(tmp_path, source, monkeyp
         calls["gradients"] += 1
         if calls["gradients"] == 4:
             model.model.norm.weight.grad.mul_(math.nan)
-            return total, math.nan
+            return total, norm * math.nan
         return total, norm
 
-    def missing(optimizers, rate):
+    def missing(optimizers, *rest):
         calls["update"] += 1
-        update(optimizers, rate) if calls["update"] != 4 else [each.zero_grad() for each in optimizers]
+        update(optimizers, *rest) if calls["update"] != 4 else [each.zero_grad() for each in optimizers]
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "gradients", poisoned)
-        train.main(flags_of(source, tmp_path / "left out", "--skip_nonfinite", "1", "--logging_steps", "2"))
+        more = ["--skip_nonfinite", "1", "--logging_steps", "2", "--optim", optim]
+        train.main(flags_of(source, tmp_path / "left out", *more))
     monkeypatch.setattr(train, "update", missing)
-    train.main(flags_of(source, tmp_path / "missing"))
+    train.main(flags_of(source, tmp_path / "missing", "--optim", optim))
     ours, theirs = weights(tmp_path / "left out"), weights(tmp_path / "missing")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     losses = {
@@ -573,7 +618,8 @@ def test_steps_that_were_left_out_count_after_a_resumption(tmp_path, source, mon
 
     def poisoned(*args):
         calls["gradients"] += 1
-        return (math.nan, math.nan) if calls["gradients"] in (2, 11) else gradients(*args)
+        total, norm = gradients(*args)
+        return total, norm * (math.nan if calls["gradients"] in (2, 11) else 1)
 
     monkeypatch.setattr(train, "gradients", poisoned)
     flags = flags_of(source, tmp_path / "run", "--skip_nonfinite", "1", "--save_steps", "5", "--eval_strategy", "no")
@@ -943,7 +989,7 @@ def test_compiled_layers_train_as_plain_ones_and_no_later_epoch_compiles(
         return update(*args)
 
     monkeypatch.setattr(train, "update", counted)
-    for name, more in (("plain", []), ("compiled", ["--torch_compile", "True"])):
+    for name, more in (("plain", ["--torch_compile", "False"]), ("compiled", ["--torch_compile", "True"])):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         graphs.clear()
@@ -975,11 +1021,11 @@ ON_CPU = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
 
 @pytest.mark.cuda
 def test_a_gpu_trains_as_the_cpu_does(tmp_path, source):
-    more = ["--compute_dtype", "float32", "--gradient_accumulation_steps", "2"]
+    more = ["--compute_dtype", "float32", "--gradient_accumulation_steps", "2", "--torch_compile", "False"]
     exact = [{"flags": flags_of(source, tmp_path / name, *more, stage="pt", rows=4)} for name in ("cpu64", "gpu64")]
     blocks = {name: flags_of(source, tmp_path / name, *more, objective="bd3lm", rows=4) for name in ("cpu", "gpu")}
     single = [{"flags": flags, "float32": True} for flags in blocks.values()]
-    half = flags_of(source, tmp_path / "half", "--compute_dtype", "bfloat16", objective="bd3lm")
+    half = flags_of(source, tmp_path / "half", "--torch_compile", "False", objective="bd3lm")
     ended(start([exact[0], single[0]], env=ON_CPU))
     ended(start([exact[1], single[1], {"flags": half, "float32": True}]))
     losses, final = difference(tmp_path / "cpu64", tmp_path / "gpu64")  # mdlm in float64: one law for both devices
@@ -1000,7 +1046,7 @@ def test_the_fused_optimizer_updates_on_a_gpu_as_on_the_cpu():
         for step in range(5):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, dtype=torch.float64, generator=generator).to(device)
-            train.update(optimizers, 1e-2 / (step + 1))
+            train.update(optimizers, 1e-2 / (step + 1), torch.ones((), device=device))
         after.append([parameter.detach().cpu() for parameter in model.parameters()])
     for ours, theirs in zip(*after):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
@@ -1010,7 +1056,7 @@ def test_the_fused_optimizer_updates_on_a_gpu_as_on_the_cpu():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("parallel", ["ddp", "zero2", "zero3", "hybrid"])
 def test_two_gpus_train_as_one_and_a_stopped_run_goes_on_there(tmp_path, source, parallel):
-    more = ["--compute_dtype", "float32", "--save_steps", "4"]
+    more = ["--compute_dtype", "float32", "--save_steps", "4", "--torch_compile", "False"]
     ended(start([{"flags": flags_of(source, tmp_path / "one", *more, stage="pt")}], env=ENVIRONMENT | FIRST_GPU))
     two = flags_of(source, tmp_path / "two", *more, "--parallel", parallel, stage="pt", rows=4)
     ended(start([{"flags": two}], 2))

@@ -21,6 +21,7 @@ import log
 import train
 from checkpoint import load_config, load_model, save_model
 from diffusion import Batch, ar_example
+from model import Layout, visible
 from tasks import builtin
 from tokenizer import Tokenizer
 
@@ -118,7 +119,7 @@ def test_accumulation_changes_neither_the_loss_nor_the_weights(source, objective
             examples = examples_of(micro_batches, model.config, args)
             denominator = sum(example.denominator for example in examples)
             total, norm = train.gradients(model, lambda on: None, model, examples, denominator, 1.0, ALONE)
-            train.update(optimizers, 1e-3)
+            train.update(optimizers, 1e-3, norm)
             losses += [total / denominator, norm]
         results.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
     for losses, weights in results[1:]:
@@ -277,7 +278,7 @@ def test_a_gradient_is_clipped_to_its_norm_or_not_at_all(source):
     norms = []
     for most in (0.0, 0.01):
         model.zero_grad()
-        before = train.gradients(model, lambda on: None, model, examples, 1, most, ALONE)[1]
+        before = train.gradients(model, lambda on: None, model, examples, 1, most, ALONE)[1].item()
         norms.append((before, torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()))
     assert norms[0] == pytest.approx((norms[1][0],) * 2, rel=1e-5) and norms[1][1] == pytest.approx(0.01, rel=1e-3)
 
@@ -378,6 +379,23 @@ def test_the_log_tells_rates_memory_and_the_time_left(source, tmp_path, monkeypa
     )
     assert "minutes_left" in capsys.readouterr().out
     assert any(count % 64 for count in predictions)  # not those that fill up an index
+
+
+@pytest.mark.parametrize("case", ["ar", "mdlm", "bd3lm", "packed", "random"])
+def test_the_pairs_that_cost_flops_are_those_that_see_each_other(rng, case):
+    B, T = 3, 20
+    position = torch.arange(T).repeat(B, 1)
+    document = torch.where(position < torch.tensor([[20], [13], [7]]), 0, -1)
+    if case == "random":  # any document, block and copy, in any order
+        layout = Layout(position, *(torch.randint(low, 4, (B, T), generator=rng) for low in (-2, 0, 0)))
+    elif case == "packed":
+        layout = Layout.of(position % 8, position // 8, 4).two_stream()
+    else:
+        K = {"ar": 1, "mdlm": None, "bd3lm": 4}[case]
+        layout = Layout.of(position, document, K)
+        layout = layout.two_stream() if case == "bd3lm" else layout
+    slow = visible(layout.map(lambda field: field[:, :, None]), layout.map(lambda field: field[:, None, :]))
+    assert log.visible_pairs(layout) == slow.sum() > 0
 
 
 def test_the_time_left_is_no_more_than_the_cap_on_the_time_leaves(source, tmp_path):
@@ -539,7 +557,6 @@ MISTAKES = {
     "--dataset_args builtin/sums --stage pt": "no column 'text'",
     "--model_name_or_path ./nowhere": "neither a directory",
     "--eval_steps 0": "expected more than 0",
-    "--optim muon --parallel zero2": "needs whole matrices",
     "--stage pt --dataset_args builtin/stdlib --packing True": "--packing is for --stage sft",
     "--packing True --objective mdlm": "mdlm learns chat with its padding",
     "--streaming True --load_preprocessed_data True": "contradict each other",
