@@ -1000,9 +1000,7 @@ class Decoding:
         columns = window.first[:, None] + torch.arange(W, device=self.tokens.device)
         columns = torch.where(columns < window.stop[:, None], columns, self.T)
         layout, fetch = Layout(*self.fields.gather(2, columns.expand(4, -1, -1))), columns.clamp(max=self.T - 1)
-        if (
-            self.causal
-        ):  # the current block is a noisy copy, numbered by its first position, until it is fed again, clean
+        if self.causal:  # the current block is a noisy copy, numbered by its first position, until it is fed clean
             current = (columns >= window.start[:, None]) & (columns < self.T)
             block = torch.where(current, window.start[:, None], layout.block)
             layout = layout._replace(block=block, noisy=current.long())

@@ -84,45 +84,39 @@ class PretendCuda(TorchDispatchMode):
 
     def check(self, name: str, args, kwargs, others: list) -> None:
         """others: operands that are not on cuda:0, but for scalars."""
-        chosen = (
-            [x for x in args[1] if x is not None]
-            if name.startswith(("index", "_index")) and len(args) > 1 and (isinstance(args[1], (list, tuple)))
-            else []
-        )
+        indices = args[1] if "index" in name and len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        indices = [x for x in indices if x is not None]
+        if any(x.dtype == torch.bool for x in indices) and (name == "index" or args[2].numel() > 1):
+            self.wait(f"{name} by a mask")
+        if not all(map(self.on, indices)):
+            self.wait(f"{name} by an index on the CPU")
+        others = [x for x in others if all(x is not index for index in indices)]
         if name in READS:
             self.wait(name)
-        if any(x.dtype == torch.bool for x in chosen) and (name == "index" or args[2].numel() > 1):
-            self.wait(f"{name} by a mask")
-        if any(not self.on(x) for x in chosen):
-            self.wait(f"{name} by an index on the CPU")
-        elif name in ("copy_", "_to_copy"):
-            if others and not (kwargs.get("non_blocking") or (*args, None, None)[2] is True):
-                self.wait("copy between devices")
-        elif others:
+        elif others and name not in ("copy_", "_to_copy"):
             raise Refused(f"{name}: operands on cuda:0 and on the CPU, these of {[tuple(x.shape) for x in others]}")
+        elif others and not (kwargs.get("non_blocking") or (*args, None, None)[2] is True):
+            self.wait("copy between devices")
 
     def run(self, op, name: str, args, kwargs):
         if op.is_view or name in NO_KERNEL:
             return op(*args, **kwargs)
-        if self.graph is not None:
-            self.recorded[name] += 1
-            self.recorded["contiguous"] += name in ("roll", "pretend_cuda::rms_norm") and not args[0].is_contiguous()
-        if self.graph is None:
-            out = op(*args, **kwargs)
-        elif op._schema.is_mutable:  # what it writes to must stay as it is
+        generators = [] if self.graph is None else self.graph.generators
+        states = [generator.get_state() for generator in generators]
+        if self.graph is not None and op._schema.is_mutable:  # what it writes to must stay as it is
             given = dict(zip((a.name for a in op._schema.arguments), args)) | kwargs
             out = tuple(given[a.name] for a in op._schema.arguments if a.alias_info and a.alias_info.is_write)
-            self.graph.ops.append((op, args, kwargs, None))
-            return out[0] if len(out) == 1 else out
+            out = out[0] if len(out) == 1 else out
         else:
-            states = [generator.get_state() for generator in self.graph.generators]
             out = op(*args, **kwargs)
-            for generator, state in zip(self.graph.generators, states):
-                generator.set_state(state)
+        for generator, state in zip(generators, states):
+            generator.set_state(state)
         if name.startswith("_scaled_dot_product"):  # (B, Q, H, C) in memory
             out = (out[0].transpose(1, 2).contiguous().transpose(1, 2), *out[1:])
         if self.graph is not None:
-            self.graph.ops.append((op, args, kwargs, out))
+            self.graph.ops.append((op, args, kwargs, None if op._schema.is_mutable else out))
+            self.recorded[name] += 1
+            self.recorded["contiguous"] += name in ("roll", "pretend_cuda::rms_norm") and not args[0].is_contiguous()
         return out
 
     # torch.cuda, as far as it is used

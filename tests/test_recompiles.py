@@ -14,7 +14,7 @@ from diffusion import Batch, Noising, denoise, loss, training_example
 from model import attention, attention_mask
 from parallel import Parallel, Ranks, parallelize
 
-LAYERS, MOST = 6, 20  # graphs: of one row or token and of more, of the last layer, each for one shape and then for any
+LAYERS, MOST = 3, 20  # graphs: of one row or token and of more, of the last layer, each for one shape and then for any
 
 
 class Graphs:
