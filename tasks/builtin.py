@@ -1,5 +1,6 @@
 """The builtin data sets, which need no network: builtin/sums and builtin/chats (chat), builtin/stdlib (plain text)."""
 
+import itertools
 import random
 import sysconfig
 import zlib
@@ -114,18 +115,19 @@ def chats_rows(split: str) -> list[dict]:
     return rows
 
 
-def words_rows(split: str) -> list[dict]:
-    """Chat rows {"task", "messages"} with long answers, of 17 to 32 letters and spaces: a word twice, then backwards."""
-    rng, rows = random.Random(f"words {split}"), []
-    while len(rows) < SUMS[split] // 4:
-        word = "".join(rng.choice(LETTERS) for _ in range(rng.randint(5, 10)))
-        if split_of(word) == split:
-            question = f"Write the word {word} twice, then backwards."
-            messages = [{"role": "user", "content": question}]
-            messages.append({"role": "assistant", "content": f"{word} {word} {word[::-1]}"})
-            rows.append({"task": "words", "messages": messages})
+def counting_rows(split: str) -> list[dict]:
+    """Chat rows {"task", "messages"} with long answers: 6 to 11 numbers in order, up or down; each question once."""
+    rows = []
+    for first, count, step in itertools.product(range(14, 100), range(6, 12), (1, -1)):
+        numbers = range(first, first + step * count, step)
+        question = f"Count from {first} to {numbers[-1]}."
+        messages = [{"role": "user", "content": question}]
+        messages.append({"role": "assistant", "content": " ".join(map(str, numbers))})
+        if split_of(question) == split:
+            rows.append({"task": "counting", "messages": messages})
+    random.Random("counting").shuffle(rows)
     return rows
 
 
-BUILTIN = {"builtin/sums": sums_rows, "builtin/chats": chats_rows, "builtin/words": words_rows}
+BUILTIN = {"builtin/sums": sums_rows, "builtin/chats": chats_rows, "builtin/counting": counting_rows}
 BUILTIN |= {"builtin/stdlib": stdlib_rows}

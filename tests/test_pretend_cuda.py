@@ -19,12 +19,15 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 3], [5, 4, 3, 2, 1, 0, 9, 8, 7, 6, 5]]
 OPTIONS = (
     *({}, {"threshold": 0.5}, {"entropy": 0.5}, {"factor": 1.0}, {"remasking": "p2"}, {"cfg_scale": 0.7}),
     {"suppress_tokens": (3,), "begin_suppress_tokens": (4,), "end_ids": (5, 6)},
+    *({"speculate": 3}, {"speculate": 1}, {"speculate": 5, "end_ids": (5, 6)}),
 )
 LENGTH = {"max_new_tokens": 12, "steps": 12}
 
 
 def a_model(objective: str, dtype=torch.float32, **changes):
     declared = {"objective": objective, "block_length": 4 if objective == "bd3lm" else None}
+    if objective == "causal":
+        declared = {"objective": "bd3lm", "block_length": 4, "context": "causal"}
     return tiny(dtype=dtype, **declared | {"right_shift": objective == "ar"} | changes)
 
 
@@ -43,7 +46,7 @@ def as_written(monkeypatch):
     model.use_cudnn(True)
 
 
-each_objective = pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
+each_objective = pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm", "causal"])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -51,6 +54,8 @@ each_objective = pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
 def test_recorded_forwards_decode_what_the_cpu_does_and_wait_for_nothing(objective, options):
     if objective == "ar" and {*options} & {"remasking", "cfg_scale"}:
         pytest.skip("of diffusion alone")
+    if "speculate" in options and objective != "causal":
+        pytest.skip("of causal context alone")
     expected = list(denoise(a_model(objective), PROMPTS, **LENGTH, **options))
     with PretendCuda() as gpu:
         sampler = on_cuda(objective)
@@ -72,6 +77,14 @@ def test_what_is_drawn_is_recorded_with_its_generator(options):
         assert not (tokens == MASK).any()
         with pytest.raises(Refused, match="a CPU generator"):
             list(denoise(sampler, PROMPTS, generator=torch.Generator(), **LENGTH, **options))
+
+
+def test_speculation_draws_the_noise_of_each_place_inside_a_recording():
+    how = LENGTH | {"speculate": 4, "temperature": 0.8}
+    expected = list(denoise(a_model("causal"), PROMPTS, generator=torch.Generator().manual_seed(7), **how))[-1]
+    with PretendCuda():
+        found = list(denoise(on_cuda("causal"), PROMPTS, generator=torch.Generator().manual_seed(7), **how))[-1]
+    assert torch.equal(found.tokens.cpu(), expected.tokens) and found.forwards == expected.forwards
 
 
 @pytest.mark.parametrize("objective", ["ar", "bd3lm"])
@@ -111,7 +124,7 @@ def test_the_head_sees_no_more_columns_than_a_block_generates(objective, holes, 
     masks = [[0 < i < 7 for i in range(len(prompt))] for prompt in PROMPTS] if holes else None
     with PretendCuda():
         list(denoise(on_cuda(objective), PROMPTS, canvas_masks=masks, **LENGTH))
-    assert seen == {len(PROMPTS) * {"ar": 1, "bd3lm": 4, "mdlm": 12 + 6 * holes}[objective]}
+    assert seen == {len(PROMPTS) * {"ar": 1, "bd3lm": 4, "causal": 4, "mdlm": 12 + 6 * holes}[objective]}
 
 
 # What a forward launches
@@ -158,7 +171,8 @@ def test_likelihoods_are_those_of_the_cpu(objective):
 def test_a_training_step_is_that_of_the_cpu_and_waits_only_at_its_end(objective, T, compute):
     document = torch.where(torch.arange(T) < torch.tensor([[T], [T - 9]]), 0, -1)
     batch = Batch(random_tokens(2, T), document == 0, document, positions(2, T).contiguous(), torch.arange(2))
-    example = training_example(batch, a_model(objective).config, Noising(), seed=0)
+    beside = {"ar_weight": 0.5} if objective == "causal" else {}
+    example = training_example(batch, a_model(objective).config, Noising(), seed=0, **beside)
 
     def step(learner, example, device) -> list:
         learner.compute_dtype = compute
