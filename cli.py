@@ -13,9 +13,11 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 
 from checkpoint import DTYPES, about, declare, identify, load_config, load_model, resolve
-from diffusion import RULES, Prefix, Sampling, denoise
+from choose import RULES
+from diffusion import Prefix, Sampling, denoise
 from display import Spans, one_line, shorten, spans, terminal
-from model import OBJECTIVES, LanguageModel, use_cudnn
+from graphs import use_cudnn
+from model import OBJECTIVES, LanguageModel
 from options import Model, Options, Seed
 from tokenizer import ROLES, Tokenizer, why_invalid
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from diffusion import CHUNK, Batch, Noising, denoise, losses, training_example, vocabulary_slices
+from choose import vocabulary_slices
+from diffusion import CHUNK, Batch, Noising, denoise, losses, training_example
 from model import Config, KVCache, LanguageModel, Layout
 from parallel import Ranks
 

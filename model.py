@@ -214,13 +214,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def use_cudnn(lengths_recur: bool) -> None:
-    """Says whether attention on CUDA may be cuDNN's, for the whole process."""
-    # torch prefers it on an H100. It is planned anew for every shape, which others report to take up to a second, and
-    # is reported to be faster by half or more once it is. Neither has been measured here.
-    torch.backends.cuda.enable_cudnn_sdp(lengths_recur)
-
-
 class KVCache:
     """Preallocated keys and values of `length` columns for B rows, with the layout of what was written in them."""
 

@@ -69,6 +69,25 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def growth(text: str) -> list[tuple[int, float]]:
+    """--block_size as (block length, the part of the run at which it ends), in order; ValueError for what is none."""
+    parts = [part.partition(":") for part in text.split(",")]
+    lengths = [int(K) for K, _, _ in parts]
+    shares = [float(share) if colon else 1 / len(parts) for _, colon, share in parts]
+    if min(lengths) < 1 or any(lengths[-1] % K for K in lengths) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise ValueError(text)
+    return list(zip(lengths, itertools.accumulate(shares)))
+
+
+def block_lengths(text: str) -> str:
+    try:
+        growth(text)
+    except ValueError:
+        expected = "a number from 1 on, or some that each divide the last, as 1,2,4,8 or 1:0.25,4:0.75, in parts of 1"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
+    return text
+
+
 LARGEST = 10**9  # of any number but a seed: what is beyond overflows somewhere, or fills the memory
 Count = Annotated[int, at_least(1), "N"]
 Steps = Annotated[Count, Bound(lambda x: x <= 10**6, "at most 1,000,000")]

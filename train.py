@@ -9,7 +9,6 @@
 Beside it: optim.py, likelihood.py (evaluation), loaders.py, resume.py (a run's directory), log.py, parallel.py.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -34,11 +33,11 @@ from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model,
 from cli import one_line_errors
 from diffusion import Batch, Example, Noising, losses, training_example
 from files import replacing_file
-from graphs import later
+from graphs import later, use_cudnn
 from likelihood import evaluate
 from loaders import Batching, ChatBatching, Workers, build_loaders, longest_answer, prefetch
 from log import ARGS, SUMS, Log, describe, import_wandb, past_rows, peak_flops, readable, summarize, train_flops
-from model import CONTEXTS, OBJECTIVES, Config, LanguageModel, use_cudnn
+from model import CONTEXTS, OBJECTIVES, Config, LanguageModel
 from optim import Optimization, build_optimizers, learning_rate
 from options import (
     Count,
@@ -48,7 +47,9 @@ from options import (
     NonNegative,
     Options,
     Positive,
+    block_lengths,
     flags,
+    growth,
 )
 from parallel import REQUEUE, Parallel, Ranks, Signals, mark_stopped, parallelize, setup
 from tokenizer import Tokenizer
@@ -60,25 +61,6 @@ UNREAD = {"cpu": 0, "cuda": 1}  # steps whose loss is read only when so many mor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The settings. They bear dLLM's names and defaults where it has them.
-
-
-def growth(text: str) -> list[tuple[int, float]]:
-    """--block_size as (block length, the part of the run at which it ends), in order; ValueError for what is none."""
-    parts = [part.partition(":") for part in text.split(",")]
-    lengths = [int(K) for K, _, _ in parts]
-    shares = [float(share) if colon else 1 / len(parts) for _, colon, share in parts]
-    if min(lengths) < 1 or any(lengths[-1] % K for K in lengths) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        raise ValueError(text)
-    return list(zip(lengths, itertools.accumulate(shares)))
-
-
-def block_lengths(text: str) -> str:
-    try:
-        growth(text)
-    except ValueError:
-        expected = "a number from 1 on, or some that each divide the last, as 1,2,4,8 or 1:0.25,4:0.75, in parts of 1"
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
-    return text
 
 
 @dataclass(kw_only=True)

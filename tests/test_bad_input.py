@@ -563,7 +563,7 @@ def test_a_damaged_preprocessed_set_is_refused(run, refused, tmp_path):
 
 
 SPECS = {
-    "builtin/sum": "unknown dataset builtin/sum; the builtin sets are builtin/sums, builtin/chats, builtin/stdlib",
+    "builtin/sum": "unknown dataset builtin/sum; the builtin sets are builtin/sums, builtin/chats, builtin/",
     "builtin/sums[name:x]": "builtin/sums has no configurations; leave name:x out",
     "builtin/sums[dev:5]": "'dev:5' in dataset spec .*: expected train, validation or test",
     "builtin/sums[train:0]": r"'train:0' in dataset spec .*ROWS \(at least 1\)",

@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import MASK, VOCAB, positions, random_tokens, tiny
 
+import choose
 import convert
 import diffusion
 import sample
 import train
 from checkpoint import declare, load_config, load_model, save_model
+from choose import uniform_at
 from data import Reading, load
 from diffusion import (
     Batch,
@@ -24,10 +26,10 @@ from diffusion import (
     denoise,
     draw_noise,
     losses,
-    uniform_at,
 )
 from likelihood import log_likelihood
 from model import Config, Layout
+from options import growth
 from tokenizer import Tokenizer
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -353,8 +355,8 @@ def slow_ar(model, prompt, new: int, noise, temperature: float, top_k=None, top_
         logits = model(torch.tensor([tokens]), Layout.of(positions(1, len(tokens)), None, 1))[0, -1:]
         logits[:, MASK] = -math.inf
         if top_k or top_p:
-            logits = diffusion.restrict(logits / temperature, top_k, top_p) * temperature
-        tokens.append(int(diffusion.gumbel(logits, temperature, noise(len(tokens))[None]).argmax()))
+            logits = choose.restrict(logits / temperature, top_k, top_p) * temperature
+        tokens.append(int(choose.gumbel(logits, temperature, noise(len(tokens))[None]).argmax()))
     return tokens
 
 
@@ -393,7 +395,7 @@ def test_the_distribution_of_what_it_writes_is_ars_by_enumeration(options, monke
     ours, theirs = {}, {}
     for choice in itertools.product(range(F), repeat=T):
         monkeypatch.setattr(
-            diffusion,
+            choose,
             "uniform_at",
             lambda key, place, start, shape, device: vectors[[choice[p - 1] if p <= T else 0 for p in place.tolist()]],  # noqa: B023
         )
@@ -406,8 +408,8 @@ def test_the_distribution_of_what_it_writes_is_ars_by_enumeration(options, monke
         for p in range(1, T + 1):
             logits = model(torch.tensor([tokens]), Layout.of(positions(1, len(tokens)), None, 1))[0, -1:]
             logits[:, 4] = -math.inf
-            logits = diffusion.restrict(logits, options.get("top_k"), options.get("top_p"))
-            tokens.append(int(diffusion.gumbel(logits, 1.0, vectors[choice[p - 1]][None]).argmax()))
+            logits = choose.restrict(logits, options.get("top_k"), options.get("top_p"))
+            tokens.append(int(choose.gumbel(logits, 1.0, vectors[choice[p - 1]][None]).argmax()))
         ours[found] = ours.get(found, 0) + 1
         theirs[tuple(tokens)] = theirs.get(tuple(tokens), 0) + 1
     assert ours == theirs and len(ours) > 3
@@ -436,7 +438,7 @@ def test_with_that_noise_a_token_is_drawn_with_its_probability():
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 0.5], dtype=torch.float64)
     u = uniform_at(torch.tensor([5]).expand(200_000), torch.arange(200_000), 0, (200_000, 5), None)
     for T in (1.0, 0.5):
-        share = diffusion.gumbel(logits.expand(200_000, 5), T, u).argmax(dim=1).bincount(minlength=5) / 200_000
+        share = choose.gumbel(logits.expand(200_000, 5), T, u).argmax(dim=1).bincount(minlength=5) / 200_000
         p = (logits / T).softmax(dim=0)
         assert ((share - p).abs() < 4.5 * (p * (1 - p) / 200_000).sqrt()).all()
 
@@ -567,7 +569,7 @@ def test_the_directory_opened_as_ar_speculates_too(tmp_path):
     ],
 )
 def test_block_lengths_grow_by_parts_of_the_run(text, expected):
-    assert train.growth(text) == expected
+    assert growth(text) == expected
 
 
 @pytest.mark.parametrize("text", ("0", "3,8", "1:0.5,2:0.2", "4,", "a", "1:x,2", "-1", ""))

@@ -1,6 +1,7 @@
 """Specs, packing, chat rows and padding against the reference's outputs; the laws of splits, builtin sets, loader."""
 
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -201,7 +202,7 @@ def test_mistakes_in_naming_a_set_name_the_way_out(tmp_path):
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
     (tmp_path / "configs" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     for text, message in {
-        "builtin/sum": "unknown dataset builtin/sum; the builtin sets are builtin/sums, builtin/chats, builtin/stdlib",
+        "builtin/sum": "unknown dataset builtin/sum; the builtin sets are builtin/sums, builtin/chats, builtin/",
         "builtin/sums[name:x]": "no configurations",
         "builtin/sums[lang:python]": "no answer in train contains 'python'",
         "builtin/stdlib[lang:python]": "this set is none",
@@ -336,6 +337,17 @@ def test_sums_in_validation_and_test_are_distinct_and_in_equal_shares():
     shares = Counter(row["task"] for row in data.raw("builtin/sums[test:500]", "test"))
     assert shares == dict.fromkeys(TASKS, 100)
     assert list(data.raw("builtin/sums[test:500]", "test")) == SUMS["test"][:500]
+
+
+def test_counting_has_long_answers_that_are_right_and_no_question_in_two_splits():
+    rows = {split: list(data.raw("builtin/counting", split)) for split in data.SPLITS}
+    questions = [row["messages"][0]["content"] for split in rows.values() for row in split]
+    assert len(questions) == len({*questions}) == 86 * 6 * 2
+    for row in itertools.chain(*rows.values()):
+        question, answer = (message["content"] for message in row["messages"])
+        first, last = map(int, re.fullmatch(r"Count from (\d+) to (\d+)\.", question).groups())
+        step = 1 if first < last else -1
+        assert answer.split() == [str(n) for n in range(first, last + step, step)] and 17 <= len(answer) <= 42
 
 
 def test_chats_are_of_four_sums_of_one_split_in_random_order():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import MASK, golden_json, golden_model, tiny, watched_masks
 
+import choose
 import diffusion
 import likelihood
 from likelihood import is_greedy, log_likelihood
@@ -337,8 +338,8 @@ def test_no_forward_makes_logits_beyond_a_slice(monkeypatch):
     model = tiny(objective="mdlm")
     expected = log_likelihood(model, [tokens(4)], [tokens(5, 1)], draws=31)
     monkeypatch.setitem(diffusion.CHUNK, "cpu", 5)
-    monkeypatch.setattr("diffusion.SLICE", 10)
-    seen, slices = [], diffusion.vocabulary_slices
+    monkeypatch.setattr("choose.SLICE", 10)
+    seen, slices = [], choose.vocabulary_slices
 
     def record(hidden, weight):
         for start, scores in slices(hidden, weight):

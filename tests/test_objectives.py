@@ -10,6 +10,7 @@ from conftest import MASK, golden_arrays, golden_json, golden_model, positions, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion
+from choose import gumbel
 from diffusion import (
     Batch,
     Noise,
@@ -19,7 +20,6 @@ from diffusion import (
     ar_example,
     bd3lm_example,
     draw_noise,
-    gumbel,
     loss,
     loss_weight,
     mdlm_example,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import MASK, tiny
 
-from diffusion import denoise, path_planning
+from choose import path_planning
+from diffusion import denoise
 from model import Layout
 
 

@@ -9,8 +9,10 @@ from conftest import MASK, positions, random_tokens, tiny
 from pretend_cuda import CUDA, CudaGenerator, PretendCuda, Refused
 
 import cli
+import graphs
 import model
-from diffusion import Batch, Decoding, Noising, Prefix, denoise, noised, training_example
+from choose import noised
+from diffusion import Batch, Decoding, Noising, Prefix, denoise, training_example
 from likelihood import log_likelihood
 from parallel import Ranks
 from train import gradients
@@ -43,7 +45,7 @@ def as_written(monkeypatch):
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(model, "_compiled", lambda function: function)
     yield
-    model.use_cudnn(True)
+    graphs.use_cudnn(True)
 
 
 each_objective = pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm", "causal"])

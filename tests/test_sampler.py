@@ -21,23 +21,26 @@ from conftest import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import choose
 import diffusion
 import graphs
+from choose import (
+    confidence_factor,
+    confidence_threshold,
+    entropy_bound,
+    fixed_count,
+    gumbel,
+    path_planning,
+    ranks,
+    restrict,
+)
 from diffusion import (
     Batch,
     Noise,
     ar_example,
     bd3lm_example,
-    confidence_factor,
-    confidence_threshold,
     denoise,
-    entropy_bound,
-    fixed_count,
-    gumbel,
     mdlm_example,
-    path_planning,
-    ranks,
-    restrict,
     reveal_schedule,
 )
 from model import Layout
@@ -668,7 +671,7 @@ def test_an_adaptive_rule_reveals_something_at_every_forward_and_everything_in_t
 def test_a_token_its_probability_and_the_entropy_are_those_of_all_logits_at_once(
     slice, temperature, rows, loud, monkeypatch
 ):
-    monkeypatch.setattr(diffusion, "SLICE", slice)
+    monkeypatch.setattr(choose, "SLICE", slice)
     random = torch.randn(2 * rows + VOCAB, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hidden, weight = random[: 2 * rows].view(2, rows, 8), random[2 * rows :]
     weight[2] *= loud
@@ -692,7 +695,7 @@ def test_a_token_its_probability_and_the_entropy_are_those_of_all_logits_at_once
 def test_decoding_by_slices_of_the_vocabulary_changes_nothing(mode, slice, monkeypatch):
     model = a_model(mode)
     whole = decode(mode, model, PROMPTS, steps=5)
-    monkeypatch.setattr(diffusion, "SLICE", slice)
+    monkeypatch.setattr(choose, "SLICE", slice)
     for a, b in zip(whole, decode(mode, model, PROMPTS, steps=5), strict=True):
         torch.testing.assert_close(a[:3] + a[4:], b[:3] + b[4:])
 
