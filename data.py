@@ -4,7 +4,7 @@
 
 A dataset spec is `name[key:value,...]`, several of them joined by `+` or `|`. A name is a dataset on the Hub, a local
 file (.jsonl .json .csv .txt .parquet, also .gz and so on) or directory, here or under $BASE_DATASETS_DIR, or a builtin
-set, which needs no network: `builtin/sums`, `builtin/chats`, `builtin/counting` (chat), `builtin/stdlib` (plain text).
+set, which needs no network: `builtin/sums`, `builtin/chats`, `builtin/repeats` (chat), `builtin/stdlib` (plain text).
 A name or value that holds one of `+ | [ ] ,` is put in quotes: `'runs/a+b.jsonl'[train:10]`. Keys:
 
     train:5000       at most so many rows of a split (train, validation, test); without a number all of them
@@ -61,7 +61,7 @@ class DataSet(Options):
 
     dataset_args: Annotated[str, "SPEC"]
     """data set, name[key:value,...], several joined by "+": Hub ids, local files (.jsonl .json .csv .txt .parquet, also
-    .gz), builtin/sums, builtin/chats and builtin/counting (chat), builtin/stdlib (text). Keys: train:5000,
+    .gz), builtin/sums, builtin/chats and builtin/repeats (chat), builtin/stdlib (text). Keys: train:5000,
     validation:200 (row limits), name:CONFIG, lang:LANGUAGE, whole (of a .txt file the whole is one text, not each
     line)"""
 

@@ -752,9 +752,7 @@ class Decoding:
         self.objective, self.mask_id = config.objective or "mdlm", config.mask_token_id
         self.cached = self.objective != "mdlm"
         self.right_shift = config.shift
-        self.causal = (
-            config.causal and self.objective == "bd3lm"
-        )  # clean tokens see no later ones, a noisy block itself
+        self.causal = config.causal and self.objective == "bd3lm"  # a clean token sees no later one of its block
         self.rule, self.score = options.rule
         self.fixed_count = self.rule is fixed_count  # for graphs.py, which then knows when blocks begin
         self.remasks = options.remasking == "p2"
@@ -938,10 +936,8 @@ class Decoding:
         index = row * W + predictor
         if self.copies == 2:  # the rows once more, with what is given masked
             tokens, layout = torch.cat([tokens, tokens.masked_fill(given, self.mask_id)]), self._copied(layout)
-            index, columns = (
-                torch.cat([index, index + self.B * W]),
-                columns if columns is None else columns.repeat(2, 1),
-            )
+            index = torch.cat([index, index + self.B * W])
+            columns = columns if columns is None else columns.repeat(2, 1)
         context = {"mask": self.mask} if columns is None else {"cache": self.cache, "columns": columns}
         picked, probability, score = self.model(tokens, layout, index=index, head=self.choose, **context)
         if self.score == "random":
@@ -1005,8 +1001,8 @@ class Speculation(Decoding):
             raise ValueError("speculate decodes as ar, which sees nothing after a mask; leave it out to fill in masks")
         if [] in prompts:
             raise ValueError("an empty prompt has nothing to predict from; begin it with the BOS or EOS token")
-        self.N = options.speculate
-        self.guesses = 0  # how many follow `known`: none before the first forward, N - 1 after it
+        self.N = self.ahead = options.speculate  # tokens of a draft; no more than the canvas still has room for
+        self.guesses = 0  # how many follow `known`: none before the first forward, then all but the first of a draft
         super().__init__(model, prompts, options, None, end_ids, prefix, generator, static)
         self.known, self.draft = self.length - options.max_new_tokens, torch.zeros_like(self.masked)
         self.key = torch.randint(2**62, (self.B,), generator=generator, device=generator.device if generator else "cpu")
@@ -1027,15 +1023,17 @@ class Speculation(Decoding):
         return super().now(forwards)._replace(draft=self.draft.clone())
 
     def widths(self) -> Iterator[int]:
-        return itertools.chain([self.width()], itertools.repeat(self.N))
+        return itertools.chain([self.width()], itertools.repeat(self.ahead))
 
     def width(self) -> int:
+        room = int((self.length - self.known).masked_fill(self.done, 1).max())
+        self.ahead, self.guesses = min(self.N, room), min(self.guesses, room - 1)
         return int((self.known - self.first()).max()) + self.guesses
 
     def advance(self, W: int) -> None:
         """A forward over W clean columns of each row and the copies after them, and what it settles and drafts."""
         # A verdict is on the column `known` or one after a guess; token j of a draft stands j columns after that.
-        first, N, G = self.first(), self.N, self.guesses
+        first, N, G = self.first(), self.ahead, self.guesses
         tokens, layout, columns = self.feed_drafts(first, W)
         after = torch.arange(G + 1, device=first.device)  # how many guesses turn out right
         ahead = torch.arange(1, N, device=first.device)
@@ -1062,9 +1060,10 @@ class Speculation(Decoding):
         tokens, columns = self.tokens.gather(1, fetch), columns.masked_fill(~inside, self.dump)
 
         # A copy's masks stand where its draft will, and see what is settled or guessed before them, and each other.
-        n = torch.arange((self.guesses + 1) * self.N if self.N > 1 else 0, device=first.device).expand(self.B, -1)
-        start = self.known[:, None] + n // self.N
-        noisy = Layout(start + n % self.N, torch.zeros_like(n), start, n // self.N + 1)
+        N = self.ahead
+        n = torch.arange((self.guesses + 1) * N if N > 1 else 0, device=first.device).expand(self.B, -1)
+        start = self.known[:, None] + n // N
+        noisy = Layout(start + n % N, torch.zeros_like(n), start, n // N + 1)
         layout = Layout(*(torch.cat(pair, dim=1) for pair in zip(clean[:4], noisy[:4])))
         tokens = torch.cat([tokens, torch.full_like(n, self.mask_id)], dim=1)
         return tokens, layout, torch.cat([columns, self.T + n], dim=1)
@@ -1109,7 +1108,7 @@ class Speculation(Decoding):
         if drafts.shape[2]:
             taken = drafts[self.rows, right].gather(1, place.clamp(0, drafts.shape[2] - 1))
             self.tokens.copy_(torch.where(self.draft, taken, self.tokens))
-        self.guesses = self.N - 1
+        self.guesses = self.ahead - 1
 
 
 def check_canvas(config: Config, objective: str, options: Sampling, prompts, canvas_masks, end_ids, prefix) -> None:

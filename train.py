@@ -429,7 +429,7 @@ class Run:
         taken, norm = self.newest
         metrics = summarize(self.sums, self.ranks, self.peak)
         shown = {"loss": metrics.pop("loss"), "learning_rate": taken.rate, "grad_norm": norm}
-        shown["tokens_per_second"] = metrics.pop("tokens_per_second")
+        shown |= {name: metrics.pop(name) for name in ("ar_loss", "tokens_per_second") if name in metrics}
         left = (self.minutes - self.minutes_before) / (taken.step - self.first_step) * (self.steps - taken.step)
         if self.args.max_minutes is not None:
             left = min(left, max(0.0, self.args.max_minutes - self.minutes))

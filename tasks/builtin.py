@@ -115,19 +115,16 @@ def chats_rows(split: str) -> list[dict]:
     return rows
 
 
-def counting_rows(split: str) -> list[dict]:
-    """Chat rows {"task", "messages"} with long answers: 6 to 11 numbers in order, up or down; each question once."""
-    rows = []
-    for first, count, step in itertools.product(range(14, 100), range(6, 12), (1, -1)):
-        numbers = range(first, first + step * count, step)
-        question = f"Count from {first} to {numbers[-1]}."
-        messages = [{"role": "user", "content": question}]
-        messages.append({"role": "assistant", "content": " ".join(map(str, numbers))})
-        if split_of(question) == split:
-            rows.append({"task": "counting", "messages": messages})
-    random.Random("counting").shuffle(rows)
+def repeats_rows(split: str) -> list[dict]:
+    """Chat rows {"task", "messages"} with answers of 23 letters and spaces: a word of three letters, six times."""
+    rng, rows = random.Random(f"repeats {split}"), []
+    words = ["".join(letters) for letters in itertools.product(LETTERS, repeat=3)]
+    for word in rng.sample([word for word in words if split_of(word) == split], SUMS[split] // 15):
+        messages = [{"role": "user", "content": f"Write {word} six times."}]
+        messages.append({"role": "assistant", "content": " ".join([word] * 6)})
+        rows.append({"task": "repeats", "messages": messages})
     return rows
 
 
-BUILTIN = {"builtin/sums": sums_rows, "builtin/chats": chats_rows, "builtin/counting": counting_rows}
+BUILTIN = {"builtin/sums": sums_rows, "builtin/chats": chats_rows, "builtin/repeats": repeats_rows}
 BUILTIN |= {"builtin/stdlib": stdlib_rows}

@@ -339,15 +339,14 @@ def test_sums_in_validation_and_test_are_distinct_and_in_equal_shares():
     assert list(data.raw("builtin/sums[test:500]", "test")) == SUMS["test"][:500]
 
 
-def test_counting_has_long_answers_that_are_right_and_no_question_in_two_splits():
-    rows = {split: list(data.raw("builtin/counting", split)) for split in data.SPLITS}
+def test_repeats_are_a_word_six_times_and_no_word_is_in_two_splits():
+    rows = {split: list(data.raw("builtin/repeats", split)) for split in data.SPLITS}
     questions = [row["messages"][0]["content"] for split in rows.values() for row in split]
-    assert len(questions) == len({*questions}) == 86 * 6 * 2
+    assert len(questions) == len({*questions}) == 4000 + 33 + 133
     for row in itertools.chain(*rows.values()):
         question, answer = (message["content"] for message in row["messages"])
-        first, last = map(int, re.fullmatch(r"Count from (\d+) to (\d+)\.", question).groups())
-        step = 1 if first < last else -1
-        assert answer.split() == [str(n) for n in range(first, last + step, step)] and 17 <= len(answer) <= 42
+        word = re.fullmatch("Write ([A-Z]{3}) six times.", question)[1]
+        assert answer == f"{word} {word} {word} {word} {word} {word}"
 
 
 def test_chats_are_of_four_sums_of_one_split_in_random_order():

@@ -44,7 +44,12 @@ def test_every_command_of_the_quickstart_is_one_that_its_program_takes(tmp_path)
     for name in ("ar", "mdlm", "bd3lm"):
         assert runs[name].dataset_args.startswith("builtin/chats") and runs[name].train_on == "all"
     scored = Counter(args.dataset_args for args in parsed if isinstance(args, sample.Sample))
-    assert scored == {"builtin/sums[test:500]": 6, "builtin/chats[test:250]": 3, "builtin/counting": 3, None: 2}
+    assert scored == {
+        "builtin/sums[test:500]": 6,
+        "builtin/chats[test:250]": 3,
+        "builtin/repeats[test:125]": 3,
+        None: 2,
+    }
 
 
 @pytest.mark.parametrize("recipe", TRAINING)
