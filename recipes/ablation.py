@@ -42,7 +42,7 @@ SETS = {  # name: rows of a step, flags; {rows} is how many a training takes, so
     "stdlib": (6, "--stage pt --dataset_args builtin/stdlib[train:120,validation:3,test:6] --max_length 128"),
 }
 EVERY = "--optim muon --adam_beta2 0.95 --eval_strategy no --save_steps 0 --logging_steps 50 --overwrite"
-START = 4  # times as many steps as an arm has the AR model before it
+START = 5  # times as many steps as an arm has the AR model before it
 
 BASE = {"objective": "bd3lm", "block_size": "8", "context": "causal", "ar_weight": "0.3", "right_shift_logits": "True"}
 BASE |= {"noise_type": "level", "loss_weight_type": "uniform"}
@@ -89,7 +89,7 @@ class Ablation(Options):
     arms: Annotated[tuple[str, ...], names(ARMS), "ARM,ARM,..."] = tuple(ARMS)
     """of base (which the others are compared with), block, ar0, ... (default: all)"""
     seeds: Count = 3  # trainings of an arm, with --seed 1, 2, ...
-    steps: Count = 200  # of an arm; the AR model before it takes four times as many
+    steps: Count = 160  # of an arm; the AR model before it takes five times as many
     questions: Count = 250  # of builtin/sums' test split; of builtin/stdlib's at most 32 texts to go on with
     jobs: Count = 2  # arms at a time
     output: Directory = "runs/ablation"  # gets a directory, a log and a .json for each arm
@@ -189,7 +189,7 @@ def measure(settings: Settings, path: str, questions: int) -> dict[str, float]:
 def run(job: Job, output: str, questions: int) -> dict:
     """What is known of a job: what an earlier call kept of it, if by the same commands, else after running them."""
     file, asked = Path(output, f"{job.name}.json"), {"commands": job.before + job.commands, "questions": questions}
-    if file.is_file() and asked.items() <= (known := read_json(file)).items():
+    if file.is_file() and asked.items() <= (known := read_json(file, "delete it")).items():
         return known
     began = time.perf_counter()
     with file.with_suffix(".log").open("w") as log:
@@ -243,10 +243,15 @@ def report(args: Ablation, jobs: list[Job], known: dict[str, dict]) -> str:
     lines = []
     for which in args.sets:
         lines += [f"### builtin/{which}", "", *table(args, which, known), ""]
+
+    # On what, in what time, and by which commands; those of the other arms have the flags of their rows besides.
     made = {tuple(one["machine"][name] for name in ("commit", "cpu", "cores", "torch")) for one in known.values()}
     lines += ["Commit {}, {}, {} cores, torch {}.".format(*one) for one in sorted(made, key=str)]
     minutes = sum(one["seconds"] for one in known.values()) / 60
-    lines += [f"{len(known)} trainings, measured, took {minutes:.0f} minutes, {args.jobs} at a time.", ""]
+    lines += [
+        f"{len(known)} trainings and their measurements took {minutes:.0f} minutes of one thread each, in all.",
+        "",
+    ]
     lines += [f"    python {shlex.join(command)}" for job in jobs for command in job.commands]
     return "\n".join([*lines, ""])
 
