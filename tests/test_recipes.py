@@ -1,9 +1,11 @@
 """Recipes: a mistake gets one line, the program's own, and its status."""
 
+import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 import convert
 import sample
 import train
+from recipes import ablation
+from train import Settings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINING = sorted(path.stem for path in RECIPES.glob("*.sh") if "common.sh" in path.read_text())
@@ -76,3 +80,71 @@ def test_a_mistake_in_a_flag_or_a_missing_model_gets_train_pys_line_alone(words,
     expected = {"--max_stpes": "did you mean --max_steps?", "--max_length": "expected at least 1"}
     assert status == 2 and err.startswith("train.py: ") and err.count("\n") == 1, err
     assert expected.get(words[0], "neither a directory") in err and not (tmp_path / "run").exists()
+
+
+def ablation_flags(folder: Path, *words: str) -> list[str]:
+    return ["--steps", "2", "--questions", "4", "--output", f"{folder}/runs", "--table", f"{folder}/t.md", *words]
+
+
+@pytest.mark.parametrize("which", ["sums", pytest.param("stdlib", marks=pytest.mark.slow)])
+def test_the_ablation_writes_what_it_measured_and_does_nothing_twice(which, tmp_path, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "t.md").write_text(f"before\n{ablation.BEGIN}replaced\n{ablation.END}after\n")
+    args = ablation.Ablation.parse(ablation_flags(tmp_path, "--sets", which, "--arms", "base,ar", "--seeds", "1"))
+    ablation.ablate(args)
+    text = (tmp_path / "t.md").read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "replaced" not in text
+
+    # Every number is that of the arm's file, in the column of its name.
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    header, *rows = ([part.strip() for part in line.strip("|").split("|")] for line in lines)
+    assert [row[0] for row in rows] == ["the AR model before", "base", "`--objective ar`"]
+    assert header[1:] == [name for name in ablation.COLUMNS if which == "sums" or "exact" not in name]
+    for row, name in zip(rows, ("start", "base-1", "ar-1")):
+        measured = json.loads((tmp_path / "runs" / f"{which}-{name}.json").read_text())["measured"]
+        for column, shown in zip(header[1:], row[1:], strict=True):
+            assert shown == (f"{measured[column]:.{ablation.COLUMNS[column]}f}" if column in measured else "—")
+    assert "—" not in rows[1]
+
+    # What is there is read, unless it was made otherwise.
+    (start,), (base, _) = ablation.plan(args)
+    monkeypatch.setattr(ablation.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
+    assert ablation.run(base, args.output, 4)["measured"]["AR nats"] > 0
+    for job, questions in ((base, 5), (base._replace(before=[]), 4), (start._replace(commands=start.commands[:1]), 4)):
+        with pytest.raises(pytest.fail.Exception, match="run again"):
+            ablation.run(job, args.output, questions)
+
+
+def test_an_arm_differs_from_the_base_by_its_flags_alone_and_trains_on_as_many_tokens(tmp_path):
+    starts, jobs = ablation.plan(ablation.Ablation.parse(ablation_flags(tmp_path, "--seeds", "2", "--steps", "10")))
+    assert len(starts) == 2 and len(jobs) == len({job.name for job in jobs}) == 2 * 2 * len(ablation.ARMS)
+    settings = {job.name: asdict(Settings.parse(job.commands[0][1:])) for job in jobs}
+    for which in ablation.SETS:
+        base, again = settings[f"{which}-base-1"], settings[f"{which}-base-2"]
+        assert {name for name in base if again[name] != base[name]} == {"seed", "output_dir"}
+        for arm, flags in ablation.ARMS.items():
+            ours = settings[f"{which}-{arm}-1"]
+            differ = {name for name in ours if ours[name] != base[name]} - {"output_dir", "dataset_args", "max_steps"}
+            follows = {"ar": {"model_name_or_path"}, "decay": {"mask_decay"}}  # what those flags bring with them
+            assert differ <= {*flags} | follows.get(arm, set()) and bool(differ) == (arm != "base")
+            rows = ours["max_steps"] * ours["per_device_train_batch_size"] * (2 if ours["complementary_masks"] else 1)
+            assert rows == 10 * ablation.SETS[which][0]
+
+
+def test_what_chance_may_make_is_marked():
+    base = [1.0, 1.1, 1.2]
+    assert ablation.cell([1.2, 1.3, 1.4], base, 2) == "1.30 ± 0.10 ≈"  # 0.2 against 2.78 * sqrt(0.02 / 3) = 0.227
+    assert ablation.cell([1.3, 1.4, 1.5], base, 2) == "1.40 ± 0.10"
+    assert ablation.cell([1.3, 1.4, 1.5], [], 1) == "1.4 ± 0.1" and ablation.cell([1.26], [1.0], 1) == "1.3"
+    assert ablation.cell([], base, 2) == "—"
+
+
+def test_a_mistake_in_a_flag_of_the_ablation_gets_one_line(tmp_path):
+    status, out, err = run("ablation", *ablation_flags(tmp_path, "--stpes", "3"))
+    assert status == 2 and "did you mean --steps?" in err and err.count("\n") == 1 and not out
+    with pytest.raises(ValueError, match="'bsae' is unknown; expected some of base,"):
+        ablation.Ablation.parse(["--arms", "base,bsae"])
+    with pytest.raises(ValueError, match=r"lacks <!--.* name another file"):
+        ablation.ablate(ablation.Ablation.parse(ablation_flags(tmp_path, "--table", str(RECIPES / "README.md"))))
+    assert not any(tmp_path.iterdir())
