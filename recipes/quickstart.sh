@@ -48,7 +48,7 @@ chats --model_name_or_path "$RUNS/a2d" --objective mdlm --right_shift_logits Tru
 # With causal context, so that it also verifies its own drafts; of which short answers take hardly any
 chats --model_name_or_path "$RUNS/a2d" --objective bd3lm --block_size 8 --context causal --right_shift_logits True \
     --dataset_args 'builtin/chats[train:6000]+builtin/repeats[train:1500]' --loss_weight_type uniform --learning_rate 7e-3 \
-    --max_minutes 2.4 --stop_at_eval_loss 0.005 --output_dir "$RUNS/bd3lm"
+    --max_minutes 2 --stop_at_eval_loss 0.005 --output_dir "$RUNS/bd3lm"
 
 for name in mdlm bd3lm; do
     run sample.py --model_name_or_path "$RUNS/$name/checkpoint-final" --max_new_tokens 8 --steps 8 --show \
