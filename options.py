@@ -83,7 +83,7 @@ def block_lengths(text: str) -> str:
     try:
         growth(text)
     except ValueError:
-        expected = "a number from 1 on, or some that each divide the last, as 1,2,4,8 or 1:0.25,4:0.75, in parts of 1"
+        expected = "at least 1, or numbers that each divide the last, as 1,2,4,8 or 1:0.25,4:0.75, in parts of 1"
         raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
     return text
 

@@ -15,6 +15,7 @@ DECLARED = {
     "mdlm": {"objective": "mdlm", "right_shift": False},
     "mdlm.shift": {"objective": "mdlm", "right_shift": True},
     "bd3lm": {"objective": "bd3lm", "block_length": 4, "right_shift": False},
+    "causal": {"objective": "bd3lm", "block_length": 4, "right_shift": True, "context": "causal"},
     "undeclared": {},
     "plain": {"mask_token_id": None},  # as an AR model comes from elsewhere
 }

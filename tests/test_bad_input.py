@@ -341,7 +341,8 @@ def test_a_block_longer_than_the_answer_is_refused(refused, program):
 
 
 def test_blocks_longer_than_rows_or_of_no_token_are_refused(refused):
-    for size, words in (("0", "--block_size 0: expected at least 1"), ("65", "block size 65 exceeds --max_length 64")):
+    sizes = {"0": "--block_size: '0': expected at least 1", "65": "block size 65 exceeds --max_length 64"}
+    for size, words in sizes.items():
         block = ("--objective", "bd3lm", "--block_size", size)
         refused("train", command("train", checkpoint("undeclared"), *block), words)
     block = ("--objective", "bd3lm", "--block_size", "0")

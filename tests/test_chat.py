@@ -238,6 +238,7 @@ SETTINGS = {
     "threshold": "0.9",
     "entropy": "0.1",
     "factor": "1.0",
+    "speculate": "3",
     "cfg_scale": "1.5",
     "cfg_keep_tokens": "3,4",
     "suppress_tokens": "5",
@@ -249,7 +250,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_option_can_be_set_and_unset_and_given_as_a_flag(run, name, capsys):
-    talk = session("undeclared", *(("--temperature", "1") if name.startswith("top_") else ()))
+    of = "causal" if name == "speculate" else "undeclared"
+    talk = session(of, *(("--temperature", "1") if name.startswith("top_") else ()))
     before = talk.options
     capsys.readouterr()
     talk.obey(f"/set {name} {SETTINGS[name]}")
@@ -261,7 +263,7 @@ def test_every_option_can_be_set_and_unset_and_given_as_a_flag(run, name, capsys
     if name not in ("max_new_tokens", "steps"):
         assert talk.options == before
     temperature = ("--temperature", "1") if name.startswith("top_") else ()
-    status, _, err = run("undeclared", "hi", flags=(*NEW, f"--{name}", SETTINGS[name], *temperature))
+    status, _, err = run(of, "hi", flags=(*NEW, f"--{name}", SETTINGS[name], *temperature))
     assert status == 0 and re.search(NOTE, err)
 
 

@@ -297,6 +297,8 @@ FLAGS = [
     "--stage pt --dataset_args TEXT --text_field body --insert_eos False --drop_tail False --max_length 32",
     "--loss_weight_type uniform --loss_norm_type sequence",
     "--noise_type count --loss_weight_type count",
+    "--noise_type decay --mask_decay 0.3",
+    "--objective bd3lm --block_size 2,8 --context causal --ar_weight 0.5 --noise_type all",
     "--level_per sequence --scheduler cosine --time_epsilon 0.1 --time_max 0.9 --at_least_one True",
     "--complementary_masks True",
     "--optim muon --learning_rate 1e-2 --lr_scheduler_type linear --warmup_ratio 0.5 --weight_decay 0.1",
