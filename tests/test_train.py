@@ -21,7 +21,7 @@ import log
 import train
 from checkpoint import load_config, load_model, save_model
 from diffusion import Batch, ar_example
-from model import Layout, visible
+from model import Config, LanguageModel, Layout, visible
 from tasks import builtin
 from tokenizer import Tokenizer
 
@@ -425,6 +425,20 @@ def test_a_cap_on_the_time_counts_training_alone_and_spreads_evaluations_and_sav
     longest = max(b["minutes"] - a["minutes"] for a, b in itertools.pairwise(steps))
     assert 0.015 <= steps[-1]["minutes"] <= 0.015 + 2 * longest + 0.002
     assert len([path for path in tmp_path.glob("checkpoint-*") if path.name[11:].isdigit()]) == 1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "dtype", "able", "hinted"),
+    [(6e7, None, 1, 1), (6e7, None, 0, 0), (1e6, None, 1, 0), (6e7, "float32", 1, 0)],
+)
+def test_a_run_in_float32_says_where_bfloat16_would_be_faster(monkeypatch, parameters, dtype, able, hinted):
+    monkeypatch.setattr(log, "has_bfloat16", lambda: bool(able))
+    with torch.device("meta"):
+        model = LanguageModel(Config(vocab_size=int(parameters) // 128, objective="mdlm"))
+    flags = [] if dtype is None else ["--compute_dtype", dtype]
+    args = train.Settings.parse(["--model_name_or_path", "x", "--output_dir", "y", *SFT, *flags])
+    said = log.describe(args, model, "", 1, train.Ranks(0, 1, torch.device("cpu")), torch.float32)
+    assert ("--compute_dtype bfloat16" in said) == bool(hinted)
 
 
 def test_the_memory_told_is_of_what_a_process_holds_and_of_all_that_it_feeds(monkeypatch):
