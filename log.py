@@ -142,7 +142,7 @@ def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ran
     parameters = sum(p.numel() for p in model.parameters())
     shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
     block = f", block length {args.block_size or config.block_length}" if config.objective == "bd3lm" else ""
-    block += f", causal context, AR loss x {args.ar_weight:g}" if config.context == "causal" else ""
+    block += f", causal context, AR loss x {args.beside(config):g}" if args.beside(config) else ""
     where = f"{ranks.world_size} x {ranks.device.type} ({args.parallel})" if ranks.world_size > 1 else ranks.device.type
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     length = args.pad_to or args.max_length

@@ -161,14 +161,18 @@ class Settings(
             raise ValueError(f"--{name} is for --stage {other}; leave it out of --stage {args.stage}")
         return args
 
-    def fit(self, config: Config) -> None:
-        """Once the checkpoint has declared what it is: refuses what that has no use for, and fills in the AR weight."""
-        both = config.objective == "bd3lm" and config.context == "causal"
-        if self.ar_weight and not both:
+    def beside(self, config: Config) -> float:
+        """How many times the AR loss is added: with causal context alone."""
+        if config.objective != "bd3lm" or config.context != "causal":
+            return 0.0
+        return 0.3 if self.ar_weight is None else self.ar_weight
+
+    def check_objective(self, config: Config) -> None:
+        """Refuses what the objective, once the checkpoint has declared it, has no use for."""
+        if self.ar_weight and not self.beside(config):
             raise ValueError(
                 f"--ar_weight {self.ar_weight}: only bd3lm with causal context has an AR loss beside its own"
             )
-        self.ar_weight = (0.3 if self.ar_weight is None else self.ar_weight) if both else 0.0
         if config.objective != "ar":
             return
         for name in self.given & flags(Noising).keys():
@@ -270,7 +274,7 @@ class Run:
         wandb = import_wandb() if args.report_to == "wandb" else None
         with ranks.first_on_node():
             self.model, self.tokenizer = build_model(args)
-            args.fit(self.model.config)
+            args.check_objective(self.model.config)
             if start.checkpoints:
                 resume.check_resumed(start, args, self.model.config, ranks.world_size)
             self.loaders = build_loaders(args, self.model.config, self.tokenizer, ranks)
@@ -332,7 +336,7 @@ class Run:
     def _prepare_steps(self):
         """Iterator over the StepData of each step; on CUDA a thread runs it while the GPU computes."""
         args, config = self.args, self.model.config
-        options = {"seed": args.seed, "norm_type": args.loss_norm_type, "ar_weight": args.ar_weight}
+        options = {"seed": args.seed, "norm_type": args.loss_norm_type, "ar_weight": args.beside(config)}
         growing = growth(args.block_size) if args.block_size else []
         for step, micro_batches in enumerate(self.loaders.train.batches(), self.step):
             now = self.progress(self.minutes, step)

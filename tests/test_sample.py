@@ -241,6 +241,7 @@ EVERY_FLAG = [
 ]
 ELSEWHERE = {  # exercised by other tests of this file
     *("--model_name_or_path", "--input", "--chat_template", "--system", "--batch_size", "--max_new_tokens", "--steps"),
+    "--speculate",  # of test_causal.py, with a checkpoint that can
     *("--show", "--output", "--overwrite", "--picture", "--dataset_args", "--split", "--min_exact_match"),
 }
 

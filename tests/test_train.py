@@ -107,7 +107,7 @@ def test_accumulation_changes_neither_the_loss_nor_the_weights(source, objective
     for micro, accumulation in ((8, 1), (4, 2), (1, 8), (3, 3)):
         args = train.Settings.parse(flags)
         model, tokenizer = train.build_model(args)
-        args.fit(model.config)
+        args.check_objective(model.config)
         model.double()
         rows = data.load("builtin/sums", "train", tokenizer, data.Reading(stage="sft", max_length=48))
         collate = loaders.collate_for(args, model.config, tokenizer)
@@ -269,7 +269,7 @@ def test_neither_the_first_step_nor_the_last_is_in_vain(source, tmp_path, more):
 def test_a_gradient_is_clipped_to_its_norm_or_not_at_all(source):
     args = train.Settings.parse(["--model_name_or_path", source, "--output_dir", "unused", *SFT])
     model, tokenizer = train.build_model(args)
-    args.fit(model.config)
+    args.check_objective(model.config)
     rows = data.load("builtin/sums", "train", tokenizer, data.Reading(stage="sft", max_length=48))
     loader = loaders.Loader(
         rows, micro_batch_size=8, accumulation=1, seed=1, collate=loaders.collate_for(args, model.config, tokenizer)
@@ -453,7 +453,7 @@ def test_the_memory_told_is_of_what_a_process_holds_and_of_all_that_it_feeds(mon
     def told(*flags, objective="mdlm", world_size=64) -> tuple[float, float]:
         args = train.Settings.parse(["--model_name_or_path", "x", "--output_dir", "y", *SFT, *flags])
         model.config.objective, model.config.block_length = objective, 32
-        args.fit(model.config)
+        args.check_objective(model.config)
         said = log.describe(args, model, "", 1, train.Ranks(0, world_size, torch.device("cpu")), torch.bfloat16)
         return tuple(float(number) for number in re.findall(r"([\d.]+) GB", said))
 
