@@ -151,7 +151,7 @@ def test_what_is_saved_is_what_was_evaluated(source, tmp_path, objective):
     rows = data.load("builtin/sums", "validation", tokenizer, data.Reading(stage="sft", max_length=512))
     args = train.Settings.parse(["--model_name_or_path", "unused", "--output_dir", "unused", *SFT])
     collate = loaders.collate_for(args, model.config, tokenizer)
-    again = train.evaluate(model, model, rows, collate, batch_size=7, ranks=ALONE)
+    again, _ = train.evaluate(model, model, rows, collate, batch_size=7, ranks=ALONE)
     assert again == pytest.approx([row["eval_loss"] for row in metrics if "eval_loss" in row][-1], rel=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_the_evaluated_loss_of_ar_is_the_mean_surprise(source, mask_prompt_loss)
         return collate(picked)
 
     for batch_size in (1, 6):
-        value = train.evaluate(model, model, rows, recorded, batch_size=batch_size, ranks=ALONE)
+        value, _ = train.evaluate(model, model, rows, recorded, batch_size=batch_size, ranks=ALONE)
         assert value == pytest.approx(surprise / tokens, rel=1e-9)
         assert lengths == sorted(lengths)  # so that there is little padding
         lengths.clear()
