@@ -185,6 +185,22 @@ def test_answers_do_not_depend_on_the_batch_and_end_at_a_stop_string(checkpoints
     assert model.generate_until(requests("generate_until", [(prompts[0], {"max_gen_toks": 12})]), True) == single[:1]
 
 
+def test_a_causal_checkpoint_is_ar_too_and_speculates(checkpoints, tmp_path):
+    model = load_model(checkpoints["bd3lm"])
+    model.config.context = "causal"
+    save_model(model, tmp_path / "causal", tokenizer=Tokenizer(checkpoints["bd3lm"]))
+    checkpoints = checkpoints | {"ar": str(tmp_path / "causal"), "bd3lm": str(tmp_path / "causal")}
+    prompts = requests("generate_until", [(words(n, n), {"until": [], "max_gen_toks": 12}) for n in (5, 2, 9)])
+    plain = lm(checkpoints, "ar")
+    expected = plain.generate_until(prompts, True)
+    for objective in ("ar", "bd3lm"):
+        faster = lm(checkpoints, objective, speculate=4)
+        assert faster.generate_until(prompts, True) == expected
+        assert faster.counts["generated", "forwards"] <= plain.counts["generated", "forwards"]
+    pairs = requests("loglikelihood", PAIRS)
+    assert faster.loglikelihood(pairs, True) != plain.loglikelihood(pairs, True)  # a bound, and exact
+
+
 def test_no_forward_takes_more_tokens_than_there_is_room_for(checkpoints):
     model, shapes = lm(checkpoints, "mdlm", "auto"), []
     model.room = 60
