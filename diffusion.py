@@ -987,8 +987,8 @@ class Speculation(Decoding):
     may turn out right: for each a noisy copy of N masks, told apart by Layout.noisy, of which the right one is taken.
 
     Guesses change how many forwards it takes and nothing else. At a temperature that needs the noise of a token to be
-    that of its place in the row: then draft and verdict agree as often as the two distributions do (arXiv 2408.07978),
-    and what is written is what ar would have drawn with that noise.
+    that of its place in the row (arXiv 2408.07978): what is written is then what ar would have drawn with that noise,
+    and draft and verdict agree nearly as often as their distributions allow.
     """
 
     def __init__(self, model, prompts, options: Sampling, canvas_masks, end_ids, prefix, generator, static):
