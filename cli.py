@@ -287,7 +287,7 @@ class Answers:
                 settled = torch.where(self.settled < 0, step.forwards, self.settled)
                 self.settled = torch.where(step.masked, -1, settled)
                 self.forwards = torch.where(self.last.done, self.forwards, step.forwards)
-                if step.draft is not None:  # where another token settled than was guessed
+                if step.draft is not None:  # where another token settled than was drafted
                     self.corrected = self.last.draft & ~step.masked & (step.tokens != self.last.tokens)
             self.last = step
             yield step

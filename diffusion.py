@@ -161,7 +161,7 @@ def _by_count(level, uniform, supervised, blocks, noising):
 
 def _by_decay(level, uniform, supervised, blocks, noising):
     """As many as by count, but the i-th token of a block has weight 2^((1 - n/m) i / (H m)): later ones are masked more
-    often, the more so the fewer are (Efficient-DLM, arXiv 2512.14067, section 3: H is its half-life ratio)."""
+    often, the more so the fewer are (Efficient-DLM, arXiv 2512.14067, whose half-life ratio H is)."""
     size = blocks.size.clamp(min=1)
     count = 1 + (level * size).floor()
     weight = 2 ** ((1 - count / size) * blocks.place / (noising.mask_decay * size))
@@ -660,7 +660,7 @@ class Step(NamedTuple):
     """The canvas after a forward. tokens (B, T) int64, the mask id where masked (B, T) bool; a row's columns beyond its
     own canvas hold 0. done (B,): the row is finished, whatever may still be masked. forwards: model calls so far.
     confidence (B, T): the untempered probability a settled token had when it was chosen; 0 where masked or given. draft
-    (B, T) bool: masked columns whose token is a guess, on which the next forward decides; None: without speculation."""
+    (B, T) bool: masked columns whose token is drafted, on which the next forward decides; None: without speculation."""
 
     tokens: Tensor
     masked: Tensor
@@ -981,12 +981,12 @@ class Speculation(Decoding):
     """Rows decoded as the model's ar side decodes them, several tokens a forward: speculative decoding,
     arXiv 2211.17192, with the model as its own drafter, as in TiDAR, arXiv 2511.08923.
 
-    Columns before `known` (B,) are settled; up to N - 1 guesses may follow. A forward feeds what is settled but not yet
-    in the cache, and the guesses, as clean tokens: each predicts the token after it, which tells the guesses that ar
-    would have written, and one token more. In the same forward it drafts what comes after every number of guesses that
-    may turn out right: for each a noisy copy of N masks, told apart by Layout.noisy, of which the right one is taken.
+    Columns before `known` (B,) are settled; up to N - 1 draft tokens may follow. A forward feeds the draft, and what is
+    settled but not yet in the cache, as clean tokens: each predicts the token after it, which tells the draft tokens
+    that ar would have written, and one token more. In the same forward it drafts what comes after every number of them
+    that may be accepted: for each a noisy copy of N masks, told apart by Layout.noisy, of which one is then used.
 
-    Guesses change how many forwards it takes and nothing else. At a temperature that needs the noise of a token to be
+    Drafts change how many forwards it takes and nothing else. At a temperature that needs the noise of a token to be
     that of its place in the row (arXiv 2408.07978): what is written is then what ar would have drawn with that noise,
     and draft and verdict agree nearly as often as their distributions allow.
     """
@@ -1002,7 +1002,7 @@ class Speculation(Decoding):
         if [] in prompts:
             raise ValueError("an empty prompt has nothing to predict from; begin it with the BOS or EOS token")
         self.N = self.ahead = options.speculate  # tokens of a draft; no more than the canvas still has room for
-        self.guesses = 0  # how many follow `known`: none before the first forward, then all but the first of a draft
+        self.drafted = 0  # draft tokens after `known`: none before the first forward, then all of a draft but its first
         super().__init__(model, prompts, options, None, end_ids, prefix, generator, static)
         self.known, self.draft = self.length - options.max_new_tokens, torch.zeros_like(self.masked)
         self.key = torch.randint(2**62, (self.B,), generator=generator, device=generator.device if generator else "cpu")
@@ -1027,15 +1027,15 @@ class Speculation(Decoding):
 
     def width(self) -> int:
         room = int((self.length - self.known).masked_fill(self.done, 1).max())
-        self.ahead, self.guesses = min(self.N, room), min(self.guesses, room - 1)
-        return int((self.known - self.first()).max()) + self.guesses
+        self.ahead, self.drafted = min(self.N, room), min(self.drafted, room - 1)
+        return int((self.known - self.first()).max()) + self.drafted
 
     def advance(self, W: int) -> None:
         """A forward over W clean columns of each row and the copies after them, and what it settles and drafts."""
-        # A verdict is on the column `known` or one after a guess; token j of a draft stands j columns after that.
-        first, N, G = self.first(), self.ahead, self.guesses
+        # A verdict is on the column `known` or one after a draft token; token j of a draft stands j columns after that.
+        first, N, G = self.first(), self.ahead, self.drafted
         tokens, layout, columns = self.feed_drafts(first, W)
-        after = torch.arange(G + 1, device=first.device)  # how many guesses turn out right
+        after = torch.arange(G + 1, device=first.device)  # how many draft tokens may be accepted
         ahead = torch.arange(1, N, device=first.device)
         verdict = (self.known - 1 - first)[:, None] + after  # (B, G + 1): where in the forward it is predicted
         shift = int(bool(self.model.config.right_shift))
@@ -1053,15 +1053,15 @@ class Speculation(Decoding):
     def feed_drafts(self, first: Tensor, W: int) -> tuple[Tensor, Layout, Tensor]:
         """What is fed, (B, W + copies * N) each: tokens, layout and the cache's columns."""
         columns = first[:, None] + torch.arange(W, device=first.device)
-        inside = columns < torch.minimum(self.known + self.guesses, self.length)[:, None]
+        inside = columns < torch.minimum(self.known + self.drafted, self.length)[:, None]
         fetch, zeros = columns.clamp(max=self.T - 1), torch.zeros_like(columns)
         # Padding queries see the dump, by block 0: softmax over nothing gives NaN.
         clean = Layout(fetch, zeros.masked_fill(~inside, -1), fetch.masked_fill(~inside, 0), zeros)
         tokens, columns = self.tokens.gather(1, fetch), columns.masked_fill(~inside, self.dump)
 
-        # A copy's masks stand where its draft will, and see what is settled or guessed before them, and each other.
+        # A copy's masks stand where its draft will, and see what is settled or drafted before them, and each other.
         N = self.ahead
-        n = torch.arange((self.guesses + 1) * N if N > 1 else 0, device=first.device).expand(self.B, -1)
+        n = torch.arange((self.drafted + 1) * N if N > 1 else 0, device=first.device).expand(self.B, -1)
         start = self.known[:, None] + n // N
         noisy = Layout(start + n % N, torch.zeros_like(n), start, n // N + 1)
         layout = Layout(*(torch.cat(pair, dim=1) for pair in zip(clean[:4], noisy[:4])))
@@ -1078,15 +1078,16 @@ class Speculation(Decoding):
         return tuple(torch.cat(column) for column in zip(*picks))
 
     def settle(self, verdict: Tensor, probability: Tensor, drafts: Tensor) -> None:
-        """Settles guesses up to the first that the verdict (B, G + 1) contradicts, and the verdict there; then takes
-        the draft (B, G + 1, N - 1) for that many. Nothing follows an end token or the canvas."""
+        """Settles draft tokens up to the first that the verdict (B, G + 1) contradicts, and the verdict there; then
+        takes the draft (B, G + 1, N - 1) for that many. Nothing follows an end token or the canvas."""
+        # How many draft tokens the verdict accepts, and which of its own tokens are written: those, and the next.
         G, live = verdict.shape[1] - 1, ~self.done[:, None]
         after = torch.arange(G + 1, device=verdict.device)
-        guess = self.tokens.gather(1, (self.known[:, None] + after[:G]).clamp(max=self.T - 1))
-        right = (guess == verdict[:, :G]).long().cumprod(dim=1).sum(dim=1)  # (B,)
+        draft = self.tokens.gather(1, (self.known[:, None] + after[:G]).clamp(max=self.T - 1))
+        accepted = (draft == verdict[:, :G]).long().cumprod(dim=1).sum(dim=1)  # (B,)
         ends = (verdict[:, :, None] == self.ends).any(dim=2).long()
         new = (
-            (after <= right[:, None])
+            (after <= accepted[:, None])
             & (ends.cumsum(dim=1) == ends)
             & (self.known[:, None] + after < self.length[:, None])
         )
@@ -1098,17 +1099,18 @@ class Speculation(Decoding):
         chosen = probability.to(self.confidence.dtype).gather(1, place.clamp(0, G))
         self.confidence.copy_(torch.where(settled, chosen, self.confidence))
         self.masked.logical_and_(~settled)
-        self.filled.copy_(torch.where(self.done, self.filled, self.known + torch.minimum(right, new.sum(dim=1))))
+        self.filled.copy_(torch.where(self.done, self.filled, self.known + torch.minimum(accepted, new.sum(dim=1))))
         self.known.add_(settled.sum(dim=1))
         self.done.copy_(self.ended())
 
+        # A draft that was rejected is masked again; the new one takes its place, as far as the canvas goes.
         self.tokens.masked_fill_(self.masked, self.mask_id)
         place = self.column - self.known[:, None]
         self.draft.copy_((place >= 0) & (place < drafts.shape[2]) & self.masked & ~self.done[:, None])
         if drafts.shape[2]:
-            taken = drafts[self.rows, right].gather(1, place.clamp(0, drafts.shape[2] - 1))
+            taken = drafts[self.rows, accepted].gather(1, place.clamp(0, drafts.shape[2] - 1))
             self.tokens.copy_(torch.where(self.draft, taken, self.tokens))
-        self.guesses = self.ahead - 1
+        self.drafted = self.ahead - 1
 
 
 def check_canvas(config: Config, objective: str, options: Sampling, prompts, canvas_masks, end_ids, prefix) -> None:

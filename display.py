@@ -16,8 +16,8 @@ import numpy as np
 from rich.cells import cell_len
 
 MASK, END = "░", "∎"  # a masked token; an end token with masks before it
-LEGEND = f"{MASK} masked  {END} ends the answer, once nothing before it is masked  [guessed, by --speculate]"
-# SGR attributes: dim; bold green; none; bold; bold red, of what took the place of a guess.
+LEGEND = f"{MASK} masked  {END} ends the answer, once nothing before it is masked  [drafted, by --speculate]"
+# SGR attributes: dim; bold green; none; bold; bold red, of what took the place of a draft token.
 MASKED, FRESH, SETTLED, STRONG, CORRECTED = "2", "1;32", "", "1", "1;31"
 Spans = list[tuple[str, str]]  # texts, each with its attributes
 
@@ -56,13 +56,13 @@ def spans(
     tokenizer, ids: list[int], masked: list[bool], fresh: list[bool], end_ids=(), draft=None, corrected=None
 ) -> Spans:
     """Each token of an answer as text: masked, just settled (`fresh`) or settled; up to its end token. Of speculation
-    also which of the masked ones hold a `draft`, and which of the fresh ones stand where another was guessed."""
-    shown, guessed = [], draft or [False] * len(ids)
-    texts = pieces(tokenizer, ids, [hole and not guess for hole, guess in zip(masked, guessed)])
+    also which of the masked ones hold a `draft`, and which of the fresh ones stand where another was drafted."""
+    shown, drafted = [], draft or [False] * len(ids)
+    texts = pieces(tokenizer, ids, [hole and not known for hole, known in zip(masked, drafted)])
     corrected = corrected or [False] * len(ids)
     for i, (token, text, hole, new) in enumerate(zip(ids, texts, masked, fresh)):
-        if guessed[i]:
-            first, last = i == 0 or not guessed[i - 1], i + 1 == len(ids) or not guessed[i + 1]
+        if drafted[i]:
+            first, last = i == 0 or not drafted[i - 1], i + 1 == len(ids) or not drafted[i + 1]
             shown += [("[", MASKED)] if first else []
             shown += [(END if token in end_ids else text, MASKED)]
             shown += [("]", MASKED)] if last else []

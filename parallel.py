@@ -84,8 +84,8 @@ class Parallel(Options):
     "processes, memory, speed: what changes no result but by rounding (many processes: start them by torchrun)"
 
     compute_dtype: Literal["bfloat16", "float32"] | None = None
-    """of the matrix products; weights and optimizer are float32 (default: bfloat16 on CUDA, else float32; on a CPU that
-    has instructions for bfloat16 it is 2 to 3 times faster for models of 100 M parameters and more)"""
+    """of the matrix products; weights and optimizer are float32 (default: bfloat16 on CUDA, else float32; for large
+    models bfloat16 is faster on CPUs, too, that have instructions for it)"""
     parallel: Literal["ddp", "zero2", "zero3", "hybrid"] = "ddp"
     """ddp: every process has the whole model. zero2: weights, gradients and optimizer are sharded, weights gathered
     once a step. zero3: and gathered again for the backward pass. hybrid: sharded within a node, replicated across

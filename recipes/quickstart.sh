@@ -45,7 +45,7 @@ chats --model_name_or_path "$RUNS/ar-sums/checkpoint-final" --objective ar --lea
 run convert.py --model_name_or_path "$RUNS/ar/checkpoint-final" --output_dir "$RUNS/a2d" --overwrite
 chats --model_name_or_path "$RUNS/a2d" --objective mdlm --right_shift_logits True --loss_weight_type uniform \
     --learning_rate 7e-3 --max_minutes 1.9 --stop_at_eval_loss 0.005 --output_dir "$RUNS/mdlm"
-# With causal context, so that it also verifies its own drafts; of which short answers take hardly any
+# With causal context it is an AR model as well, which verifies its own drafts
 chats --model_name_or_path "$RUNS/a2d" --objective bd3lm --block_size 8 --context causal --right_shift_logits True \
     --dataset_args 'builtin/chats[train:6000]+builtin/repeats[train:1500]' --loss_weight_type uniform --learning_rate 7e-3 \
     --max_minutes 2 --stop_at_eval_loss 0.005 --output_dir "$RUNS/bd3lm"

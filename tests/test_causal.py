@@ -494,7 +494,7 @@ def test_a_kept_cache_gives_what_a_fresh_one_gives(N):
         assert written(kept) == written(last_of(denoise(model, [prompt], max_new_tokens=7, speculate=N)))
 
 
-def test_it_feeds_the_guesses_and_a_copy_for_each_number_of_them(monkeypatch):
+def test_it_feeds_the_draft_and_a_copy_for_each_number_of_its_tokens(monkeypatch):
     model, widths = model_of(0), []
     forward = model.forward
     monkeypatch.setattr(
@@ -668,7 +668,7 @@ def test_convert_writes_it_as_a_plain_ar_model(a_run, tmp_path):
     assert written(last_of(denoise(both, prompt, max_new_tokens=6, speculate=4))) == expected
 
 
-def test_the_program_shows_guesses_and_answers_as_ar_does(a_run, capsys):
+def test_the_program_shows_drafts_and_answers_as_ar_does(a_run, capsys):
     output, _ = a_run
     final = str(output / "checkpoint-final")
     command = ["What is 1 + 2?", "Reverse the word ABC.", "--model_name_or_path", final, "--max_new_tokens", "12"]

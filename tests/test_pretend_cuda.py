@@ -67,7 +67,7 @@ def test_recorded_forwards_decode_what_the_cpu_does_and_wait_for_nothing(objecti
         gpu.waits.clear()
         found += steps
         assert [*gpu.waits] == ["diffusion.py, check_finite: _local_scalar_dense"]  # once all is done
-        # Static shapes draft up to the canvas's end and beyond: guesses there, and how many are right, may differ.
+        # Static shapes draft up to the canvas's end and beyond: drafts there, and how many are accepted, may differ.
         pairs = zip(found, expected, strict=True) if "speculate" not in options else [(found[-1], expected[-1])]
         for ours, theirs in pairs:
             assert torch.equal(ours.masked.cpu(), theirs.masked)
