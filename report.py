@@ -69,7 +69,7 @@ def _digest(directory: Path) -> str:
 
 def cache_key(lm) -> str:
     """What answers depend on besides their requests, as a hash: the checkpoint's files and every option."""
-    options = {**asdict(lm.options), "pretrained": _digest(resolve(lm.options.pretrained)), "model": str(lm)}
+    options = {**asdict(lm.options), "pretrained": _digest(resolve(lm.options.pretrained)), "objective": lm.objective}
     return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

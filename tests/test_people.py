@@ -435,18 +435,19 @@ def test_a_cache_is_of_one_checkpoint_and_one_sampler(tmp_path):
     evaluate = pytest.importorskip("evaluate")
     from report import cache_key
 
-    def key(name: str, **changes) -> str:
-        lm = evaluate.A2D.__new__(evaluate.models()["a2d_mdlm"])
+    alive = []  # no two of them at one address
+
+    def key(name: str, objective: str = "mdlm", **changes) -> str:
+        alive.append(lm := evaluate.A2D.__new__(evaluate.models()[f"a2d_{objective}"]))
         lm.options = evaluate.Evaluation(pretrained=checkpoint(name), **changes)
         return cache_key(lm)
 
     same = [key("mdlm"), key("mdlm")]
     others = [key("mdlm", **{name: value}) for name, value in (("steps", 4), ("seed", 1), ("right_shift_logits", True))]
-    assert same[0] == same[1] and len({same[0], *others, key("mdlm.shift")}) == 5
+    assert same[0] == same[1] and len({same[0], *others, key("mdlm.shift"), key("mdlm", "ar")}) == 6
 
 
 DATA = "dataset_path: json\ndataset_kwargs: {{data_files: {{test: {}}}}}\ntest_split: test\ndoc_to_text: q\n"
-TASK = "task: {}\n" + DATA + "{}"
 CHOICE = "output_type: multiple_choice\ndoc_to_choice: ['x', 'y']\ndoc_to_target: 0\n"
 TASK = (
     "task: {}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {}}}}}\ntest_split: test\ndoc_to_text: q\n{}"
