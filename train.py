@@ -47,6 +47,7 @@ from options import (
     NonNegative,
     Options,
     Positive,
+    Rows,
     block_lengths,
     flags,
     growth,
@@ -103,6 +104,7 @@ class Output(Options):
     token and its perplexity, unbiased, with fixed noise"""
     eval_steps: Annotated[Positive, "N"] = 0.1
     """evaluate every so many optimizer steps; below 1, a part of the run (with --max_minutes, of the time too)"""
+    eval_rows: Rows | None = None  # evaluate on the split's first rows alone, so many of them (default: all)
     stop_at_eval_loss: Annotated[float, "NATS"] | None = None  # end the run at this bound (default: never)
     save_steps: Annotated[NonNegative, "N"] = 0.1
     """save every so many optimizer steps; below 1, a part of the run (with --max_minutes, of the time too); 0: at the
@@ -149,8 +151,9 @@ class Settings(
             raise ValueError(
                 f"--load_preprocessed_data holds tokens; {TINY} makes its tokenizer of text; leave one out"
             )
-        if self.stop_at_eval_loss is not None and self.eval_strategy == "no":
-            raise ValueError("--stop_at_eval_loss needs evaluations; leave out --eval_strategy no")
+        for name in ("stop_at_eval_loss", "eval_rows"):
+            if getattr(self, name) is not None and self.eval_strategy == "no":
+                raise ValueError(f"--{name} needs evaluations; leave out --eval_strategy no")
 
     @classmethod
     def parse(cls, argv: list[str] | None = None) -> "Settings":
@@ -445,10 +448,10 @@ class Run:
     def evaluate(self) -> bool:
         """Logs the bound on the rows to evaluate on; True where it reaches --stop_at_eval_loss."""
         self.read()
-        size, goal = self.args.per_device_eval_batch_size, self.args.stop_at_eval_loss
-        rows, collate = self.loaders.eval_rows, self.loaders.collate
+        goal, rows, collate = self.args.stop_at_eval_loss, self.loaders.eval_rows, self.loaders.collate
+        how = {"batch_size": self.args.per_device_eval_batch_size, "first_rows": self.args.eval_rows}
         with self.clock_stopped():
-            nats, ar = evaluate(self.engine, self.model, rows, collate, batch_size=size, ranks=self.ranks)
+            nats, ar = evaluate(self.engine, self.model, rows, collate, ranks=self.ranks, **how)
         if not math.isfinite(nats):
             raise ValueError(
                 f"step {self.step}: the evaluated bound is {nats}; the weights are damaged, or --compute_dtype "

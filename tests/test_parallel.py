@@ -153,7 +153,7 @@ def compare(tmp_path, source, cases: list[dict], divisions: list[tuple[int, int]
 
 def test_two_processes_train_as_one(tmp_path, source):
     cases = [
-        {"objective": "mdlm", "stage": "sft", "parallel": "zero2"},
+        {"objective": "mdlm", "stage": "sft", "parallel": "zero2", "flags": ["--eval_rows", "9"]},
         {"objective": "bd3lm", "stage": "pt", "parallel": "ddp"},
         {"objective": "mdlm", "stage": "pt", "parallel": "zero3", "flags": ["--optim", "muon"]},
         {"objective": "mdlm", "stage": "sft", "parallel": "hybrid", "flags": ["--optim", "muon"]},

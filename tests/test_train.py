@@ -210,6 +210,21 @@ def test_the_evaluation_does_not_depend_on_how_a_run_trains(source, tmp_path):
     assert plain[1]["eval_perplexity"] == pytest.approx(math.exp(plain[1]["eval_loss"]))
 
 
+def test_an_evaluation_of_the_first_rows_is_as_if_there_were_no_others_and_trains_alike(source, tmp_path, capsys):
+    some = run(source, tmp_path / "a", "--eval_rows", "7", "--save_steps", "1")
+    assert "; the first 7 of 20 rows to evaluate on" in capsys.readouterr().out
+    only = run(source, tmp_path / "b", "--dataset_args", "builtin/sums[validation:7]")
+    every, beyond = run(source, tmp_path / "c"), run(source, tmp_path / "d", "--eval_rows", "99")
+    bounds = [[row["eval_loss"] for row in rows if "eval_loss" in row] for rows in (some, only, every, beyond)]
+    assert bounds[0] == bounds[1] and bounds[2] == bounds[3] != bounds[0]
+    assert [row["loss"] for row in some if "loss" in row] == [row["loss"] for row in every if "loss" in row]
+
+    # It decides no weights: a run may go on with another number.
+    flags = ["--eval_rows", "4", "--resume_from_checkpoint", str(tmp_path / "a/checkpoint-1")]
+    resumed = run(source, tmp_path / "e", *flags)
+    assert [row["loss"] for row in resumed if "loss" in row] == [row["loss"] for row in some if "loss" in row][-1:]
+
+
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
 def test_the_evaluated_bound_falls(source, tmp_path, objective, optim):
@@ -306,7 +321,7 @@ FLAGS = [
     "--gradient_accumulation_steps 2 --seed 3 --compute_dtype bfloat16",
     "--eval_strategy no",
     "--eval_strategy epoch --num_train_epochs 1 --max_steps 9 --per_device_train_batch_size 16",
-    "--eval_steps 1 --per_device_eval_batch_size 3 --save_steps 1 --save_total_limit 1 --logging_steps 1",
+    "--eval_steps 1 --eval_rows 5 --per_device_eval_batch_size 3 --save_steps 1 --save_total_limit 1 --logging_steps 1",
     "--stop_at_eval_loss 100 --eval_steps 1",
     "--max_minutes 0.00000001",
     "--train_on last --packing True --objective ar",
@@ -565,6 +580,8 @@ MISTAKES = {
     "--time_epsilon 0": "expected 0 <",
     "--complementary_masks True --scheduler cosine": "--scheduler linear",
     "--stop_at_eval_loss 1 --eval_strategy no": "needs evaluations",
+    "--eval_rows 0": "--eval_rows 0: expected at least 1",
+    "--eval_rows 5 --eval_strategy no": "--eval_rows needs evaluations",
     "--max_steps 0": "--max_steps 0: expected at least 1",
     "--learning_rate -1": "expected more than 0",
     "--warmup_ratio 2": "expected 0 to 1",
