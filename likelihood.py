@@ -191,7 +191,7 @@ def _score(model: LanguageModel, batch: list[_Row], reads: list[np.ndarray], K: 
 
     # mdlm needs no cache, nor does ar unless rows have a context in common: that is encoded once, in a forward before.
     if K and (copies or len(contexts) < B):
-        cache = KVCache(model.config, B, dump + 1, dtype=model.head_weight.dtype, device=model.head_weight.device)
+        cache = KVCache(model.config, B, dump + 1, dtype=model.computes_in, device=model.head_weight.device)
     if len(contexts) < B and any(contexts):
         _encode(model, contexts, [contexts.index(row.past[: row.shared]) for row in batch], cache, clean)
         # Its last token is fed again: under right shift it predicts, and the cache has no hidden states.
