@@ -429,9 +429,9 @@ def test_builtin_tiny_starts_from_nothing_and_its_ar_checkpoint_declares_no_mask
 
 
 def test_the_log_tells_rates_memory_and_the_time_left(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(log, "peak_flops", lambda device: 1e9)
     predictions = []
-    monkeypatch.setattr(train, "train_flops", lambda config, layout, rows: predictions.append(rows) or 5_000_000)
+    monkeypatch.setattr(log, "train_flops", lambda config, layout, rows: predictions.append(rows) or 5_000_000)
     flags = ["--max_steps", "6", "--logging_steps", "2", "--eval_strategy", "no", "--gradient_accumulation_steps", "2"]
     rows = [row for row in run(source, tmp_path / "run", *flags) if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 6]
