@@ -13,7 +13,21 @@ from typing import NamedTuple
 import numpy as np
 from rich.cells import cell_len
 
-from display import CORRECTED, DRAFT, FRESH, MASK, MASKED, SETTLED, Spans, one_line, plain, printable, shorten, wrap
+from display import (
+    CORRECTED,
+    DRAFT,
+    END,
+    FRESH,
+    MASK,
+    MASKED,
+    SETTLED,
+    Spans,
+    one_line,
+    plain,
+    printable,
+    shorten,
+    wrap,
+)
 
 ENDINGS = ".png", ".gif", ".html"
 
@@ -176,7 +190,7 @@ def animation(trace: Trace) -> bytes:
     prompt = [plain(line).rstrip("\n") for line in wrap([(trace.prompt.strip(), "")], columns)]
     prompt = prompt if len(prompt) <= 4 else [*prompt[:3], shorten(prompt[3], columns - 1) + "…"]
     flows = [wrap([(text, t) for t, (text, _) in enumerate(canvas)], columns) for canvas in canvases(trace)]
-    occurring = legend(trace)
+    occurring, ended = legend(trace), any(text == END for frame in trace.frames for text, _ in frame.canvas)
     top = 64 + height * len(prompt)
     bottom = top + height * max(map(len, flows)) + 14
 
@@ -221,6 +235,8 @@ def animation(trace: Trace) -> bytes:
             pen.rectangle((x, bottom + 38, end, bottom + 57), fill=background)
             pen.text((x, bottom + 40), f" {name} ", foreground if foreground != background else ink, small)
             x = end + 8
+        if ended:
+            pen.text((x, bottom + 40), f"{END} an end token", ink, small)
         return image.quantize(palette=palette, dither=Image.Dither.NONE)
 
     drawn = [
