@@ -1,14 +1,18 @@
-# make quickstart: the whole path on two CPU cores. make test: what CI runs. Both set up .venv themselves.
+# make quickstart: the whole path on two CPU cores. make smollm2: a real model, from the Hub. make test: what CI runs.
+# All set up .venv themselves.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart smollm2 test lint clean
 
 quickstart: $(VENV)/installed
 	PYTHON=$(PY) sh recipes/quickstart.sh
+
+smollm2: $(VENV)/installed
+	PYTHON=$(PY) sh recipes/smollm2.sh
 
 test: $(VENV)/installed-test lint
 	$(PY) -m pytest

@@ -162,15 +162,15 @@ def vocabulary_slices(hidden: list[Tensor], weight: Tensor, whole: bool = False)
 
     On the CPU a slice is of SLICE logits, which stay in a core's cache, and computed as (v, N) with N rounded up to
     eights: of a step's few rows MKL then reads the weights in a third to two thirds of the time. Elsewhere, or `whole`,
-    it is all of them.
+    it is all of them. The weight (V, D) is cast to hidden's dtype, where it has another one in training.
     """
     N, V = len(hidden[0]), len(weight)
     if weight.is_cuda:
-        yield 0, [rows @ weight.T for rows in hidden]
+        yield 0, [rows @ weight.to(rows.dtype).T for rows in hidden]
         return
     start, columns = 0, [F.pad(rows, (0, 0, 0, -N % 8)).T for rows in hidden]  # (D, N) each
     for part in weight.split(V if whole else max(1, SLICE // max(N, 1))):
-        yield start, [(part @ rows).T[:N] for rows in columns]
+        yield start, [(part.to(rows.dtype) @ rows).T[:N] for rows in columns]
         start += len(part)
 
 

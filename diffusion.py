@@ -828,7 +828,6 @@ class Decoding:
 
     def _make_context(self) -> None:
         """Who sees whom, and what is attended to: a cache, or for mdlm the canvas itself under one mask."""
-        config, weight = self.model.config, self.model.head_weight
         document = torch.where(self.column < self.length[:, None], 0, -1)
         self.cache = self.mask = None
         if self.cached:
@@ -837,7 +836,8 @@ class Decoding:
             # Column T is a dump, for padding. Only padding attends to it, since softmax over nothing gives NaN.
             self.fields = F.pad(torch.stack(self.layout[:4]), (0, 1))
             self.fields[1, :, self.T] = -1
-            self.cache = KVCache(config, self.copies * self.B, self.T + 1, dtype=weight.dtype, device=weight.device)
+            like = {"dtype": self.model.computes_in, "device": self.column.device}
+            self.cache = KVCache(self.model.config, self.copies * self.B, self.T + 1, **like)
         else:
             self.layout = Layout.of(self.column, document if (document < 0).any() else None)
             whole = self._copied(self.layout)
@@ -1010,10 +1010,10 @@ class Speculation(Decoding):
 
     def _make_context(self) -> None:
         """The cache: a column for each of the canvas, then those of the copies' masks, then a dump for padding."""
-        config, weight = self.model.config, self.model.head_weight
         self.dump = self.T + self.N**2
         self.layout = Layout.of(self.column, torch.where(self.column < self.length[:, None], 0, -1), 1)
-        self.cache = KVCache(config, self.B, self.dump + 1, dtype=weight.dtype, device=weight.device)
+        like = {"dtype": self.model.computes_in, "device": self.column.device}
+        self.cache = KVCache(self.model.config, self.B, self.dump + 1, **like)
 
     def first(self) -> Tensor:
         """(B,): the first column to feed. Of what is settled that is at least the last, which predicts the next."""

@@ -191,7 +191,7 @@ def _score(model: LanguageModel, batch: list[_Row], reads: list[np.ndarray], K: 
 
     # mdlm needs no cache, nor does ar unless rows have a context in common: that is encoded once, in a forward before.
     if K and (copies or len(contexts) < B):
-        cache = KVCache(model.config, B, dump + 1, dtype=model.head_weight.dtype, device=model.head_weight.device)
+        cache = KVCache(model.config, B, dump + 1, dtype=model.computes_in, device=model.head_weight.device)
     if len(contexts) < B and any(contexts):
         _encode(model, contexts, [contexts.index(row.past[: row.shared]) for row in batch], cache, clean)
         # Its last token is fed again: under right shift it predicts, and the cache has no hidden states.
@@ -320,10 +320,10 @@ EVALUATION_SEED = 0  # of the noise: the same in every run
 
 @torch.no_grad()
 def evaluate(
-    engine, model: LanguageModel, rows, collate, *, batch_size: int, ranks: Ranks
+    engine, model: LanguageModel, rows, collate, *, batch_size: int, ranks: Ranks, first_rows: int | None = None
 ) -> tuple[float, float | None]:
     """The bound on the rows' negative log-likelihood in nats per supervised token: exact for ar, else unbiased. With
-    causal context also that of the model as ar, else None.
+    causal context also that of the model as ar, else None. first_rows: take so many rows alone (None: all).
 
     Mask counts with weight m/n (diffusion.draw_noise) under noise that is fixed, whatever the run trains with. Padding
     that mdlm or bd3lm predict adds to the sum, not to the count, so that the objectives compare. Rows are taken in
@@ -332,7 +332,7 @@ def evaluate(
     noising = Noising(noise_type="count")
     first = model.config.shift  # then a row's first token has no predictor
     beside = {"ar_weight": 1.0} if model.config.context == "causal" and model.config.objective == "bd3lm" else {}
-    order = sorted(range(len(rows)), key=lambda i: (rows.lengths[i], i))
+    order = sorted(range(len(rows))[:first_rows], key=lambda i: (rows.lengths[i], i))
     begins = range(0, len(order), batch_size)
     model.eval()
     total, of_ar, tokens, ar_tokens = 0.0, 0.0, 0, 0

@@ -391,7 +391,10 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
 
     # The rows to evaluate on are few: those of a stream are a list, too
     eval_rows = load("validation") if hold_out else None
-    about_eval = "no evaluation" if eval_rows is None else f"{len(eval_rows):,} rows to evaluate on"
+    about_eval = "no evaluation"
+    if eval_rows is not None:
+        first = "" if args.eval_rows is None else f"the first {min(args.eval_rows, len(eval_rows)):,} of "
+        about_eval = f"{first}{len(eval_rows):,} rows to evaluate on"
 
     # What both loaders need
     batches = {"seed": args.seed, "collate": collate, "rank": ranks.rank, "world_size": ranks.world_size, "prefetch": 2}

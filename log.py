@@ -1,6 +1,9 @@
 """What a training run reports: its first lines, its log (metrics.jsonl and the progress bar), its curves, its cost."""
 
+import base64
 import hashlib
+import html
+import io
 import json
 import os
 import sys
@@ -20,7 +23,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
-ARGS, METRICS, PICTURE = "args.json", "metrics.jsonl", "curves.png"  # in a run's --output_dir, beside its checkpoints
+# In a run's --output_dir, beside its checkpoints; PAGE where it has samples.
+ARGS, METRICS, PICTURE, PAGE = "args.json", "metrics.jsonl", "curves.png", "curves.html"
 # What a line of the log is made of; ar_loss and ar_weight: of the AR loss beside the masked one.
 SUMS = ("loss", "ar_loss", "ar_weight", "denominator", "tokens", "supervised", "flops", "seconds")
 
@@ -37,6 +41,7 @@ class Log:
         """directory: where it writes, `output` or one that will take its place. past: the lines of the run that this
         one goes on with. step: the one a resumed run goes on from, else 0. wandb: that module, or None."""
         self.directory, self.past, self.silent, self.total, self.wandb = directory, past, silent, steps, None
+        self.name = output.resolve().name
         if silent:
             return
         if wandb is not None:
@@ -86,12 +91,23 @@ class Log:
             tqdm.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
-    def close(self) -> None:
-        """Draws curves.png of what metrics.jsonl holds, and ends the log."""
+    def draw(self) -> None:
+        """curves.png of what metrics.jsonl holds, and where that has samples curves.html."""
         if self.silent:
             return
-        with naming_file(self.directory / PICTURE):
-            curves(read_runs([self.directory]), self.directory / PICTURE)
+        rows, picture = read_rows(self.directory / METRICS), io.BytesIO()
+        curves({self.name: rows}, picture)
+        with replacing_file(self.directory / PICTURE) as file:
+            file.write_bytes(picture.getvalue())
+        if any("sample" in row for row in rows):
+            with replacing_file(self.directory / PAGE) as file:
+                file.write_text(page(self.name, rows, picture.getvalue()), encoding="utf-8")
+
+    def close(self) -> None:
+        """Draws the curves, and ends the log."""
+        if self.silent:
+            return
+        self.draw()
         self.bar.close()
         self.file.close()
         if self.wandb is not None:
@@ -300,7 +316,30 @@ def read_runs(directories: list[str | Path]) -> dict[str, list[dict]]:
     return runs
 
 
-def curves(runs: dict[str, list[dict]], path: str | Path) -> None:
+def page(name: str, rows: list[dict], picture: bytes) -> str:
+    """A run's curves.png and, of the rows of its metrics.jsonl, the samples, as a page that needs nothing else."""
+    lines, prompt = [], None
+    for row in (row for row in rows if "sample" in row):
+        if row["sample_prompt"] != prompt:
+            prompt = row["sample_prompt"]
+            lines.append(f'<tr><th colspan="3">{html.escape(printable(prompt))}</th></tr>')
+        step, bound, text = row["step"], row["eval_loss"], html.escape(printable(row["sample"]))
+        lines.append(f"<tr><td>{step:,}</td><td>{bound:.4f}</td><td>{text}</td></tr>")
+    name, table, image = html.escape(name), "\n".join(lines), base64.b64encode(picture).decode()
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em; color: #222; background: #fff }} img {{ max-width: 100% }}
+th, td {{ padding: 2px 1em 2px 0; text-align: left; vertical-align: top; white-space: pre-wrap }}
+td {{ overflow-wrap: anywhere }}
+</style></head><body><h1>{name}</h1>
+<img alt="curves" src="data:image/png;base64,{image}">
+<table><tr><th>step</th><th>bound, nats per token</th><th>sample</th></tr>
+{table}
+</table></body></html>
+"""
+
+
+def curves(runs: dict[str, list[dict]], path: str | Path | io.BytesIO) -> None:
     """A .png of four axes, a line for each of `runs`: its name, and the rows of its metrics.jsonl (`read_runs`).
 
     A run has one colour in all four; where it has nothing of a metric, it has no line there.

@@ -406,6 +406,11 @@ class LanguageModel(nn.Module):
         """(V, D): the output embedding, which is the input embedding where they are tied."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The dtype of the hidden states, and so of keys and values."""
+        return self.compute_dtype or self.head_weight.dtype
+
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights: matrices and embeddings N(0, initializer_range), norms 1, biases 0."""
         for name, parameter in self.named_parameters():

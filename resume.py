@@ -21,7 +21,7 @@ import data
 from checkpoint import barrier, cannot_write, config_dict, save_model, write_model
 from files import CHECKPOINT, beside, check_directory, delete, recover, remove, replacing, sole_user
 from loaders import Loaders, StreamLoader
-from log import ARGS, METRICS, PICTURE, read_rows
+from log import ARGS, METRICS, PAGE, PICTURE, read_rows
 from model import Config, LanguageModel
 from parallel import Ranks
 from tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def sole_run(args, ranks: Ranks):
 def existing_files(output: Path) -> list[Path]:
     """What a run left in `output`, and nothing else that may be there."""
     saved = [path for path in sorted(output.glob("checkpoint-*")) if CHECKPOINT.fullmatch(path.name)]
-    return saved + [path for name in (METRICS, ARGS, PICTURE) if os.path.lexists(path := output / name)]
+    return saved + [path for name in (METRICS, ARGS, PICTURE, PAGE) if os.path.lexists(path := output / name)]
 
 
 def refuse_existing(output: Path) -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -30,8 +30,8 @@ from torch import Tensor
 import data
 import resume
 from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model, resolve
-from cli import one_line_errors
-from diffusion import Batch, Example, Noising, losses, training_example
+from cli import canvas, one_line_errors, sampler_options
+from diffusion import Batch, Example, Noising, Sampling, denoise, losses, training_example
 from files import replacing_file
 from graphs import later, use_cudnn
 from likelihood import evaluate
@@ -47,6 +47,7 @@ from options import (
     NonNegative,
     Options,
     Positive,
+    Rows,
     block_lengths,
     flags,
     growth,
@@ -55,6 +56,7 @@ from parallel import REQUEUE, Parallel, Ranks, Signals, mark_stopped, paralleliz
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
+SAMPLE_TOKENS = 64  # of an answer to --sample_prompt, at most
 PREFETCH = {"cpu": 0, "cuda": 2}  # steps whose examples a thread makes ahead; a CPU is busy with the step itself
 UNREAD = {"cpu": 0, "cuda": 1}  # steps whose loss is read only when so many more are under way: a GPU never idles
 
@@ -103,6 +105,10 @@ class Output(Options):
     token and its perplexity, unbiased, with fixed noise"""
     eval_steps: Annotated[Positive, "N"] = 0.1
     """evaluate every so many optimizer steps; below 1, a part of the run (with --max_minutes, of the time too)"""
+    eval_rows: Rows | None = None  # evaluate on the split's first rows alone, so many of them (default: all)
+    sample_prompt: Annotated[str, "TEXT"] | None = None
+    """at each evaluation, show what the model answers to it (--stage pt: how it goes on with it), greedily, a token a
+    forward, at most 64: on the terminal, in metrics.jsonl and in curves.html (default: none)"""
     stop_at_eval_loss: Annotated[float, "NATS"] | None = None  # end the run at this bound (default: never)
     save_steps: Annotated[NonNegative, "N"] = 0.1
     """save every so many optimizer steps; below 1, a part of the run (with --max_minutes, of the time too); 0: at the
@@ -134,8 +140,8 @@ class Settings(
           --dataset_args Trelis/tiny-shakespeare --text_field Text --insert_eos False --output_dir runs/shakespeare
 
     Writes OUTPUT_DIR/checkpoint-N and checkpoint-final (Hugging Face directories: model and tokenizer), metrics.jsonl
-    (one line a log, one an evaluation), curves.png and args.json. Flags bear dLLM's names and defaults where it has
-    them."""
+    (one line a log, one an evaluation), curves.png, with --sample_prompt curves.html, and args.json. Flags bear dLLM's
+    names and defaults where it has them."""
 
     prog: ClassVar[str] = "train.py"
 
@@ -149,8 +155,9 @@ class Settings(
             raise ValueError(
                 f"--load_preprocessed_data holds tokens; {TINY} makes its tokenizer of text; leave one out"
             )
-        if self.stop_at_eval_loss is not None and self.eval_strategy == "no":
-            raise ValueError("--stop_at_eval_loss needs evaluations; leave out --eval_strategy no")
+        for name in ("stop_at_eval_loss", "eval_rows", "sample_prompt"):
+            if getattr(self, name) is not None and self.eval_strategy == "no":
+                raise ValueError(f"--{name} needs evaluations; leave out --eval_strategy no")
 
     @classmethod
     def parse(cls, argv: list[str] | None = None) -> "Settings":
@@ -214,6 +221,7 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
     )
     config = model.config
     tokenizer.fit(config.vocab_size, mask=config.objective != "ar")
+    model.known_ids = tokenizer.known_ids
     K = config.block_length if config.objective == "bd3lm" else 1
     if K > args.max_length:
         raise ValueError(f"block size {K} exceeds --max_length {args.max_length}; lower the one or raise the other")
@@ -230,6 +238,22 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
             "--max_length or --pad_to"
         )
     return model.train(), tokenizer
+
+
+def encode_prompt(args: Settings, model: LanguageModel, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The ids of --sample_prompt, as a user's turn or as text, and how many tokens are to follow."""
+    if args.stage == "sft":
+        ids, _ = tokenizer.render([{"role": "user", "content": args.sample_prompt}], reply=True)
+    else:
+        ids = tokenizer.encode(args.sample_prompt)
+    ids, holes = canvas(tokenizer, ids, model)
+    if any(holes):
+        raise ValueError(f"--sample_prompt: {tokenizer.mask_token} in it would be filled in; leave it out")
+    new, room = min(SAMPLE_TOKENS, Sampling.default_length(model.config)), model.config.max_position_embeddings
+    if len(ids) + new > room:
+        parts = f"its {len(ids)} tokens and {new} new ones exceed the model's context of {room}"
+        raise ValueError(f"--sample_prompt: {parts}; shorten it")
+    return ids, new
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,6 +303,7 @@ class Run:
                 resume.check_resumed(start, args, self.model.config, ranks.world_size)
             self.loaders = build_loaders(args, self.model.config, self.tokenizer, ranks)
             self.model.config.answer_length = longest_answer(args, self.model.config, self.loaders.train)
+        self.prompt = None if args.sample_prompt is None else encode_prompt(args, self.model, self.tokenizer)
         known = None if args.model_name_or_path == TINY else self.tokenizer  # which builtin/tiny makes of the data
         self.fingerprints = resume.fingerprints(self.loaders, known)
         self._plan(start.done)
@@ -443,23 +468,47 @@ class Run:
         self.sums.clear()
 
     def evaluate(self) -> bool:
-        """Logs the bound on the rows to evaluate on; True where it reaches --stop_at_eval_loss."""
+        """Logs the bound on the rows to evaluate on, and the answer to --sample_prompt; True where the bound reaches
+        --stop_at_eval_loss."""
         self.read()
-        size, goal = self.args.per_device_eval_batch_size, self.args.stop_at_eval_loss
-        rows, collate = self.loaders.eval_rows, self.loaders.collate
+        goal, rows, collate = self.args.stop_at_eval_loss, self.loaders.eval_rows, self.loaders.collate
+        how = {"batch_size": self.args.per_device_eval_batch_size, "first_rows": self.args.eval_rows}
         with self.clock_stopped():
-            nats, ar = evaluate(self.engine, self.model, rows, collate, batch_size=size, ranks=self.ranks)
-        if not math.isfinite(nats):
-            raise ValueError(
-                f"step {self.step}: the evaluated bound is {nats}; the weights are damaged, or --compute_dtype "
-                "too narrow for them"
-            )
+            nats, ar = evaluate(self.engine, self.model, rows, collate, ranks=self.ranks, **how)
+            if not math.isfinite(nats):
+                raise ValueError(
+                    f"step {self.step}: the evaluated bound is {nats}; the weights are damaged, or --compute_dtype "
+                    "too narrow for them"
+                )
+            prompt, answer = self.args.sample_prompt, None if self.prompt is None else self.answer()
         perplexity = math.exp(min(nats, 700))
         beside, said = ({}, "") if ar is None else ({"eval_ar_loss": ar}, f"; as ar {ar:.4f}")
+        beside |= {} if answer is None else {"sample_prompt": prompt, "sample": answer}
         self.log.write(self.step, eval_loss=nats, **beside, eval_perplexity=perplexity, minutes=self.minutes)
         said = f"{nats:.4f} nats per token, perplexity {readable(perplexity)}{said}"
         self.log.print(f"step {self.step}: evaluation {said}")
+        if answer is not None:
+            self.log.print(f"step {self.step}: sample {prompt} -> {answer}".replace("\n", "↵"))
+            with self.clock_stopped():
+                self.log.draw()
         return self.step > 0 and goal is not None and nats <= goal
+
+    def answer(self) -> str:
+        """What the model writes after --sample_prompt, up to an end token; called by all ranks."""
+        (prompt, new), ends = self.prompt, self.tokenizer.end_ids
+        options = sampler_options(Sampling(max_new_tokens=new, steps=new), self.model.config.objective)
+
+        # Each forward of a sharded model gathers its weights, so that all ranks must take as many: to the last token.
+        # Nothing is compiled or recorded for the sampler's shapes, which are others than those of training.
+        sharded = self.ranks.world_size > 1 and self.args.parallel != "ddp"
+        options |= {"end_ids": () if sharded else tuple(ends), "static": False}
+        compiles = self.args.compiles_on(self.ranks.device)
+        self.model.eval()
+        with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+            *_, last = denoise(self.model, [prompt], **options)
+        self.model.train()
+        tokens = last.tokens[0, len(prompt) :].tolist()
+        return self.tokenizer.decode(list(itertools.takewhile(lambda token: token not in ends, tokens)))
 
     def evaluation_is_due(self) -> bool:
         """Before the first step here: at the start of a run, or where a save was not followed by its evaluation."""

@@ -18,23 +18,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 
-import data
 from bench import machine
-from checkpoint import load_model
-from cli import Answers, one_line_errors
-from diffusion import Sampling
+from cli import one_line_errors
 from files import read_json, replacing_file
-from likelihood import evaluate
-from loaders import collate_for
 from options import Count, Directory, Options
-from parallel import Ranks
-from tokenizer import Tokenizer
+from recipes.measure import Measured, tokens_a_forward
 from train import TINY, Settings
 
 SETS = {  # name: rows of a step, flags; {rows} is how many a training takes, so that no more are read
@@ -138,44 +132,32 @@ def plan(args: Ablation) -> tuple[list[Job], list[Job]]:
 
 def measure(settings: Settings, path: str, questions: int) -> dict[str, float]:
     """Of COLUMNS those that the checkpoint at `path` has. In float64, so that rounding decides no token."""
-    tokenizer, model = Tokenizer(path), load_model(path, dtype=torch.float64)
-    model.known_ids, config, chat = tokenizer.known_ids, model.config, settings.stage == "sft"
-    as_ar = replace(config, objective="ar")  # with block context, too: what is left of the AR model
-
-    def rows(split: str) -> data.Rows:
-        return data.load(settings.dataset_args, split, tokenizer, data.Reading(**settings.only(data.Reading)))
-
-    def nats(declared) -> float:
-        model.config, collate = declared, collate_for(settings, declared, tokenizer)
-        return evaluate(model, model, validation, collate, batch_size=64, ranks=Ranks(0, 1, torch.device("cpu")))[0]
+    of, chat = Measured(path, settings, torch.float64), settings.stage == "sft"
+    config, validation = of.config, of.rows("validation")
 
     # What to answer: questions; or what to go on with, the first quarter of pieces from all over the test files.
     if chat:
-        chats = [row["messages"] for row in data.raw(f"builtin/sums[test:{questions}]", "test")]
-        prompts, new = [tokenizer.render(turns[:-1], reply=True)[0] for turns in chats], 8
+        chats = of.chats(f"builtin/sums[test:{questions}]")
+        prompts, new = of.questions(chats), 8
     else:
-        pieces, n = rows("test"), min(questions, 32)
+        pieces, n = of.rows("test"), min(questions, 32)
         prompts, new = [pieces[i * len(pieces) // n]["tokens"][:32].tolist() for i in range(n)], 64
 
     def decode(how: str, declared, **options) -> tuple[dict[str, float], list[str]]:
         """The columns of that name, and the texts."""
-        model.config, options = declared, asdict(Sampling(max_new_tokens=new, **options))
-        decoding = Answers(model, tokenizer, prompts, options=options, generator=torch.Generator().manual_seed(0))
-        for _ in decoding:
-            pass
-        texts, _, tokens, forwards = zip(*decoding.final())
-        columns = {f"tokens a forward, {how}": sum(tokens) / sum(forwards)}
+        answers = of.answers(prompts, declared, max_new_tokens=new, **options)
+        texts, columns = [answer.text for answer in answers], {f"tokens a forward, {how}": tokens_a_forward(answers)}
         if chat:
             right = sum(text.strip() == turns[-1]["content"] for text, turns in zip(texts, chats))
             columns[f"exact %, {how}"] = 100 * right / len(chats)
         return {name: value for name, value in columns.items() if name in COLUMNS}, texts
 
-    validation, (found, texts) = rows("validation"), decode("as AR", as_ar)
-    found["AR nats"] = nats(as_ar)
+    found, texts = decode("as AR", of.as_ar)
+    found["AR nats"] = of.nats(validation, of.as_ar)
     if config.objective == "ar":
         return found
     for K in (4, 8):
-        found[f"bound, blocks of {K}"] = nats(replace(config, block_length=K))
+        found[f"bound, blocks of {K}"] = of.nats(validation, replace(config, block_length=K))
     found |= decode("threshold 0.9", config, threshold=0.9)[0]
     if chat:
         found |= decode("a token a forward", config, steps=new)[0]

@@ -505,6 +505,13 @@ def test_it_feeds_the_draft_and_a_copy_for_each_number_of_its_tokens(monkeypatch
     assert {*widths[-2:]} <= {3 + 9, 2 + 2 * 2, 1}  # no more than there is room for
 
 
+def test_a_model_that_casts_its_weights_speculates_as_one_that_stores_them_so():
+    stored, cast = (model_of(dtype=torch.bfloat16) for _ in range(2))
+    cast.float().compute_dtype = torch.bfloat16
+    texts = [written(last_of(denoise(model, PROMPTS, max_new_tokens=9, speculate=3))) for model in (stored, cast)]
+    assert texts[0] == texts[1]
+
+
 def test_a_seed_gives_one_text_whatever_the_draft_length():
     model, texts = model_of(5), []
     for N in (1, 2, 4, 8):

@@ -1,6 +1,8 @@
 """The picture of runs' curves: whose they are, what is drawn of them, and what is no run."""
 
+import base64
 import json
+from html.parser import HTMLParser
 
 import pytest
 from matplotlib.figure import Figure
@@ -70,6 +72,29 @@ def test_a_name_is_as_much_of_the_path_as_tells_runs_apart(tmp_path, monkeypatch
     ]
     monkeypatch.chdir(tmp_path / "x/three")
     assert list(log.read_runs(["."])) == ["three"]
+
+
+def test_a_page_holds_the_picture_and_each_sample_as_text_below_its_prompt(tmp_path):
+    found = [("", "")]
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            found.append((tag, dict(attributes).get("src", "")))
+
+        def handle_data(self, text):
+            found[-1] = (found[-1][0], found[-1][1] + text)
+
+    hostile = "</td><script>alert(1)</script>\n&amp; \x1b[2J"
+    texts = [("a < b?", hostile), ("a < b?", "yes"), ("new", "")]
+    rows = [{"step": n, "eval_loss": 3.0 - n, "sample_prompt": a, "sample": b} for n, (a, b) in enumerate(texts)]
+    Reader().feed(log.page("<run>", [{"step": 0, "loss": 1.0}, *rows], b"a picture"))
+    cells = [text.rstrip("\n") for tag, text in found if tag in ("th", "td")]
+    assert cells[3:] == [
+        *("a < b?", "0", "3.0000", hostile.replace("\x1b", "\ufffd"), "1", "2.0000", "yes", "new", "2", "1.0000", "")
+    ]
+    assert [text for tag, text in found if tag == "h1"] == ["<run>\n"] and "script" not in dict(found)
+    (image,) = (text for tag, text in found if tag == "img")
+    assert image.startswith("data:image/png;base64,") and base64.b64decode(image.split(",")[1]) == b"a picture"
 
 
 def test_a_run_that_is_still_written_is_drawn_and_what_is_no_run_refused(drawn, tmp_path):

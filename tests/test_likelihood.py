@@ -362,6 +362,14 @@ def test_empty_context_is_scored_where_the_first_token_has_a_predictor():
         log_likelihood(tiny(objective="ar"), [[]], [tokens(4)])
 
 
+@pytest.mark.parametrize("objective, K", [("ar", None), ("mdlm", None), ("bd3lm", 2)])
+def test_a_model_that_casts_its_weights_scores_as_one_that_stores_them_so(objective, K):
+    stored, cast = (tiny(dtype=torch.bfloat16, objective=objective, block_length=K) for _ in range(2))
+    cast.float().compute_dtype = torch.bfloat16
+    pairs = [tokens(5)] * 2, [tokens(4), tokens(3)]
+    assert torch.equal(log_likelihood(cast, *pairs, draws=15)[0], log_likelihood(stored, *pairs, draws=15)[0])
+
+
 def test_mistakes_are_named():
     model = tiny(objective="mdlm", max_position_embeddings=8)
     with pytest.raises(ValueError, match="9 tokens exceed the model's 8"):

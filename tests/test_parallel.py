@@ -87,7 +87,7 @@ def metrics(output: Path) -> list[dict]:
 
 def curve(output: Path) -> list[tuple]:
     """(step, name, value) of all in metrics.jsonl that is the same on any machine."""
-    kept = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch")
+    kept = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "epoch", "sample")
     return [(row["step"], name, row[name]) for row in metrics(output) for name in kept if name in row]
 
 
@@ -153,13 +153,21 @@ def compare(tmp_path, source, cases: list[dict], divisions: list[tuple[int, int]
 
 def test_two_processes_train_as_one(tmp_path, source):
     cases = [
-        {"objective": "mdlm", "stage": "sft", "parallel": "zero2"},
-        {"objective": "bd3lm", "stage": "pt", "parallel": "ddp"},
-        {"objective": "mdlm", "stage": "pt", "parallel": "zero3", "flags": ["--optim", "muon"]},
+        {"objective": "mdlm", "stage": "sft", "parallel": "zero2", "flags": ["--eval_rows", "9"]},
+        {"objective": "bd3lm", "stage": "pt", "parallel": "ddp", "flags": SAMPLED},
+        {"objective": "bd3lm", "stage": "pt", "parallel": "zero3", "flags": ["--optim", "muon", *SAMPLED]},
         {"objective": "mdlm", "stage": "sft", "parallel": "hybrid", "flags": ["--optim", "muon"]},
     ]
     for *_, losses, final in compare(tmp_path, source, cases, [(2, 2)]):
         assert losses < 1e-9 and final < 1e-9
+    for n, case in enumerate(cases):
+        alone, together = (
+            [row["sample"] for row in metrics(tmp_path / f"{name}-{n}") if "sample" in row] for name in ("alone", "2x2")
+        )
+        assert alone == together and len(alone) == (3 if SAMPLED[0] in case["flags"] else 0)
+
+
+SAMPLED = ["--sample_prompt", "7 is"]
 
 
 @pytest.mark.slow
@@ -265,6 +273,7 @@ class Ended(Exception):
 @pytest.mark.parametrize("where", ["gradients", "update", "save_training", "evaluate", "drop_training", "save_whole"])
 def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, source, monkeypatch, where):
     more = ["--save_steps", "3", "--eval_steps", "3", "--logging_steps", "2", "--resume_from_checkpoint", "auto"]
+    more += SAMPLED
     train.main(flags_of(source, tmp_path / "whole", *more))
     module = train if hasattr(train, where) else resume
     function, calls, output = getattr(module, where), 0, tmp_path / "torn"

@@ -1011,9 +1011,12 @@ def test_the_heads_chunks_do_not_change_the_sample(mode, monkeypatch):
 
 
 @each_mode
-def test_a_bfloat16_model_decodes(mode):
-    last = decode(mode, a_model(mode, dtype=torch.bfloat16), PROMPTS, steps=8)[-1]
+def test_a_bfloat16_model_decodes_and_so_does_one_that_casts_its_weights_as_in_training(mode):
+    stored, cast = a_model(mode, dtype=torch.bfloat16), a_model(mode, dtype=torch.bfloat16).float()
+    cast.compute_dtype = torch.bfloat16
+    last, same = (decode(mode, model, PROMPTS, steps=8)[-1] for model in (stored, cast))
     assert last.done.all() and not last.masked.any()
+    assert torch.equal(last.tokens, same.tokens) and torch.equal(last.confidence, same.confidence)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import loaders
 import log
 import train
 from checkpoint import load_config, load_model, save_model
-from diffusion import Batch, ar_example
+from diffusion import Batch, ar_example, denoise
 from model import Config, LanguageModel, Layout, visible
 from tasks import builtin
 from tokenizer import Tokenizer
@@ -210,6 +210,70 @@ def test_the_evaluation_does_not_depend_on_how_a_run_trains(source, tmp_path):
     assert plain[1]["eval_perplexity"] == pytest.approx(math.exp(plain[1]["eval_loss"]))
 
 
+def test_an_evaluation_of_the_first_rows_is_as_if_there_were_no_others_and_trains_alike(source, tmp_path, capsys):
+    some = run(source, tmp_path / "a", "--eval_rows", "7", "--save_steps", "1")
+    assert "; the first 7 of 20 rows to evaluate on" in capsys.readouterr().out
+    only = run(source, tmp_path / "b", "--dataset_args", "builtin/sums[validation:7]")
+    every, beyond = run(source, tmp_path / "c"), run(source, tmp_path / "d", "--eval_rows", "99")
+    bounds = [[row["eval_loss"] for row in rows if "eval_loss" in row] for rows in (some, only, every, beyond)]
+    assert bounds[0] == bounds[1] and bounds[2] == bounds[3] != bounds[0]
+    assert [row["loss"] for row in some if "loss" in row] == [row["loss"] for row in every if "loss" in row]
+
+    # It decides no weights: a run may go on with another number.
+    flags = ["--eval_rows", "4", "--resume_from_checkpoint", str(tmp_path / "a/checkpoint-1")]
+    resumed = run(source, tmp_path / "e", *flags)
+    assert [row["loss"] for row in resumed if "loss" in row] == [row["loss"] for row in some if "loss" in row][-1:]
+
+
+PLAIN_TEXT = ["--stage", "pt", "--dataset_args", "builtin/letters", "--max_length", "32"]
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+@pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
+def test_a_sample_is_the_models_greedy_answer_and_changes_nothing(
+    source, tmp_path, monkeypatch, capsys, objective, stage
+):
+    monkeypatch.setitem(
+        builtin.BUILTIN, "builtin/letters", lambda split: [{"text": f"{n} sheep. " * 9} for n in range(20)]
+    )
+    monkeypatch.setattr(log, "curves", lambda *_: None)
+    flags = ["--objective", objective, *(["--block_size", "4"] if objective == "bd3lm" else [])]
+    flags += ["--compute_dtype", "bfloat16", "--logging_steps", "1", *(PLAIN_TEXT if stage == "pt" else [])]
+    training, gradients = [], train.gradients
+
+    def watched(engine, sync, model, *rest):
+        training.append((model.training, torch.get_rng_state()))
+        return gradients(engine, sync, model, *rest)
+
+    monkeypatch.setattr(train, "gradients", watched)
+    torch.manual_seed(0)
+    without = run(source, tmp_path / "without", *flags)
+    torch.manual_seed(0)
+    rows = run(source, tmp_path / "with", *flags, "--sample_prompt", "What is <b> + 2?")
+    assert steps_of(rows) == steps_of(without) and [now for now, _ in training] == [True] * 4
+    assert torch.equal(training[1][1], training[3][1])  # nothing was drawn from the process's generator
+    a, b = (load_model(tmp_path / name / "checkpoint-final").state_dict() for name in ("with", "without"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+    # Every evaluation has one, in the log, on the terminal and on the page; the last is of the weights that are saved.
+    samples = [row["sample"] for row in rows if "eval_loss" in row]
+    assert len(samples) == 3 and {row["sample_prompt"] for row in rows if "sample" in row} == {"What is <b> + 2?"}
+    said, page = capsys.readouterr().out, (tmp_path / "with/curves.html").read_text()
+    assert f"step 2: sample What is <b> + 2? -> {samples[-1][:8]}".splitlines()[0] in said.replace("↵", "\n")
+    assert "What is &lt;b&gt; + 2?" in page and "<b>" not in page
+    assert not (tmp_path / "without/curves.html").exists()
+    model, tokenizer = load_model(tmp_path / "with/checkpoint-final"), Tokenizer(tmp_path / "with/checkpoint-final")
+    model.compute_dtype, model.known_ids = torch.bfloat16, tokenizer.known_ids
+    prompt = tokenizer.encode("What is <b> + 2?")
+    if stage == "sft":
+        prompt, _ = tokenizer.render([{"role": "user", "content": "What is <b> + 2?"}], reply=True)
+    new = min(64, model.config.answer_length or 64)
+    how = {"block_size": 32} if objective == "mdlm" else {}
+    *_, last = denoise(model, [prompt], max_new_tokens=new, steps=new, end_ids=tuple(tokenizer.end_ids), **how)
+    answer = [token for token, hidden in zip(last.tokens[0].tolist(), last.masked[0].tolist()) if not hidden]
+    assert samples[-1] == tokenizer.decode(answer[len(prompt) :])
+
+
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3lm"])
 def test_the_evaluated_bound_falls(source, tmp_path, objective, optim):
@@ -306,7 +370,7 @@ FLAGS = [
     "--gradient_accumulation_steps 2 --seed 3 --compute_dtype bfloat16",
     "--eval_strategy no",
     "--eval_strategy epoch --num_train_epochs 1 --max_steps 9 --per_device_train_batch_size 16",
-    "--eval_steps 1 --per_device_eval_batch_size 3 --save_steps 1 --save_total_limit 1 --logging_steps 1",
+    "--eval_steps 1 --eval_rows 5 --per_device_eval_batch_size 3 --save_steps 1 --save_total_limit 1 --logging_steps 1",
     "--stop_at_eval_loss 100 --eval_steps 1",
     "--max_minutes 0.00000001",
     "--train_on last --packing True --objective ar",
@@ -316,7 +380,7 @@ FLAGS = [
     "--resume_from_checkpoint auto --skip_nonfinite 1",
     "--parallel zero2 --reduce_dtype bfloat16 --checkpoint_activations full",
     "--checkpoint_activations selective",
-    "--torch_compile True",
+    "--torch_compile True --sample_prompt 1+2?",
     "--report_to none",
 ]
 REQUIRED = {"--help", "--model_name_or_path", "--output_dir", "--dataset_args", "--stage", "--max_steps"}
@@ -417,7 +481,7 @@ def test_a_cap_on_the_time_counts_training_alone_and_spreads_evaluations_and_sav
 
     monkeypatch.setattr(train, "evaluate", slow)
     flags = ["--max_steps", "100000", "--max_minutes", "0.015", "--logging_steps", "1", "--warmup_ratio", "0.5"]
-    rows = run(source, tmp_path, *flags, "--eval_steps", "0.34", "--save_steps", "0.5")
+    rows = run(source, tmp_path, *flags, "--eval_steps", "0.34", "--save_steps", "0.5", "--sample_prompt", "1 + 2?")
     steps, evaluated = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     assert len(evaluated) == 4 and time.perf_counter() - began > 4  # at the start, after a third, two thirds, the end
     assert 0.3 < evaluated[1]["minutes"] / 0.015 < 0.67 and len(steps) > 5
@@ -565,6 +629,11 @@ MISTAKES = {
     "--time_epsilon 0": "expected 0 <",
     "--complementary_masks True --scheduler cosine": "--scheduler linear",
     "--stop_at_eval_loss 1 --eval_strategy no": "needs evaluations",
+    "--eval_rows 0": "--eval_rows 0: expected at least 1",
+    "--sample_prompt 1+2? --eval_strategy no": "--sample_prompt needs evaluations",
+    "--sample_prompt 1+<|mask|>": "--sample_prompt: <|mask|> in it would be filled in; leave it out",
+    f"--sample_prompt {'1+2' * 400}": "new ones exceed the model's context of 1024; shorten it",
+    "--eval_rows 5 --eval_strategy no": "--eval_rows needs evaluations",
     "--max_steps 0": "--max_steps 0: expected at least 1",
     "--learning_rate -1": "expected more than 0",
     "--warmup_ratio 2": "expected 0 to 1",
