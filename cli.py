@@ -197,6 +197,22 @@ def canvas(tokenizer: Tokenizer, prompt: list[int], model: LanguageModel) -> tup
     return [tokenizer.begin_id, *ids], [False, *holes]
 
 
+def encode_prompt(args, model: LanguageModel, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The ids of train.py's --sample_prompt, as a user's turn or as text, and how many tokens are to follow."""
+    if args.stage == "sft":
+        ids, _ = tokenizer.render([{"role": "user", "content": args.sample_prompt}], reply=True)
+    else:
+        ids = tokenizer.encode(args.sample_prompt)
+    ids, holes = canvas(tokenizer, ids, model)
+    if any(holes):
+        raise ValueError(f"--sample_prompt: {tokenizer.mask_token} in it would be filled in; leave it out")
+    new, room = min(64, Sampling.default_length(model.config)), model.config.max_position_embeddings
+    if len(ids) + new > room:
+        parts = f"its {len(ids)} tokens and {new} new ones exceed the model's context of {room}"
+        raise ValueError(f"--sample_prompt: {parts}; shorten it")
+    return ids, new
+
+
 def check_chat(messages, where: str, *, answered: bool = False) -> list[dict]:
     """`messages`, or ValueError if they are no chat (tokenizer.why_invalid); `where` they come from is named in it."""
     if reason := why_invalid(messages, answered=answered):

@@ -152,37 +152,25 @@ def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
     return metrics
 
 
-def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ranks, dtype: torch.dtype) -> str:
-    """The first lines of a run. args: train.Settings; dtype: of the computation."""
-    config = model.config
-    parameters = sum(p.numel() for p in model.parameters())
+def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ranks) -> str:
+    """The first lines of a run. args: train.Settings."""
+    config, dtype = model.config, args.computes_in(ranks.device, model.size)
     shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
     block = f", block length {args.block_size or config.block_length}" if config.objective == "bd3lm" else ""
     block += f", causal context, AR loss x {args.beside(config):g}" if args.beside(config) else ""
     where = f"{ranks.world_size} x {ranks.device.type} ({args.parallel})" if ranks.world_size > 1 else ranks.device.type
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     length = args.pad_to or args.max_length
-    streams = 2 if config.objective == "bd3lm" else 1
-    fed = args.per_device_train_batch_size * length * streams * (1 + args.complementary_masks)
-    activations = activation_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
-    slow = ranks.device.type == "cpu" and dtype == torch.float32 and args.compute_dtype is None and parameters > 5e7
-    hint = "\nhint   this CPU computes bfloat16 faster than float32: --compute_dtype bfloat16"
+    state, activations = memory(args, model, ranks)
     return (
-        f"model  {args.model_name_or_path}: {config.model_type}, {parameters:,} parameters, as {config.objective}"
+        f"model  {args.model_name_or_path}: {config.model_type}, {model.size:,} parameters, as {config.objective}"
         f"{block}{shift}, on {where}{', layers compiled' if args.compiles_on(ranks.device) else ''}\n"
         f"data   {about_data}\n"
         f"run    {steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} tokens; "
-        f"{args.optim}, learning rate {args.learning_rate:g}\n"
-        f"memory {state_bytes(args, ranks, dtype) * parameters / 1e9:.2f} GB a process for weights, gradients and "
-        f"optimizer; about {activations / 1e9:.2f} GB for activations, by count, with rows of {length} tokens"
-        f"{hint if slow and has_bfloat16() else ''}"
+        f"{args.optim}, learning rate {args.learning_rate:g}, computed in {str(dtype).removeprefix('torch.')}\n"
+        f"memory {state / 1e9:.2f} GB a process for weights, gradients and optimizer; about {activations / 1e9:.2f} GB "
+        f"for activations, by count, with rows of {length} tokens"
     )
-
-
-def has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products (AVX512_BF16 or AMX)."""
-    known = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile"))
-    return any(supported() for supported in known)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,6 +221,29 @@ def peak_flops(device: torch.device) -> float | None:
     """FLOPs a second that the device could do at most; None: not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+
+
+def memory(args, model: LanguageModel, ranks: Ranks) -> tuple[float, float]:
+    """Bytes that a process of a run takes, but for what is small: (weights, gradients and optimizer; activations)."""
+    config, dtype = model.config, args.computes_in(ranks.device, model.size)
+    streams = 2 if config.objective == "bd3lm" else 1
+    fed = args.per_device_train_batch_size * (args.pad_to or args.max_length) * streams * (1 + args.complementary_masks)
+    activations = activation_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
+    return model.size * state_bytes(args, ranks, dtype), activations
+
+
+def check_memory(args, model: LanguageModel, ranks: Ranks) -> None:
+    """ValueError where a CPU run needs more memory than there is, float32 weights being there: the kernel would end it
+    without a word. Linux alone tells."""
+    known = Path("/proc/meminfo")
+    if ranks.device.type == "cpu" and known.exists():
+        free = 1024 * int(known.read_text().partition("MemAvailable:")[2].split()[0])
+        state, activations = memory(args, model, ranks)
+        if (needed := state - 4 * model.size + activations) > free:
+            raise ValueError(
+                f"a process needs about {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB of memory are free; lower "
+                "--per_device_train_batch_size or --max_length, or pass --checkpoint_activations full"
+            )
 
 
 def state_bytes(args, ranks: Ranks, dtype: torch.dtype) -> float:

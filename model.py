@@ -407,6 +407,11 @@ class LanguageModel(nn.Module):
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     @property
+    def size(self) -> int:
+        """Parameters; the input embedding and a head that is tied to it count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
     def computes_in(self) -> torch.dtype:
         """The dtype of the hidden states, and so of keys and values."""
         return self.compute_dtype or self.head_weight.dtype

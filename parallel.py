@@ -84,8 +84,8 @@ class Parallel(Options):
     "processes, memory, speed: what changes no result but by rounding (many processes: start them by torchrun)"
 
     compute_dtype: Literal["bfloat16", "float32"] | None = None
-    """of the matrix products; weights and optimizer are float32 (default: bfloat16 on CUDA, else float32; for large
-    models bfloat16 is faster on CPUs, too, that have instructions for it)"""
+    """of the matrix products; weights and optimizer are float32 (default: bfloat16 on CUDA, and on a CPU that has
+    instructions for it where the model has more than 50 million parameters; else float32)"""
     parallel: Literal["ddp", "zero2", "zero3", "hybrid"] = "ddp"
     """ddp: every process has the whole model. zero2: weights, gradients and optimizer are sharded, weights gathered
     once a step. zero3: and gathered again for the backward pass. hybrid: sharded within a node, replicated across
@@ -97,11 +97,18 @@ class Parallel(Options):
     torch_compile: bool | None = None
     """compile the layers: minutes at the start, then half the kernels and less memory traffic (default: on CUDA)"""
 
-    def computes_in(self, device: torch.device) -> torch.dtype:
-        return getattr(torch, self.compute_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    def computes_in(self, device: torch.device, parameters: int) -> torch.dtype:
+        fast = device.type == "cuda" or (parameters > 5e7 and has_bfloat16())
+        return getattr(torch, self.compute_dtype or ("bfloat16" if fast else "float32"))
 
     def compiles_on(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.torch_compile is None else self.torch_compile
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products (AVX512_BF16 or AMX)."""
+    known = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile"))
+    return any(supported() for supported in known)
 
 
 def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):
@@ -116,7 +123,8 @@ def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):
             torch._dynamo.config.recompile_limit = 64  # a shape of its own, and the last layer's, each count
             layer.compile()
     model.to(ranks.device)
-    compute_dtype, reduce_dtype = options.computes_in(ranks.device), getattr(torch, options.reduce_dtype)
+    compute_dtype = options.computes_in(ranks.device, model.size)
+    reduce_dtype = getattr(torch, options.reduce_dtype)
     model.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype  # None: as the weights are
     if ranks.world_size == 1:
         return model, lambda on: None

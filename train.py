@@ -28,35 +28,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 import data
+import log
 import resume
 from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model, resolve
-from cli import canvas, one_line_errors, sampler_options
+from cli import encode_prompt, one_line_errors, sampler_options
 from diffusion import Batch, Example, Noising, Sampling, denoise, losses, training_example
 from files import replacing_file
 from graphs import later, use_cudnn
 from likelihood import evaluate
 from loaders import Batching, ChatBatching, Workers, build_loaders, longest_answer, prefetch
-from log import ARGS, SUMS, Log, describe, import_wandb, past_rows, peak_flops, readable, summarize, train_flops
 from model import CONTEXTS, OBJECTIVES, Config, LanguageModel
 from optim import Optimization, build_optimizers, learning_rate
-from options import (
-    Count,
-    Directory,
-    Model,
-    Natural,
-    NonNegative,
-    Options,
-    Positive,
-    Rows,
-    block_lengths,
-    flags,
-    growth,
-)
+from options import Count, Directory, Model, Natural, NonNegative, Options, Positive, Rows, block_lengths, flags, growth
 from parallel import REQUEUE, Parallel, Ranks, Signals, mark_stopped, parallelize, setup
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
-SAMPLE_TOKENS = 64  # of an answer to --sample_prompt, at most
 PREFETCH = {"cpu": 0, "cuda": 2}  # steps whose examples a thread makes ahead; a CPU is busy with the step itself
 UNREAD = {"cpu": 0, "cuda": 1}  # steps whose loss is read only when so many more are under way: a GPU never idles
 
@@ -240,22 +227,6 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
     return model.train(), tokenizer
 
 
-def encode_prompt(args: Settings, model: LanguageModel, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """The ids of --sample_prompt, as a user's turn or as text, and how many tokens are to follow."""
-    if args.stage == "sft":
-        ids, _ = tokenizer.render([{"role": "user", "content": args.sample_prompt}], reply=True)
-    else:
-        ids = tokenizer.encode(args.sample_prompt)
-    ids, holes = canvas(tokenizer, ids, model)
-    if any(holes):
-        raise ValueError(f"--sample_prompt: {tokenizer.mask_token} in it would be filled in; leave it out")
-    new, room = min(SAMPLE_TOKENS, Sampling.default_length(model.config)), model.config.max_position_embeddings
-    if len(ids) + new > room:
-        parts = f"its {len(ids)} tokens and {new} new ones exceed the model's context of {room}"
-        raise ValueError(f"--sample_prompt: {parts}; shorten it")
-    return ids, new
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A run
 
@@ -295,7 +266,7 @@ class Run:
     def __init__(self, args: Settings, ranks: Ranks, start: resume.Start):
         """Nothing is written before all that can be refused has been."""
         self.args, self.ranks, self.output, self.directory = args, ranks, Path(args.output_dir), start.directory
-        wandb = import_wandb() if args.report_to == "wandb" else None
+        wandb = log.import_wandb() if args.report_to == "wandb" else None
         with ranks.first_on_node():
             self.model, self.tokenizer = build_model(args)
             args.check_objective(self.model.config)
@@ -309,9 +280,10 @@ class Run:
         self._plan(start.done)
         self.save_dtype = getattr(torch, args.save_dtype or self.model.config.dtype)
         use_cudnn(args.stage == "pt" or args.pad_to is not None)
+        log.check_memory(args, self.model, ranks)
         self.engine, self.sync = parallelize(self.model, args, ranks)
         self.optimizers = build_optimizers(self.model, args)
-        self.peak = peak_flops(ranks.device)
+        self.peak = log.peak_flops(ranks.device)
 
         # How far it is, and the sums since the last line of the log.
         self.step, self.skipped, self.minutes_before, self.sums = 0, 0, 0.0, Counter()
@@ -325,9 +297,8 @@ class Run:
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
         self._prepare_directory(start)
         where = (self.output, self.directory, past)
-        self.log = Log(*where, self.step, self.steps, silent=ranks.rank > 0, wandb=wandb)
-        dtype = args.computes_in(ranks.device)
-        self.log.print(describe(args, self.model, self.loaders.about, self.steps, ranks, dtype))
+        self.log = log.Log(*where, self.step, self.steps, silent=ranks.rank > 0, wandb=wandb)
+        self.log.print(log.describe(args, self.model, self.loaders.about, self.steps, ranks))
         if begin_at is not None:
             self.log.print(f"resume {begin_at}{', on the longer learning rate schedule' if start.done else ''}")
         else:
@@ -355,7 +326,7 @@ class Run:
         self.loaders.train.load_state(progress["loader"])
         self.step, self.skipped, self.minutes_before = progress["step"], progress["skipped"], progress["minutes"]
         self.sums.update(progress["sums"] if self.ranks.rank == 0 else {})  # they are those of all ranks
-        rows = past_rows(self.directory) if self.ranks.rank == 0 else []
+        rows = log.past_rows(self.directory) if self.ranks.rank == 0 else []
         return begin_at, [row for row in rows if row["step"] <= self.step]  # later ones are of steps to be done again
 
     def _prepare_steps(self):
@@ -368,7 +339,7 @@ class Run:
             options["block_length"] = next((K for K, end in growing if now < end), config.block_length)
             examples = [training_example(Batch(**batch), config, args, **options) for batch in micro_batches]
             counted = examples if self.peak else []
-            flops = sum(train_flops(config, e.layout, int((e.weights > 0).sum())) for e in counted)
+            flops = sum(log.train_flops(config, e.layout, int((e.weights > 0).sum())) for e in counted)
             if self.ranks.device.type == "cuda":
                 examples = [example.map(Tensor.pin_memory) for example in examples]
             yield StepData(micro_batches, examples, flops, self.loaders.train.state)
@@ -377,7 +348,7 @@ class Run:
         """The directory and args.json."""
         if self.ranks.rank == 0:
             resume.prepare(self.output, start)
-            with replacing_file(self.directory / ARGS) as file:
+            with replacing_file(self.directory / log.ARGS) as file:
                 file.write_text(json.dumps(asdict(self.args), indent=2) + "\n")
         barrier()
 
@@ -456,7 +427,7 @@ class Run:
     def write_metrics(self) -> None:
         """A line in the log about the steps that were read since the last one."""
         taken, norm = self.newest
-        metrics = summarize(self.sums, self.ranks, self.peak)
+        metrics = log.summarize(self.sums, self.ranks, self.peak)
         shown = {"loss": metrics.pop("loss"), "learning_rate": taken.rate, "grad_norm": norm}
         shown |= {name: metrics.pop(name) for name in ("ar_loss", "tokens_per_second") if name in metrics}
         left = (self.minutes - self.minutes_before) / (taken.step - self.first_step) * (self.steps - taken.step)
@@ -485,7 +456,7 @@ class Run:
         beside, said = ({}, "") if ar is None else ({"eval_ar_loss": ar}, f"; as ar {ar:.4f}")
         beside |= {} if answer is None else {"sample_prompt": prompt, "sample": answer}
         self.log.write(self.step, eval_loss=nats, **beside, eval_perplexity=perplexity, minutes=self.minutes)
-        said = f"{nats:.4f} nats per token, perplexity {readable(perplexity)}{said}"
+        said = f"{nats:.4f} nats per token, perplexity {log.readable(perplexity)}{said}"
         self.log.print(f"step {self.step}: evaluation {said}")
         if answer is not None:
             self.log.print(f"step {self.step}: sample {prompt} -> {answer}".replace("\n", "↵"))
@@ -530,7 +501,7 @@ class Run:
             "config": config_dict(self.model.config),
             "fingerprints": self.fingerprints,
             "loader": self.ranks.gather(loader_state),
-            "sums": dict(zip(SUMS, self.ranks.sum(*(self.sums[name] for name in SUMS)))),
+            "sums": dict(zip(log.SUMS, self.ranks.sum(*(self.sums[name] for name in log.SUMS)))),
         }
         saved = {"dtype": self.save_dtype, "tokenizer": self.tokenizer}
         with self.clock_stopped():

@@ -32,11 +32,11 @@ class Measured:
         reading = data.Reading(**self.settings.only(data.Reading))
         return data.load(self.settings.dataset_args, split, self.tokenizer, reading)
 
-    def nats(self, rows, config: Config, batch_size: int = 64) -> float:
-        """The bound on the rows' nats per token, as that config has it; exact for ar."""
+    def nats(self, rows, config: Config, batch_size: int = 64, first_rows: int | None = None) -> float:
+        """The bound on the rows' nats per token, as that config has it; exact for ar. first_rows: of them alone."""
         self.model.config, collate = config, collate_for(self.settings, config, self.tokenizer)
-        alone = Ranks(0, 1, torch.device("cpu"))
-        return evaluate(self.model, self.model, rows, collate, batch_size=batch_size, ranks=alone)[0]
+        how = {"batch_size": batch_size, "first_rows": first_rows, "ranks": Ranks(0, 1, torch.device("cpu"))}
+        return evaluate(self.model, self.model, rows, collate, **how)[0]
 
     def chats(self, spec: str) -> list[list[dict]]:
         """The chats of the test split."""

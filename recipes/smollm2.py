@@ -6,6 +6,7 @@ A column for the conversion before training, whose AR side is the untouched mode
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
@@ -49,7 +50,7 @@ def repetition(tokenizer, texts: list[str]) -> float:
 def measure(args: Figures, path: str, settings: Settings) -> dict[str, str]:
     """The figures of a checkpoint, by name."""
     of = Measured(path, settings, getattr(torch, args.dtype))
-    rows, config = of.rows("test").first(args.rows), of.config
+    rows, config = of.rows("test"), of.config
     prompts = of.questions(of.chats(settings.dataset_args)[: args.questions])
 
     def answers(label: str, declared, **options):
@@ -59,9 +60,9 @@ def measure(args: Figures, path: str, settings: Settings) -> dict[str, str]:
             found += of.answers(batch, declared, max_new_tokens=args.max_new_tokens, **options)
         return found
 
-    found = {"AR nats per token": f"{of.nats(rows, of.as_ar, 4):.3f}"}
+    found = {"AR nats per token": f"{of.nats(rows, of.as_ar, 4, args.rows):.3f}"}
     for K in (4, 8):
-        found[f"bound, blocks of {K}"] = f"{of.nats(rows, replace(config, block_length=K), 4):.3f}"
+        found[f"bound, blocks of {K}"] = f"{of.nats(rows, replace(config, block_length=K), 4, args.rows):.3f}"
     by = {
         "as AR": answers("as AR", of.as_ar),
         "speculation": answers("speculation", config, speculate=args.speculate),
@@ -84,7 +85,7 @@ def figures(args: Figures) -> None:
         settings = Settings(**{name: value for name, value in known.items() if name in Settings.__dataclass_fields__})
         if not columns:
             columns["before"] = {"training": "none", **measure(args, args.before, settings)}
-        spent = [row for row in past_rows(run) if "tokens" in row]
+        spent = [row for row in past_rows(Path(run)) if "tokens" in row]
         tokens, minutes = sum(row["tokens"] for row in spent), spent[-1]["minutes"]
         trained = {"training": f"{minutes:.0f} minutes, {spent[-1]['step']:,} steps, {tokens / 1e6:.2f} M tokens"}
         columns[run] = trained | measure(args, f"{run}/checkpoint-final", settings)

@@ -65,12 +65,14 @@ if [ ! -d "$RUNS/run/checkpoint-final" ]; then
     train --max_steps 3 --eval_strategy no --save_steps 0 --logging_steps 1 --output_dir "$RUNS/probe" --overwrite
     "$PYTHON" - "$RUNS/probe" "$MINUTES" "$answering" <<'END'
 import sys
+from pathlib import Path
 from log import past_rows
-speed = past_rows(sys.argv[1])[-1]["tokens_per_second"]
+speed = past_rows(Path(sys.argv[1]))[-1]["tokens_per_second"]
 minutes, answering = float(sys.argv[2]), float(sys.argv[3]) / 60
 print(f"\n# {speed:.0f} tokens a second: {speed * 60 * minutes / 1e6:.2f} M tokens in {minutes:g} minutes of training. "
       f"With evaluations, answers and figures all of it takes about {1 + 1.05 * minutes + 4 * answering:.0f} minutes.")
 END
+    rm -r "$RUNS/probe"
 fi
 train --max_minutes "$MINUTES" --num_train_epochs 1000 --eval_steps 0.2 --eval_rows 32 --save_steps 0.25 \
     --save_total_limit 1 --logging_steps 20 --sample_prompt 'What is the capital of France?' \

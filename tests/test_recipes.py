@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -9,11 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import tiny
 
 import convert
 import sample
 import train
+from checkpoint import save_model
 from recipes import ablation
+from tokenizer import Tokenizer
 from train import Settings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -56,6 +61,45 @@ def test_every_command_of_the_quickstart_is_one_that_its_program_takes(tmp_path)
     }
 
 
+SMOL = (  # the chat template's form: a system turn where there is none
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou help."
+    "<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_real_models_recipe_from_conversion_to_figures(tmp_path):
+    """With a model of SmolLM2's form, 9 heads over 3, and alpaca's columns; training is seconds."""
+    rows = [
+        {"instruction": f"Add {n} and one.", "input": "", "output": f"That is {n + 1}, and one more is {n + 2}."}
+        for n in range(80)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = {"vocab_size": 384, "hidden_size": 72, "intermediate_size": 192, "head_dim": 8, "num_attention_heads": 9}
+    shape |= {"num_key_value_heads": 3, "num_hidden_layers": 3, "max_position_embeddings": 1024, "rope_scaling": None}
+    model = tiny("llama", dtype=torch.float32, mask_token_id=None, **shape)
+    core = Tokenizer.train([f"{row['instruction']} {row['output']}" for row in rows], 383, template=SMOL)
+    save_model(model, tmp_path / "base", tokenizer=core)
+
+    environment = {"BASE": str(tmp_path / "base"), "DATA": str(tmp_path / "rows.jsonl"), "RUNS": str(tmp_path / "runs")}
+    environment |= {"MINUTES": "0.03", "QUESTIONS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    recipe = [str(RECIPES / "smollm2.sh")]
+    done = subprocess.run(recipe, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = re.search(r"# \d+ tokens a second: .* in 0.03 minutes of training. .* about (\d+) minutes", done.stdout)
+    assert told and 1 <= int(told[1]) < 20
+    assert done.stdout.count("What is the capital of France?") >= 5 and "chat.py" in done.stdout
+    table = (tmp_path / "runs/figures.md").read_text()
+    assert table in done.stdout and "| answers by speculation equal to AR's | 2 of 2 | 2 of 2 |" in table
+    before, after = re.search(r"bound, blocks of 8 \| ([\d.]+) \| ([\d.]+) ", table).groups()
+    assert float(after) < float(before)
+
+    # Without a Hub, a model that is not there gets one line.
+    environment |= {"BASE": "nobody/nothing", "RUNS": str(tmp_path / "none"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(recipe, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nobody/nothing" in done.stderr
+
+
 @pytest.mark.parametrize("recipe", TRAINING)
 def test_a_recipe_explains_itself_and_refuses_another_objective_in_one_line(recipe, tmp_path):
     status, out, err = run(recipe, "--help", cwd=tmp_path)
@@ -65,7 +109,7 @@ def test_a_recipe_explains_itself_and_refuses_another_objective_in_one_line(reci
         assert status == 2 and "expected mdlm or bd3lm" in err and err.count("\n") == 1 and not out
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "eval"])
+@pytest.mark.parametrize("recipe", ["quickstart", "smollm2", "eval"])
 def test_the_other_recipes_explain_themselves_and_refuse_other_words_in_one_line(recipe, tmp_path):
     status, out, err = run(recipe, "--help", cwd=tmp_path)
     assert status == 0 and len(out.splitlines()) > 2 and "set -e" not in out and not err

@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from conftest import tiny
 import data
 import loaders
 import log
+import parallel
 import train
 from checkpoint import load_config, load_model, save_model
 from diffusion import Batch, ar_example, denoise
@@ -492,17 +494,31 @@ def test_a_cap_on_the_time_counts_training_alone_and_spreads_evaluations_and_sav
 
 
 @pytest.mark.parametrize(
-    ("parameters", "dtype", "able", "hinted"),
-    [(6e7, None, 1, 1), (6e7, None, 0, 0), (1e6, None, 1, 0), (6e7, "float32", 1, 0)],
+    ("parameters", "dtype", "able", "chosen"),
+    [(6e7, None, 1, "bfloat16"), (6e7, None, 0, "float32"), (1e6, None, 1, "float32"), (6e7, "float32", 1, "float32")],
 )
-def test_a_run_in_float32_says_where_bfloat16_would_be_faster(monkeypatch, parameters, dtype, able, hinted):
-    monkeypatch.setattr(log, "has_bfloat16", lambda: bool(able))
+def test_a_cpu_computes_large_models_in_bfloat16_where_it_can_and_says_so(monkeypatch, parameters, dtype, able, chosen):
+    monkeypatch.setattr(parallel, "has_bfloat16", lambda: bool(able))
     with torch.device("meta"):
         model = LanguageModel(Config(vocab_size=int(parameters) // 128, objective="mdlm"))
     flags = [] if dtype is None else ["--compute_dtype", dtype]
     args = train.Settings.parse(["--model_name_or_path", "x", "--output_dir", "y", *SFT, *flags])
-    said = log.describe(args, model, "", 1, train.Ranks(0, 1, torch.device("cpu")), torch.float32)
-    assert ("--compute_dtype bfloat16" in said) == bool(hinted)
+    said = log.describe(args, model, "", 1, train.Ranks(0, 1, torch.device("cpu")))
+    assert f"computed in {chosen}\n" in said
+
+
+def test_what_memory_does_not_hold_is_refused_before_the_kernel_ends_the_run(monkeypatch):
+    """A model whose gradients and optimizer, 12 bytes a parameter, are a little more than what is free, or less."""
+    with torch.device("meta"):
+        model = LanguageModel(Config(vocab_size=int(1e6), objective="mdlm"))
+    args = train.Settings.parse(["--model_name_or_path", "x", "--output_dir", "y", *SFT, "--max_length", "8"])
+    alone = train.Ranks(0, 1, torch.device("cpu"))
+    needed = 12 * model.size + log.memory(args, model, alone)[1]
+    for spare, refused in ((-1024, True), (1024, False)):
+        meminfo = f"MemFree: 3 kB\nMemAvailable:   {int(needed + spare) // 1024} kB\nBuffers: 1 kB"
+        monkeypatch.setattr(log.Path, "read_text", lambda _, text=meminfo: text)
+        with pytest.raises(ValueError, match="GB of memory are free; lower") if refused else nullcontext():
+            log.check_memory(args, model, alone)
 
 
 def test_the_memory_told_is_of_what_a_process_holds_and_of_all_that_it_feeds(monkeypatch):
@@ -512,13 +528,14 @@ def test_the_memory_told_is_of_what_a_process_holds_and_of_all_that_it_feeds(mon
     shape |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
     with torch.device("meta"):
         model = train.LanguageModel(train.Config(**shape))
-    P = sum(parameter.numel() for parameter in model.parameters())
+    P = model.size
 
     def told(*flags, objective="mdlm", world_size=64) -> tuple[float, float]:
-        args = train.Settings.parse(["--model_name_or_path", "x", "--output_dir", "y", *SFT, *flags])
+        fixed = ["--model_name_or_path", "x", "--output_dir", "y", *SFT, "--compute_dtype", "bfloat16"]
+        args = train.Settings.parse([*fixed, *flags])
         model.config.objective, model.config.block_length = objective, 32
         args.check_objective(model.config)
-        said = log.describe(args, model, "", 1, train.Ranks(0, world_size, torch.device("cpu")), torch.bfloat16)
+        said = log.describe(args, model, "", 1, train.Ranks(0, world_size, torch.device("cpu")))
         return tuple(float(number) for number in re.findall(r"([\d.]+) GB", said))
 
     accumulated = ["--gradient_accumulation_steps", "2", "--parallel"]
