@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from checkpoint import DTYPES, about, declare, identify, load_config, load_model, resolve
 from choose import RULES
 from diffusion import Prefix, Sampling, denoise
-from display import Spans, one_line, shorten, spans, terminal
+from display import Spans, bracketed, one_line, shorten, spans, terminal
 from graphs import use_cudnn
 from model import OBJECTIVES, LanguageModel
 from options import Model, Options, Seed
@@ -313,12 +314,16 @@ class Answers:
         for columns, *values in zip(self.columns, *(field.tolist() for field in fields)):
             yield [row[columns] for row in values]
 
-    def shown(self) -> list[Spans]:
-        """Each row's answer as it is after the newest step."""
+    def states(self) -> Iterator[Spans]:
+        """Each row's answer as it is after the newest step: a text and a state for each token, up to its end."""
         fresh = self.settled == max(self.last.forwards, 1)
         draft = torch.zeros_like(fresh) if self.last.draft is None else self.last.draft
-        rows = self.rows(self.last.tokens, self.last.masked, fresh, draft, self.corrected)
-        return [spans(self.tokenizer, *row[:3], self.end_ids, *row[3:]) for row in rows]
+        for row in self.rows(self.last.tokens, self.last.masked, fresh, draft, self.corrected):
+            yield spans(self.tokenizer, *row[:3], self.end_ids, *row[3:])
+
+    def shown(self) -> list[Spans]:
+        """The same for a terminal."""
+        return [bracketed(row) for row in self.states()]
 
     def final(self) -> list[Answer]:
         """Each row's answer; if it was stopped, what is before its first mask."""

@@ -1,25 +1,20 @@
-"""What the programs show of denoising: tokens as text, the end of a terminal that is redrawn, and pictures.
+"""What the programs show of denoising: tokens as text, and the end of a terminal that is redrawn.
 
 Token ids and plain numbers come in; nothing here knows a model. A token is settled once it is no longer masked."""
 
-import html
-import io
 import os
 import sys
-import warnings
-from collections.abc import Sequence
 from itertools import accumulate, groupby
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from rich.cells import cell_len
 
 MASK, END = "░", "∎"  # a masked token; an end token with masks before it
 LEGEND = f"{MASK} masked  {END} ends the answer, once nothing before it is masked  [drafted, by --speculate]"
-# SGR attributes: dim; bold green; none; bold; bold red, of what took the place of a draft token.
-MASKED, FRESH, SETTLED, STRONG, CORRECTED = "2", "1;32", "", "1", "1;31"
-Spans = list[tuple[str, str]]  # texts, each with its attributes
+# What a token is: masked; drafted by speculation; just settled; settled before; just settled where another was drafted.
+MASKED, DRAFT, FRESH, SETTLED, CORRECTED = "masked", "draft", "fresh", "settled", "corrected"
+STRONG = "strong"  # of text that is no token's
+SGR = {MASKED: "2", FRESH: "1;32", CORRECTED: "1;31", STRONG: "1"}  # attributes: dim; bold green; bold red; bold
+Spans = list[tuple[str, str]]  # texts, each with its style: one of these, or none
 
 
 def cost(tokens: int, seconds: float, forwards: int) -> str:
@@ -55,29 +50,34 @@ def pieces(tokenizer, ids: list[int], masked: list[bool], *, skip_special_tokens
 def spans(
     tokenizer, ids: list[int], masked: list[bool], fresh: list[bool], end_ids=(), draft=None, corrected=None
 ) -> Spans:
-    """Each token of an answer as text: masked, just settled (`fresh`) or settled; up to its end token. Of speculation
+    """Each token of an answer as text with its state, up to its end token. fresh: what has just settled. Of speculation
     also which of the masked ones hold a `draft`, and which of the fresh ones stand where another was drafted."""
-    shown, drafted = [], draft or [False] * len(ids)
+    shown, drafted, corrected = [], draft or [False] * len(ids), corrected or [False] * len(ids)
     texts = pieces(tokenizer, ids, [hole and not known for hole, known in zip(masked, drafted)])
-    corrected = corrected or [False] * len(ids)
     for i, (token, text, hole, new) in enumerate(zip(ids, texts, masked, fresh)):
+        # With masks before it, an end token does not end the answer yet, and is shown as a sign.
+        if token in end_ids and (drafted[i] or not hole):
+            if not any(masked[: i + 1]):
+                break
+            text = END
         if drafted[i]:
-            first, last = i == 0 or not drafted[i - 1], i + 1 == len(ids) or not drafted[i + 1]
-            shown += [("[", MASKED)] if first else []
-            shown += [(END if token in end_ids else text, MASKED)]
-            shown += [("]", MASKED)] if last else []
+            shown.append((text, DRAFT))
         elif hole:
             shown.append((MASK, MASKED))
-        elif corrected[i] and token not in end_ids:
-            shown.append((text, CORRECTED))
-        elif token in end_ids:
-            # With masks before it, it does not end the answer yet, and is shown as a sign.
-            if not any(style == MASKED for _, style in shown):
-                break
-            shown.append((END, FRESH if new else MASKED))
         else:
-            shown.append((text, FRESH if new else SETTLED))
+            shown.append((text, CORRECTED if corrected[i] else FRESH if new else SETTLED))
     return shown
+
+
+def bracketed(shown: Spans) -> Spans:
+    """The same for a terminal, which may have no colours: drafts as masks are, in brackets."""
+    printed = []
+    for state, run in groupby(shown, key=lambda span: span[1]):
+        if state == DRAFT:
+            printed += [("[", MASKED), *((text, MASKED) for text, _ in run), ("]", MASKED)]
+        else:
+            printed += run
+    return printed
 
 
 def plain(shown: Spans) -> str:
@@ -128,7 +128,7 @@ def show(shown: Spans, stream=None, *, end: str = "\n") -> None:
 
 def coloured(shown: Spans) -> str:
     """Spans as text with SGR attributes, those of one style together."""
-    runs = ((style, plain(run)) for style, run in groupby(shown, key=lambda span: span[1]))
+    runs = ((SGR.get(style), plain(run)) for style, run in groupby(shown, key=lambda span: span[1]))
     return "".join(f"\033[{style}m{text}\033[0m" if style else text for style, text in runs)
 
 
@@ -236,119 +236,3 @@ class Stream(Region):
             self.draw([], above=wrap(rest, self.width) or [[]])
         else:
             write(plain(rest) + "\n", self.stream)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-class Trace(NamedTuple):
-    """How a canvas was denoised. For each position its token's text, the forward that settled it (0: given, -1: none,
-    as the answer ended before), and the model's probability of it then; and the number of forwards."""
-
-    texts: list[str]
-    settled: list[int]
-    confidence: list[float]
-    forwards: int
-    title: str
-    prompt: str = ""  # what comes before the canvas
-    borders: Sequence[int] = ()  # positions at which a block begins
-
-
-ANCHORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis at 0, 1/4, ... 1
-HOLE, GIVEN = (236, 236, 236), (190, 190, 190)
-
-
-def colour(settled: int, confidence: float, forwards: int) -> tuple[int, int, int]:
-    """RGB of a token. Its hue is when it settled, from violet (first) to yellow (last); a pale colour is unsure."""
-    if settled < 1:
-        return HOLE if settled else GIVEN
-    # Between the two nearest anchors, then towards white.
-    position = (settled - 1) / max(forwards - 1, 1) * (len(ANCHORS) - 1)
-    hue = [np.interp(position, range(len(ANCHORS)), channel) for channel in zip(*ANCHORS)]
-    strength = 0.15 + 0.85 * min(max(confidence, 0.0), 1.0)
-    return tuple(round(255 + (channel - 255) * strength) for channel in hue)
-
-
-def picture(trace: Trace, path: str | Path) -> bytes:
-    """Content of a .png or .html: position x forward, each token coloured from the forward on that settled it."""
-    return page(trace).encode() if Path(path).suffix == ".html" else _png(trace)
-
-
-def _png(trace: Trace) -> bytes:
-    from matplotlib.figure import Figure  # half a second, which only a picture is worth
-
-    # On the left the canvas: its row s is what had settled after forward s.
-    T, S = len(trace.texts), trace.forwards
-    image = np.full((S + 1, T, 3), HOLE, np.uint8)
-    for t, (settled, confidence) in enumerate(zip(trace.settled, trace.confidence)):
-        image[settled:, t] = colour(settled, confidence, S)
-    figure = Figure((min(max(0.2 * T, 4), 24) + 2.6, min(max(0.14 * S, 2), 16) + 1.7), layout="constrained")
-    axes, scale = figure.subplots(1, 2, width_ratios=(max(0.2 * T, 4), 1.1))
-    axes.imshow(image, aspect="auto", interpolation="nearest", extent=(-0.5, T - 0.5, S + 0.5, -0.5))
-    axes.set(xlabel="token" if T <= 80 else "position", ylabel="forward")
-    for border in trace.borders:
-        axes.axvline(border - 0.5, color="black", linewidth=0.6)
-
-    # No dollar sign begins a formula, and in labels white space is visible.
-    width = max(int(max(0.2 * T, 4) * 14), 60)  # characters above the canvas
-    prompt = [shorten(one_line(trace.prompt), width).replace("$", r"\$")] if trace.prompt else []
-    axes.set_title("\n".join([*prompt, trace.title]), fontsize=9, loc="left")
-    if T <= 80:
-        visible = str.maketrans({"\n": "\\n", " ": "␣", "$": r"\$"})
-        labels = [shorten(printable(text).translate(visible), 12) or "·" for text in trace.texts]
-        axes.set_xticks(range(T), labels, rotation=90, fontsize=7, family="monospace")
-
-    # On the right what the colours mean.
-    last = max(S, 1)
-    key = np.array([[colour(s, c, S) for c in np.linspace(0, 1, 24)] for s in range(1, last + 1)], np.uint8)
-    scale.imshow(key, aspect="auto", extent=(0, 1, last + 0.5, 0.5))
-    scale.set(xlabel="confidence", ylabel="settled at forward")
-    for each in (axes, scale):
-        each.yaxis.get_major_locator().set_params(integer=True)
-
-    # The font lacks some scripts; a box stands for a character of those.
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
-
-
-def page(trace: Trace) -> str:
-    """A page that needs nothing else: the text coloured, below it position x forward; hovering tells the numbers."""
-    S, words, bars = trace.forwards, [], []
-    height = max(3, min(14, 600 // (S + 1)))  # pixels of a forward
-    for t, (text, settled, confidence) in enumerate(zip(trace.texts, trace.settled, trace.confidence)):
-        when = f"settled at forward {settled} of {S}, confidence {confidence:.3f}"
-        when = {-1: "still masked", 0: "given"}.get(settled, when)
-        tip = html.escape(f"position {t}: {text!r}\n{when}")
-
-        # Each token twice: as text, in an ink that can be read on its colour ...
-        red, green, blue = rgb = colour(settled, confidence, S)
-        ink = "#fff" if red * 0.3 + green * 0.59 + blue * 0.11 < 130 else "#000"
-        shown = html.escape(text or "·").replace("\n", "↵\n")
-        border = ";border-left:1px solid #000" if t in trace.borders else ""
-        words.append(f'<span style="background:rgb{rgb};color:{ink}{border}" title="{tip}">{shown}</span>')
-        # ... and as a column that is grey above the forward which settled it.
-        top = height * max(settled, 0)
-        bars.append(
-            f'<g transform="translate({14 * t})"><title>{tip}</title><rect width="13" height="{top}" fill="rgb{HOLE}"/>'
-            f'<rect y="{top}" width="13" height="{height * (S + 1) - top}" fill="rgb{rgb}"/></g>'
-            + (f'<rect x="{14 * t - 1}" width="1" height="{height * (S + 1)}"/>' if border else "")
-        )
-    title = html.escape(trace.title)
-    prompt = f'<pre style="color:#777">{html.escape(trace.prompt)}</pre>' if trace.prompt else ""
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.7 system-ui, sans-serif; margin: 2em; color: #222; background: #fff }}
-h1 {{ font-size: 1.1em }} pre {{ font: 15px/1.8 ui-monospace, monospace; white-space: pre-wrap }}
-pre {{ overflow-wrap: anywhere }}
-span {{ border-radius: 3px; padding: 1px 0 }} span:hover, g:hover {{ outline: 2px solid #d33 }}
-</style></head><body><h1>{title}</h1>
-<p>Colour: when a token settled, from violet (first forward) to yellow (last, {S}); pale: unsure; grey: masked or given.
-A black line: a block begins. Hover for the numbers.</p>{prompt}<pre>{"".join(words)}</pre>
-<div style="overflow-x: auto">
-<svg width="{14 * len(bars)}" height="{height * (S + 1)}" role="img" aria-label="token x forward">{"".join(bars)}</svg>
-</div><p>Across: position. Down: forward, 0 to {S}.</p></body></html>
-"""

@@ -14,10 +14,11 @@ import cli
 import data
 from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
 from diffusion import Sampling
-from display import LEGEND, MASKED, STRONG, Region, Spans, Trace, cost, one_line, picture, pieces, plain, show, wrap
+from display import LEGEND, MASKED, STRONG, Region, Spans, cost, one_line, pieces, plain, show, wrap
 from files import check_file, read_text, replacing_file
 from model import LanguageModel
 from options import Bound, Natural, Options, Rows, Words
+from picture import ENDINGS, GIVEN, Frame, Trace, picture
 from tokenizer import Tokenizer
 
 Percent = Annotated[float, Bound(lambda score: 0 <= score <= 100, "a percentage, 0 to 100"), "PERCENT"]
@@ -50,8 +51,9 @@ class Output(Options):
     """write a row per prompt: prompt, answer, tokens, forwards, settings (default: none)"""
     overwrite: bool = False  # replace --output and --picture where they exist (default: False, an error)
     picture: Annotated[str, "FILE"] | None = None
-    """.png or .html of the first prompt's denoising: position x forward, coloured by when a token settled and how
-    confident the model was (default: none)"""
+    """the first prompt's denoising. .gif: an animation, 800 pixels wide. .html: a page that plays it, and can be gone
+    through forward by forward. .png: position x forward, coloured by when a token settled and how confident the model
+    was (default: none)"""
 
 
 @dataclass(kw_only=True)
@@ -225,8 +227,9 @@ class Watch(Region):
                 show([(f"forward {forwards}, row {n}: {plain(row)}", "")])
 
 
-def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, watch: bool) -> Answers:
-    """Answers the requests of a batch, which are of one kind. watch: show each step."""
+def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, watch: bool, frames=None) -> Answers:
+    """Answers the requests of a batch, which are of one kind. watch: show each step. frames: a list to which those of
+    the first row are added."""
     prompts, holes = [request.ids for request in batch], [request.holes for request in batch]
     options = options | {"max_new_tokens": batch[0].new}
     holes = None if None in holes else holes
@@ -236,6 +239,8 @@ def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, 
         for step in answers:
             if watch:
                 screen.show(answers.shown(), step.forwards)
+            if frames is not None and answers.forwards[0] == len(frames):  # else the row is done, and others are not
+                frames.append(frame(answers))
     for request, answer in zip(batch, answers.final()):
         request.answer = answer
     return answers
@@ -249,33 +254,46 @@ def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
             yield same[begin : begin + size]
 
 
-def traced(answers: Answers, ids: list[int], options: dict, objective: str) -> Trace:
-    """How the first row of a batch, whose prompt is ids, was denoised, for a picture. options: of `in_force`."""
-    last, forwards, begin = answers.last, answers.forwards[0].item(), answers.columns[0].start
-    prompt = answers.tokenizer.decode(ids[:begin], skip_special_tokens=False)
+def frame(answers: Answers) -> Frame:
+    """The first row of a batch after the newest step."""
+    canvas, (settled,) = next(zip(answers.states(), answers.rows(answers.settled)))
+    canvas = [(text, state if when else GIVEN) for (text, state), when in zip(canvas, settled)]
+    # An end token after them counts, too.
+    return Frame(sum(when > 0 for when in settled[: len(canvas) + 1]), canvas)
+
+
+def traced(answers: Answers, request: Request, frames: list[Frame], options: dict, objective: str) -> Trace:
+    """How the first row of a batch, that of `request`, was denoised, for a picture. options: of `in_force`."""
+    last, begin = answers.last, answers.columns[0].start
     # Blocks count from the row's first column, or from where the answer begins.
     origin = 0 if options["block_align"] == "sequence" else begin
     ids, masked, settled, confidence = next(answers.rows(last.tokens, last.masked, answers.settled, last.confidence))
     texts = pieces(answers.tokenizer, ids, masked, skip_special_tokens=False)
-    title = f"{objective}, {sum(forward > 0 for forward in settled)} tokens in {forwards} forwards"
-    size = options["block_size"] or len(ids) + len(texts)
+    size = options["block_size"] or begin + len(texts)
     borders = [t for t in range(1, len(texts)) if (begin + t - origin) % size == 0]
-    return Trace(texts, settled, confidence, forwards, title, prompt, borders)
+    forwards, prompt = len(frames) - 1, prompt_text(request, answers.tokenizer)
+    title = f"{objective}, {request.answer.tokens} tokens in {forwards} forwards"
+    return Trace(texts, settled, confidence, forwards, title, prompt, borders, frames)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is printed and written
 
 
-def show_answer(request: Request, number: str, tokenizer: Tokenizer) -> None:
-    """Prints prompt and answer; what was filled in stands out."""
-    # A chat is shown turn by turn, an empty prompt by the token that the text began with.
+def prompt_text(request: Request, tokenizer: Tokenizer) -> str:
+    """A prompt to be shown: a chat turn by turn, an empty one by the token that the text began with."""
     prompt = request.prompt
     if not isinstance(prompt, str):
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-    elif prompt == "":
+        return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    if prompt == "":
         after = f", after {tokenizer.decode(request.ids, skip_special_tokens=False)}" if request.ids else ""
-        prompt = f"(from scratch{after})"
+        return f"(from scratch{after})"
+    return prompt
+
+
+def show_answer(request: Request, number: str, tokenizer: Tokenizer) -> None:
+    """Prints prompt and answer; what was filled in stands out."""
+    prompt = prompt_text(request, tokenizer)
     show([(f"[{number}] {prompt}\n", STRONG), *request.answer.shown], end="\n\n")
 
 
@@ -328,7 +346,7 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
 def sample(args: Sample) -> int:
     """Does what the options say; returns the exit status."""
     # What is wrong is found before the work: names of files first, as they cost nothing; then prompts, then the model.
-    for flag, path, endings in (("--output", args.output, (".jsonl",)), ("--picture", args.picture, (".png", ".html"))):
+    for flag, path, endings in (("--output", args.output, (".jsonl",)), ("--picture", args.picture, ENDINGS)):
         if path is not None:
             check_file(flag, path, endings, overwrite=args.overwrite)
     todo = requests(args)
@@ -346,10 +364,12 @@ def sample(args: Sample) -> int:
     seconds, trace, printed = {}, None, 0
     progress = tqdm(total=len(todo), unit="row", disable=None if args.dataset_args else True)
     for batch in batches(todo, args.batch_size):
-        answers = decode(model, tokenizer, batch, options=options, generator=generator, watch=args.show)
+        frames = [] if args.picture and batch[0] is todo[0] else None
+        how = {"options": options, "generator": generator, "watch": args.show, "frames": frames}
+        answers = decode(model, tokenizer, batch, **how)
         seconds[batch[0].task] = seconds.get(batch[0].task, 0.0) + answers.seconds
-        if batch[0] is todo[0]:
-            trace = traced(answers, todo[0].ids, cli.in_force(options, model.config), objective)
+        if frames:
+            trace = traced(answers, todo[0], frames, cli.in_force(options, model.config), objective)
         progress.update(len(batch))
         while not args.dataset_args and printed < len(todo) and todo[printed].answer is not None:
             printed += 1

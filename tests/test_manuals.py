@@ -71,6 +71,10 @@ def test_importing_a_module_changes_neither_the_garbage_collector_nor_signal_han
     assert done.returncode == 0, done.stderr
 
 
-def test_every_module_is_installed():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["py-modules"] == MODULES
+def test_every_module_is_installed_and_the_files_that_it_reads():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert tool["py-modules"] == MODULES
+    for folder in ("tasks", "page"):
+        assert folder in tool["packages"]
+        kinds = {f"*{path.suffix}" for path in (ROOT / folder).iterdir() if path.suffix not in (".py", ".pyc", "")}
+        assert kinds == set(tool["package-data"][folder])

@@ -392,41 +392,6 @@ def test_the_signs_are_explained(capsys):
         assert display.END in program.parser().format_help()
 
 
-@pytest.mark.parametrize("prompt", ("hi", ""), ids=repr)
-def test_a_picture_of_nothing_is_refused_before_the_work(run, prompt):
-    flags = ("--model_name_or_path", checkpoint("mdlm"), "--max_new_tokens", "0")
-    status, out, err = run("sample", prompt, *flags, "--picture", "p.png")
-    assert status == 2 and not out and re.fullmatch(r"sample\.py: --picture: the first prompt has no mask.*\n", err)
-
-
-@pytest.mark.parametrize(
-    ("name", "flags", "borders"),
-    (
-        ("mdlm", ("--block_size", "4"), [4]),
-        ("mdlm", (), []),
-        ("bd3lm", ("--block_align", "prompt"), [4]),
-        ("bd3lm", (), None),
-        ("ar", (), []),
-    ),
-)
-def test_a_picture_has_the_prompt_and_the_borders_of_blocks(run, monkeypatch, name, flags, borders):
-    traces = []
-    monkeypatch.setattr(sample, "picture", lambda trace, path: traces.append(trace) or b"")
-    prompt = "What is 1 + 2?"
-    status, *_, err = run(
-        "sample", prompt, "--model_name_or_path", checkpoint(name), *NEW, *flags, "--picture", "p.png"
-    )
-    assert status == 0, err
-    ids, _ = tokenizer().render([{"role": "user", "content": prompt}], reply=True)
-    if borders is None:
-        borders = [t for t in range(1, 8) if (len(ids) + t) % 4 == 0]
-    (trace,) = traces
-    assert prompt in trace.prompt and list(trace.borders) == borders
-    page = display.page(trace)
-    assert prompt in page and page.count("border-left") == len(borders) and "overflow-wrap: anywhere" in page
-    assert display.picture(trace._replace(prompt="$x" * 500), "p.png").startswith(b"\x89PNG")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluate.py
 

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -392,62 +391,6 @@ def test_a_full_disk_leaves_what_was_there(run, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["o.jsonl"] and (tmp_path / "o.jsonl").read_text() == "mine"
 
 
-@each_objective
-def test_a_picture_is_written_as_png_or_html(run, tmp_path, objective):
-    for name in ("deep/p.png", "p.html"):
-        flags = ("What is 1 + 2?", "other", "--model_name_or_path", checkpoint(objective), *NEW, "--picture", name)
-        status, _, err = run(*flags)
-        assert status == 0 and not err, err
-    assert (tmp_path / "deep" / "p.png").read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "p.html").read_text()
-    assert page.count("<title>position") == len(re.findall(r'<span style="background', page)) <= 12
-    assert "://" not in page and "<script" not in page  # nothing fetched, nothing run
-    assert re.search(r"position 3: .*\nsettled at forward \d+ of \d+, confidence 0\.\d{3}", page)
-
-
-class Closed(HTMLParser):
-    """Reads a page whose tags must all be closed, in order; `data` is its text, `references` what it would fetch."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.open, self.data, self.references = [], "", []
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.references += [value for name, value in attributes if name in ("src", "href", "data", "srcset")]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.data += data if self.open[-1:] == ["span"] else ""
-
-
-def test_a_page_is_well_formed_and_whole_whatever_its_tokens_are():
-    texts = ["<b>", "&amp;", '"', "'>", "</span>", "</pre><script>", "\n", "\x1b[1m", "日本", " ", "]]>", "<!--"]
-    trace = display.Trace(texts, list(range(1, 13)), [0.5] * 12, 12, "</title><h1>")
-    page = Closed(display.page(trace))
-    assert not page.references and "".join(texts).replace("\n", "↵\n") == page.data
-
-
-def test_a_pictures_text_is_escaped():
-    trace = display.Trace(["<b>", "&", "$x$", "\n", ""], [0, 1, 2, 3, -1], [0, 0.5, 1, 0.1, 0], 3, "<i>")
-    page = display.page(trace)
-    assert "given" in page and "still masked" in page
-    assert "<b>" not in page and "<i>" not in page and "&lt;b&gt;" in page
-    assert display.picture(trace, "x.png").startswith(b"\x89PNG")
-
-
-def test_colours_tell_when_and_how_sure():
-    early, late, unsure = (display.colour(*x, 10) for x in ((1, 1.0), (10, 1.0), (1, 0.1)))
-    assert early == display.ANCHORS[0] and late == display.ANCHORS[-1] and min(unsure) > 190
-    assert display.colour(0, 0.0, 10) == display.GIVEN and display.colour(-1, 0.0, 10) == display.HOLE
-
-
 def test_ctrl_c_ends_with_status_130_and_no_traceback(run, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -559,7 +502,7 @@ MISTAKES = {  # flags after a prompt and the model: what is said
     ("--right_shift_logits", "True"): "--right_shift_logits True contradicts the checkpoint",
     ("--show=maybe",): "'maybe': expected True or False",
     ("--output", "o.txt"): "--output o.txt: expected a name that ends in .jsonl",
-    ("--picture", "p.gif"): "--picture p.gif: expected a name that ends in .png or .html",
+    ("--picture", "p.jpg"): "--picture p.jpg: expected a name that ends in .png or .gif or .html",
     ("--min_exact_match", "5"): "--min_exact_match needs answers to compare with; add --dataset_args",
     ("--dataset_args", "builtin/sums"): "prompts come from PROMPT and --dataset_args; expected one source",
 }

@@ -1,0 +1,10 @@
+// Draws a canvas into an element, a span for each token. tokens: [text, state] each. Text is never read as HTML.
+function drawCanvas(element, tokens, borders = []) {
+  const blocks = new Set(borders);
+  element.replaceChildren(...tokens.map(([text, state], position) => {
+    const span = document.createElement("span");
+    span.textContent = text;
+    span.className = blocks.has(position) ? `${state} border` : state;
+    return span;
+  }));
+}
