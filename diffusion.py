@@ -1161,7 +1161,6 @@ def _reuse(prefix: Prefix, cache: KVCache, layout: Layout, tokens: Tensor, maske
     agree = ours == torch.tensor(known[: len(ours)], dtype=torch.int64, device=tokens.device)
     n = int(agree.int().cumprod(dim=0).sum()) // K * K
     if n:
-        cache.keys[:, :, :n] = prefix.cache.keys[:, :, :n]
-        cache.values[:, :, :n] = prefix.cache.values[:, :, :n]
+        cache.pairs[:, :, :n] = prefix.cache.pairs[:, :, :n]
         cache.write_layout(torch.arange(n, device=tokens.device)[None], layout.map(lambda field: field[:, :n]))
     return n
