@@ -285,8 +285,14 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """Computes in its input's dtype, whatever that of its weights: float32 where a model trains in bfloat16."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    in_place = False  # LanguageModel.join
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """With `onto`, what it gives is added to that."""
+        if self.in_place and onto is not None and not torch.compiler.is_compiling():  # else Inductor fuses the sum
+            return onto.flatten(0, -2).addmm_(x.flatten(0, -2), self.weight.T).view_as(onto)
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return y if onto is None else onto + y
 
 
 def joined(parts: list[Linear]) -> tuple[Tensor, Tensor | None]:
@@ -318,8 +324,10 @@ class Attention(nn.Module):
         norms = (self.q_norm, self.k_norm) if self.q_norm is not None else ()
         norm = torch.cat([x.weight.data.expand(n, -1) for x, n in zip(norms, self.heads)]) if norms else None
         self.joined = *joined([self.q_proj, self.k_proj, self.v_proj]), norm
+        self.o_proj.in_place = self.o_proj.bias is None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, kept, index) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, kept) -> Tensor:
+        """(B, T, H * C), which is for o_proj."""
         B, T, _ = x.shape
         if self.joined is None:
             q, k, v = (  # each (B, T, heads, C)
@@ -343,8 +351,7 @@ class Attention(nn.Module):
         # With a cache the new keys and values go into it, and attention is over all that it holds.
         if kept is not None:
             k, v = write(kept, kv).chunk(2, dim=2)
-        heads = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, T, H * C)
-        return self.o_proj(heads if index is None else heads.flatten(0, 1)[index])
+        return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
 
 
 class MLP(nn.Module):
@@ -358,13 +365,14 @@ class MLP(nn.Module):
 
     def join(self) -> None:
         self.joined = joined([self.gate_proj, self.up_proj])
+        self.down_proj.in_place = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
         if self.joined is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = F.linear(x, *self.joined).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate) * up, onto)
 
 
 class Layer(nn.Module):
@@ -377,9 +385,11 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, kept=None, index=None) -> Tensor:
         """x (B, T, D) to the same; with `index` (N,), flat positions in B*T, to those of them alone, (N, D)."""
-        heads = self.self_attn(self.input_layernorm(x), cos, sin, mask, kept, index)
-        x = heads + (x if index is None else x.flatten(0, 1)[index])
-        return x + self.mlp(self.post_attention_layernorm(x))
+        heads = self.self_attn(self.input_layernorm(x), cos, sin, mask, kept)
+        if index is not None:
+            heads, x = heads.flatten(0, 1)[index], x.flatten(0, 1)[index]
+        x = self.self_attn.o_proj(heads, onto=x)
+        return self.mlp(self.post_attention_layernorm(x), onto=x)
 
 
 class Decoder(nn.Module):
@@ -417,8 +427,9 @@ class LanguageModel(nn.Module):
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
     def join(self) -> None:
-        """Gives each layer one matrix product in the place of three, and of two, of the same input; no memory, as the
-        weights become views. For sampling, once the model is where and in what dtype it stays: rounding may differ."""
+        """Gives each layer one matrix product in the place of three, and of two, of the same input, and lets products
+        add to what they are added to; no memory, as the weights become views. For sampling, without gradients, once the
+        model is where and in what dtype it stays: rounding may differ."""
         for layer in self.model.layers:
             layer.self_attn.join()
             layer.mlp.join()
