@@ -46,6 +46,7 @@ from options import Count, Natural, Options, Rows, Tokens, Words, flags
 MODELS = {
     "tiny": Config(),
     "mid": Config("qwen3", 151_936, 256, 768, 4, 4, 2, 64),
+    "smollm2-135m": Config("llama", 49_152, 576, 1536, 30, 9, 3, 64, max_position_embeddings=8192, rope_theta=1e5),
     "qwen3-0.6b": Config("qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, max_position_embeddings=40_960),
 }
 
@@ -58,7 +59,7 @@ MODELS = {
 class Machine(Options):
     "what is measured, and on what"
 
-    device: Literal["cpu", "cuda"] = "cpu"  # cpu: fp32; cuda: bf16
+    device: Literal["cpu", "cuda"] = "cpu"  # cpu: fp32, where nothing else is said; cuda: bf16
     model: Literal[*MODELS] = "mid"  # the model's shape; its weights are random
 
     def __post_init__(self):
@@ -97,10 +98,23 @@ class Train(Machine, Blocks, Layers, Output):
     Two processes at a time hold a model each."""
 
     prog: ClassVar[str] = "bench.py train"
-    batch: Rows = 4  # rows
+    batch: Rows | None = None  # rows (default: 4; of a model of more than 10 layers 1)
     length: Tokens = 256  # tokens of a row
-    steps: Count = 5  # timed steps of each way
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """of the matrix products; weights and optimizer are float32 (default: on cuda bfloat16; else float32, then bfloat16
+    if the CPU has instructions for it)"""
+    steps: Count = 3  # timed steps of each way
     warmup: Natural = 1  # steps before them; 4 where the layers are compiled
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.batch = self.batch or (4 if MODELS[self.model].num_hidden_layers <= 10 else 1)
+
+    @property
+    def dtypes(self) -> list[str]:
+        if self.compute_dtype is not None:
+            return [self.compute_dtype]
+        return ["bfloat16"] if self.device == "cuda" else ["float32", *(["bfloat16"] if log.has_bfloat16() else [])]
 
 
 @dataclass(kw_only=True)
@@ -261,10 +275,10 @@ def machine(device: str) -> dict:
     return {"cpu": cpu, "cores": cores, "gpu": gpu} | versions
 
 
-def matmul_flops(device: str) -> float:
-    """FLOP/s of this machine on one large product of matrices (fp32, cuda: bf16): the best of six."""
+def matmul_flops(device: str, dtype: str) -> float:
+    """FLOP/s of this machine on one large product of matrices: the best of six."""
     n = 8192 if device == "cuda" else 2048
-    x = torch.ones(n, n, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    x = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
     seconds = []
     for _ in range(6):
         began = time.perf_counter()
@@ -304,14 +318,15 @@ def plain_loss(model, example, batch, noise, device: str) -> torch.Tensor:
     return (entropy * weights.flatten().to(device)).sum() / example.denominator
 
 
-def train_case(args: Train, objective: str, way: str) -> None:
+def train_case(args: Train, case: str, way: str) -> None:
+    objective, dtype = case.split("-")
     device, config = args.device, MODELS[args.model]
     B, T, mask_id = args.batch, args.length, config.vocab_size - 1
     torch.manual_seed(0)
     model = LanguageModel(config)
     model.init_weights()
     model.to(device)
-    model.compute_dtype = torch.bfloat16 if device == "cuda" else None
+    model.compute_dtype = None if dtype == "float32" else torch.bfloat16
     if args.torch_compile:  # both ways: the layers are the same, the comparison is of what is around them
         compile_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
@@ -351,21 +366,23 @@ def train_case(args: Train, objective: str, way: str) -> None:
 def train(args: Train, arguments: list[str]) -> dict:
     """Prints the table of training steps and returns its figures."""
     cuda = args.device == "cuda"
-    precision, memory = ("bf16 over fp32 weights", "allocated memory") if cuda else ("fp32", "RSS")
-    where = heading(
-        args,
-        f"training step: {args.model}, batch {args.batch} x {args.length}, block {args.block_size}, {precision}, AdamW",
-    )
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in (where["gpu"] or "")), None)
-    source = f"the peak of {where['gpu']}" if peak else "this machine's best at one large product of matrices, just now"
-    peak = peak or matmul_flops(args.device)
+    shape = f"{args.model}, batch {args.batch} x {args.length}, block {args.block_size}"
+    where = heading(args, f"training step: {shape}, products in {' and '.join(args.dtypes)}, AdamW in float32")
+    known = next((flops for name, flops in PEAK_FLOPS.items() if name in (where["gpu"] or "")), None)
+    source = "this machine's best at one large product of matrices, just now"
+    source = f"the peak of {where['gpu']} in bfloat16" if known else source
+    peaks = {dtype: matmul_flops(args.device, dtype) for dtype in args.dtypes}
+    peaks |= {"bfloat16": known} if known else {}
+    shown = ", ".join(f"{dtype} {peak / 1e9:,.0f}" for dtype, peak in peaks.items())
+    memory = "allocated memory" if cuda else "RSS"
     print(f"s/step: median [least, most] of {args.steps}; GB: peak {memory} above that before the first step")
-    print(f"MFU: FLOP/s against {peak / 1e9:,.0f} GFLOP/s, {source}")
+    print(f"MFU: of GFLOP/s {shown}, {source}")
     print("faster, memory: against plain, the median ratio of paired steps and the ratio of GB\n")
-    print(f"{'':12}   s/step {'[least, most]':>16} tokens/s  GFLOP GFLOP/s  MFU    GB  faster  memory")
+    print(f"{'':21}   s/step {'[least, most]':>16} tokens/s  GFLOP GFLOP/s  MFU    GB  faster  memory")
     table = {}
-    for objective in ("mdlm", "bd3lm"):
-        ways = compare(arguments, objective, ("ours", "plain"), args.warmup, args.steps)
+    for case in (f"{objective}-{dtype}" for dtype in args.dtypes for objective in ("mdlm", "bd3lm")):
+        objective, dtype = case.split("-")
+        ways = compare(arguments, case, ("ours", "plain"), args.warmup, args.steps)
         ours, plain = ways["ours"], ways["plain"]
         for way, row in ways.items():
             seconds = row["seconds"]
@@ -373,22 +390,25 @@ def train(args: Train, arguments: list[str]) -> dict:
             row["memory_ratio"] = row["memory"] / plain["memory"]
             row["flops_per_second"] = sum(row["flops"]) / sum(seconds)
             row["tokens_per_second"] = args.batch * args.length / statistics.median(seconds)
-            row["mfu"] = row["flops_per_second"] / peak
+            row["mfu"] = row["flops_per_second"] / peaks[dtype]
             print(
-                f"{objective:6}{way:6} {statistics.median(seconds):8.3f} "
+                f"{objective:6}{dtype:9}{way:6} {statistics.median(seconds):8.3f} "
                 f"{f'[{min(seconds):.3f}, {max(seconds):.3f}]':>16} {row['tokens_per_second']:8.0f} "
                 f"{statistics.mean(row['flops']) / 1e9:6.0f} {row['flops_per_second'] / 1e9:7.0f} {row['mfu']:4.0%} "
                 f"{row['memory'] / 1e9:5.2f} {row['faster']:6.2f}x {row['memory_ratio']:7.2f}"
             )
         apart = max(abs(a - b) / abs(b) for a, b in zip(ours["loss"], plain["loss"]))
-        if not apart <= (2e-2 if cuda else 1e-4):  # NaN is no agreement; bf16 has 8 bits
-            sys.exit(f"bench.py: the two ways' {objective} losses differ: {ours['loss']} and {plain['loss']}")
-        table[objective] = ways
+        if not apart <= (1e-4 if dtype == "float32" else 2e-2):  # NaN is no agreement; bfloat16 has 8 bits
+            sys.exit(f"bench.py: the two ways' {case} losses differ: {ours['loss']} and {plain['loss']}")
+        table[case] = ways
 
-    ways = table["context"] = compare(arguments, "bd3lm", ("causal", "ours"), args.warmup, args.steps)
-    ways["times"] = statistics.median(a / b for a, b in zip(*(ways[way]["seconds"] for way in ("causal", "ours"))))
-    print(f"\nbd3lm with causal context and the AR loss: {ways['times']:.2f} times the step of block context")
-    return {"machine": where, "peak_flops": peak, "train": table}
+    print()
+    for dtype in args.dtypes:
+        ways = compare(arguments, f"bd3lm-{dtype}", ("causal", "ours"), args.warmup, args.steps)
+        ways["times"] = statistics.median(a / b for a, b in zip(*(ways[way]["seconds"] for way in ("causal", "ours"))))
+        print(f"bd3lm {dtype}: with causal context and the AR loss {ways['times']:.2f} times the step of block context")
+        table[f"context-{dtype}"] = ways
+    return {"machine": where, "peak_flops": peaks, "train": table}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
