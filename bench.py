@@ -122,7 +122,8 @@ class Sample(Machine, Blocks, Layers, Output):
     """Time of greedy decoding with mdlm and bd3lm, and of a forward of speculation.
 
     plain: logits of every position, no cache for mdlm, the prefix encoded anew for every block of bd3lm. Speculation is
-    compared with ar; with random weights few guesses are right, so what counts is the time of a forward."""
+    compared with ar, after the first forward, that of the prompt. How many of its drafts are right says nothing with
+    random weights; the time of a forward does not depend on it."""
 
     prog: ClassVar[str] = "bench.py sample"
     batch: tuple[Rows, ...] = (1, 4)  # rows, one measurement each
@@ -131,6 +132,7 @@ class Sample(Machine, Blocks, Layers, Output):
     steps: Count = 128  # forwards for them, so many that each block has a whole number
     warmup: Natural = 2  # forwards before the timed ones
     speculate: Count = 8  # tokens of a draft
+    only: Literal["mdlm", "bd3lm", "speculation"] | None = None  # measure this alone (default: all three)
 
     def __post_init__(self):
         super().__post_init__()
@@ -495,8 +497,10 @@ def sample_case(args: Sample, case: str, way: str) -> None:
             how = {"ours": blocks, "speculation": {"speculate": args.speculate}, "ar": {}}[way]
             steps = denoise(model, prompts, max_new_tokens=args.new_tokens, **how)
             next(steps)  # the canvas before the first forward
-            return (step.tokens for step in steps)
-        return plain_denoise(model, prompts, args.new_tokens, args.steps, args.block_size)
+            return ((step.tokens, step.masked) for step in steps)
+        return (
+            (tokens, None) for tokens in plain_denoise(model, prompts, args.new_tokens, args.steps, args.block_size)
+        )
 
     if way != "plain":
         prepare(model, args.torch_compile)
@@ -511,13 +515,14 @@ def sample_case(args: Sample, case: str, way: str) -> None:
         return {}
 
     def end() -> dict:
-        tokens = last[0].tolist()
+        tokens, masked = last[0]
         if args.device == "cuda" and way != "plain":  # the replay of a graph calls no hook: once more, without
             work.update(tokens=0, rows=0, pairs=0)
             graphs.recorded = lambda advance, *_: advance
             for _ in zip(range(args.steps), start()):
                 pass
-        return {"flops": forward_flops(config, **work), "tokens": tokens, "fed": work}
+        written = int(batch) * args.new_tokens - (0 if masked is None else int(masked.sum()))
+        return {"flops": forward_flops(config, **work), "tokens": tokens.tolist(), "written": written, "fed": work}
 
     serve(args, step, end)
 
@@ -550,12 +555,13 @@ def sample(args: Sample, arguments: list[str]) -> dict:
     )
     floor = weight_bytes(config, 2 if cuda else 4) / (read := bandwidth(args.device))
     print(f"ms: median [least, most] of a forward; floor: {1e3 * floor:.2f} ms, its weights at {read / 1e9:.1f} GB/s")
-    print("floor share: of the time of all forwards; faster: plain's time for them against ours")
-    print("equal: tokens that are those of plain" + (" (bfloat16 rounds each way's otherwise)\n" if cuda else "\n"))
-    print(f"{'':14} {'ms':>8} {'[least, most]':>18} forwards/s tokens/s  floor GFLOP/s  faster  equal")
+    if args.only != "speculation":
+        print("floor share: of the time of all forwards; faster: plain's time for them against ours")
+        print("equal: tokens that are those of plain" + (" (bfloat16 rounds each way's otherwise)\n" if cuda else "\n"))
+        print(f"{'':14} {'ms':>8} {'[least, most]':>18} forwards/s tokens/s  floor GFLOP/s  faster  equal")
     table = {}
     for objective in ("mdlm", "bd3lm"):
-        for batch in args.batch:
+        for batch in args.batch if args.only in (None, objective) else ():
             case = f"{objective}-{batch}"
             ways = compare(arguments, case, ("ours", "plain"), 0, args.steps)
             for way, row in ways.items():
@@ -578,14 +584,24 @@ def sample(args: Sample, arguments: list[str]) -> dict:
             for row in ways.values():
                 del row["tokens"]
             table[case] = ways
-    for batch in args.batch:
+    for batch in args.batch if args.only in (None, "speculation") else ():
         case, steps = f"ar-{batch}", max(4, args.new_tokens // args.speculate)
         ways = table[case] = compare(arguments, case, ("speculation", "ar"), 0, steps)
-        milliseconds = {way: 1e3 * statistics.median(row["seconds"][1:]) for way, row in ways.items()}
-        times = milliseconds["speculation"] / milliseconds["ar"]
+        pairs = [pair for rows in zip(*(row.pop("tokens") for row in ways.values())) for pair in zip(*rows)]
+        if not (cuda or all(b in (a, config.vocab_size - 1) for a, b in pairs)):  # ar has masks where it has not been
+            sys.exit(f"bench.py: the tokens of speculation are not those of {case}")
+        for way, row in ways.items():
+            seconds, tokens = row["seconds"][1:], row["written"] - batch
+            row["milliseconds"] = 1e3 * statistics.median(seconds)
+            row["tokens_per_forward"], row["tokens_per_second"] = tokens / len(seconds) / batch, tokens / sum(seconds)
+            spread = f"[{1e3 * min(seconds):.1f}, {1e3 * max(seconds):.1f}]"
+            print(
+                f"{way:11} x{batch:<3}{row['milliseconds']:7.2f} ms {spread} a forward, "
+                f"{row['tokens_per_forward']:.2f} tokens per forward, {row['tokens_per_second']:.1f} tokens/s"
+            )
+        times = ways["speculation"]["milliseconds"] / ways["ar"]["milliseconds"]
         print(
-            f"speculation x{batch}: {milliseconds['speculation']:.2f} ms a forward that drafts {args.speculate}, "
-            f"ar {milliseconds['ar']:.2f}; faster from {times:.2f} tokens per forward on"
+            f"speculation x{batch}, drafts of {args.speculate}: faster than ar from {times:.2f} tokens per forward on"
         )
     return {"machine": where, "bandwidth": read, "sample": table}
 

@@ -45,6 +45,16 @@ def test_a_table_is_printed_and_written(tmp_path, capfd):
         assert ours["equal"] == 1 and len(ours["seconds"]) == 4
         assert ours["flops"] < plain["flops"] and ours["fed"]["rows"] < plain["fed"]["rows"]
     assert "mdlm  x2  ours" in capfd.readouterr().out
+    for way, row in figures["sample"]["ar-2"].items():
+        assert row["tokens_per_forward"] == 1 if way == "ar" else 1 <= row["tokens_per_forward"] <= 8
+        assert row["tokens_per_second"] > 0
+
+
+def test_one_row_of_the_table_alone_can_be_measured(tmp_path, capfd):
+    shape = ["--model", "tiny", "--prompt_tokens", "8", "--new_tokens", "16", "--steps", "16", "--block_size", "4"]
+    bench.main(["sample", *shape, "--batch", "1", "--only", "speculation", "--speculate", "2"])
+    out = capfd.readouterr().out
+    assert "speculation x1, drafts of 2: faster than ar from" in out and "mdlm" not in out
 
 
 def test_training_steps_are_measured_in_each_dtype_and_agree_with_plain_ones(monkeypatch, capsys):
