@@ -229,7 +229,7 @@ def memory(args, model: LanguageModel, ranks: Ranks) -> tuple[float, float]:
     streams = 2 if config.objective == "bd3lm" else 1
     fed = args.per_device_train_batch_size * (args.pad_to or args.max_length) * streams * (1 + args.complementary_masks)
     activations = activation_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
-    return model.size * state_bytes(args, ranks, dtype), activations
+    return state_bytes(args, model, ranks, dtype), activations
 
 
 def check_memory(args, model: LanguageModel, ranks: Ranks) -> None:
@@ -246,16 +246,22 @@ def check_memory(args, model: LanguageModel, ranks: Ranks) -> None:
             )
 
 
-def state_bytes(args, ranks: Ranks, dtype: torch.dtype) -> float:
-    """Bytes that a process keeps for each parameter: weight, gradient and one or two moments, in float32, or its share
-    of them where they are sharded."""
-    size = 12 if args.optim == "muon" else 16
+def trained(model: LanguageModel) -> int:
+    """Parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def state_bytes(args, model: LanguageModel, ranks: Ranks, dtype: torch.dtype) -> float:
+    """Bytes that a process keeps: every weight, and of those that are trained the gradient and one or two moments, in
+    float32, or its share of them where they are sharded."""
+    size = 4 * model.size + (8 if args.optim == "muon" else 12) * trained(model)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size /= {"ddp": 1, "hybrid": local}.get(args.parallel, ranks.world_size)
     if ranks.world_size > 1 and args.parallel == "zero2":
-        size += dtype.itemsize  # the weights as gathered
+        size += dtype.itemsize * model.size  # the weights as gathered
     if ranks.world_size > 1 and args.parallel != "ddp" and args.gradient_accumulation_steps > 1:
-        size += getattr(torch, args.reduce_dtype).itemsize  # the sum of the gradients so far, which is sharded at last
+        # The sum of the gradients so far, which is sharded at last.
+        size += getattr(torch, args.reduce_dtype).itemsize * trained(model)
     return size
 
 
