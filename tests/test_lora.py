@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import positions, random_tokens, tiny
 from safetensors.torch import load_file
-from test_parallel import ended, few_rows, flags_of, metrics, refused, source, start  # noqa: F401
+from test_parallel import ended, few_rows, flags_of, metrics, refused, start  # noqa: F401
 
 import convert
 import lora
@@ -48,11 +48,14 @@ def adapter(output) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> str:
-    """A float64 model with a head of its own, and the tokenizer of `source`."""
-    path = tmp_path_factory.mktemp("untied")
-    model = load_model(launch.make_source(path / "tied"))
-    tokenizer = train.Tokenizer(path / "tied")
+def source(tmp_path_factory) -> str:
+    return launch.make_source(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory, source) -> str:
+    """The same with a head of its own."""
+    path, tokenizer = tmp_path_factory.mktemp("untied"), train.Tokenizer(source)
     shape = {"vocab_size": 320, "mask_token_id": tokenizer.mask_id, "tie_word_embeddings": False}
     model = tiny(**shape, initializer_range=0.05)
     model.config.dtype = "float64"
@@ -195,8 +198,8 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_ended(tmp_path, source, capsys):
     model = load_model(source)
     model.model.layers[0].mlp.up_proj.weight.data = model.model.layers[0].mlp.up_proj.weight + 1
     save_model(model, other, tokenizer=train.Tokenizer(source))
-    resumed = ["--save_steps", "2", "--resume_from_checkpoint", str(tmp_path / f"whole{len(LORA)}/checkpoint-2")]
-    assert "base model is not that of" in refused(capsys, flags_of(other, tmp_path / "x", *LORA, *resumed, steps=4))
+    resumed = [*LORA, "--resume_from_checkpoint", str(tmp_path / f"whole{len(LORA)}/checkpoint-2")]
+    assert "base model is not that of" in refused(capsys, flags_of(str(other), tmp_path / "x", *resumed, steps=4))
 
 
 def test_any_number_of_processes_trains_the_same_adapter(tmp_path, source):
@@ -283,7 +286,7 @@ def test_an_adapter_that_is_none_of_ours_is_refused_in_one_line(tmp_path, source
     save_model(adapted(source), tmp_path / "a", tokenizer=train.Tokenizer(source))
     file = tmp_path / "a/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises((ValueError, FileNotFoundError), match=".") as stop:
+    with pytest.raises((ValueError, FileNotFoundError)) as stop:
         load_model(tmp_path / "a")
     assert said in str(stop.value) and "adapter_config.json" in str(stop.value)
 
