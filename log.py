@@ -155,7 +155,7 @@ def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
 def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ranks) -> str:
     """The first lines of a run. args: train.Settings."""
     config, dtype, learnt = model.config, args.computes_in(ranks.device, model.size), trained(model)
-    learnt = f" ({learnt:,} of them trained)" if learnt < model.size else ""
+    size = f"{model.size:,} parameters" + (f" ({learnt:,} of them trained)" if learnt < model.size else "")
     shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
     block = f", block length {args.block_size or config.block_length}" if config.objective == "bd3lm" else ""
     block += f", causal context, AR loss x {args.beside(config):g}" if args.beside(config) else ""
@@ -164,7 +164,7 @@ def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ran
     length = args.pad_to or args.max_length
     state, activations = memory(args, model, ranks)
     return (
-        f"model  {args.model_name_or_path}: {config.model_type}, {model.size:,} parameters{learnt}, as {config.objective}"
+        f"model  {args.model_name_or_path}: {config.model_type}, {size}, as {config.objective}"
         f"{block}{shift}, on {where}{', layers compiled' if args.compiles_on(ranks.device) else ''}\n"
         f"data   {about_data}\n"
         f"run    {steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} tokens; "

@@ -94,12 +94,13 @@ class Dropout:
         self.tokens = self.chosen = None  # of the batch under way: (B, T) int32, and (N,) of the last layer's
 
     def begin(self, model: LanguageModel, inputs: tuple, options: dict) -> None:
-        """Called before each forward. A row is known by its tokens, whatever is padded."""
+        """Called before each forward. A row is known by its clean tokens: what pads these, or stands in the place of
+        noisy ones that are not needed, depends on the rows beside it."""
         tokens, layout = inputs
         place = torch.zeros_like(tokens, dtype=torch.int32)
         for field in (layout.document, layout.position, layout.noisy):
             place = mixed(place + field.int())
-        known = mixed(place + tokens.int()) * (layout.document >= 0)  # (B, T)
+        known = mixed(place + tokens.int()) * ((layout.document >= 0) & (layout.noisy == 0))  # (B, T)
         row = mixed(mixed(known.sum(dim=1, dtype=torch.int32) ^ self.seed) + self.step)  # (B,)
         self.tokens = mixed(place ^ row[:, None])
         self.chosen = self.tokens if options.get("index") is None else self.tokens.flatten()[options["index"]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import positions, random_tokens, tiny
 from safetensors.torch import load_file
-from test_parallel import ended, few_rows, flags_of, metrics, refused, start  # noqa: F401
+from test_parallel import FileSystemReader, ended, few_rows, flags_of, metrics, refused, start  # noqa: F401
 
 import convert
 import lora
@@ -172,8 +172,8 @@ def test_what_a_run_leaves_is_small_declares_what_it_is_and_is_used_like_any_che
         assert (peft["base_model_name_or_path"], peft["r"], peft["lora_alpha"]) == (source, 4, 8)
     base = sum(p.numel() for p in load_model(source).parameters())
     trained = sum(tensor.numel() for tensor in adapter(tmp_path).values())
-    state = sum(file.stat().st_size for file in (tmp_path / "checkpoint-2/state").iterdir())
-    assert trained < base / 3 and state < 3 * 4 * trained + 60_000
+    kept = FileSystemReader(tmp_path / "checkpoint-2/state").read_metadata().state_dict_metadata
+    assert trained < base / 3 and all(".lora_" in name or ".row" in name for name in kept)
 
     final = str(tmp_path / "checkpoint-final")
     sample.main(["--model_name_or_path", final, "--max_new_tokens", "4", "--device", "cpu", "1+2?"])
@@ -209,7 +209,7 @@ def test_any_number_of_processes_trains_the_same_adapter(tmp_path, source):
         flags = [*LORA, "--lora_dropout", "0.3", "--gradient_accumulation_steps", str(accumulation), "--sample_prompt"]
         flags += ["7 is", "--parallel", way if processes > 1 else "ddp"]
         output, rows = tmp_path / f"{way}-{processes}", 8 // processes // accumulation
-        flags = flags_of(source, output, *flags, objective=cases[way], rows=rows, steps=4)
+        flags = flags_of(source, output, *flags, objective=cases[way], rows=rows, steps=2)
         return {"flags": flags, "local": 1 if way == "hybrid" else processes}
 
     ended(start([plan(way, 1, 1) for way in cases]))
