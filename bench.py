@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 import graphs
 import log
+import lora
 from checkpoint import load_config, load_model, save_model
 from cli import compile_layers, one_line_errors, prepare
 from diffusion import Batch, bd3lm_example, denoise, draw_noise, loss, loss_weight, mdlm_example
@@ -92,7 +93,8 @@ class Output(Options):
 @dataclass(kw_only=True)
 class Train(Machine, Blocks, Layers, Output):
     """Time and memory of the training step of mdlm and bd3lm: forward, backward, optimizer, noise. Then the time of a
-    step with causal context and the AR loss against one with block context.
+    step with causal context and the AR loss against one with block context, and time and memory of one with LoRA,
+    mdlm's, with the defaults of train.py, against one that trains all weights.
 
     Two processes at a time hold a model each."""
 
@@ -312,6 +314,9 @@ def train_case(args: Train, objective: str, way: str) -> None:
     model.init_weights()
     model.to(device)
     model.compute_dtype = torch.bfloat16 if device == "cuda" else None
+    if way == "lora":
+        config.mask_token_id = mask_id
+        lora.adapt(model.train(), lora.Adapting(lora=True), ".", 0).to(device)
     if args.torch_compile:  # both ways: the layers are the same, the comparison is of what is around them
         compile_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
@@ -388,6 +393,13 @@ def train(args: Train, arguments: list[str]) -> dict:
     ways = table["context"] = compare(arguments, "bd3lm", ("causal", "ours"), args.warmup, args.steps)
     ways["times"] = statistics.median(a / b for a, b in zip(*(ways[way]["seconds"] for way in ("causal", "ours"))))
     print(f"\nbd3lm with causal context and the AR loss: {ways['times']:.2f} times the step of block context")
+
+    ways = table["lora"] = compare(arguments, "mdlm", ("lora", "ours"), args.warmup, args.steps)
+    ways["times"] = statistics.median(a / b for a, b in zip(*(ways[way]["seconds"] for way in ("lora", "ours"))))
+    ways["memory_ratio"] = ways["lora"]["memory"] / ways["ours"]["memory"]
+    print(
+        f"mdlm with LoRA: {ways['times']:.2f} times the step that trains all, {ways['memory_ratio']:.2f} of its memory"
+    )
     return {"machine": where, "peak_flops": peak, "train": table}
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from display import printable
 from files import naming_file, replacing_file
+from lora import LoRALinear
 from model import Config, LanguageModel, Layout
 from parallel import Ranks
 
@@ -199,7 +200,9 @@ def forward_flops(config: Config, tokens: int, rows: int, pairs: int) -> int:
 def train_flops(config: Config, layout: Layout, rows: int) -> int:
     """FLOPs of a training step on `layout`, forward 1 part and backward 2 parts; of the pairs, those that see each
     other."""
-    return 3 * forward_flops(config, layout.position.numel(), rows, visible_pairs(layout))
+    tokens = layout.position.numel()
+    frozen = 0 if config.adapter is None else forward_flops(config, tokens, rows, 0)  # weights without a gradient
+    return 3 * forward_flops(config, tokens, rows, visible_pairs(layout)) - frozen
 
 
 def visible_pairs(layout: Layout) -> int:
@@ -230,6 +233,9 @@ def memory(args, model: LanguageModel, ranks: Ranks) -> tuple[float, float]:
     streams = 2 if config.objective == "bd3lm" else 1
     fed = args.per_device_train_batch_size * (args.pad_to or args.max_length) * streams * (1 + args.complementary_masks)
     activations = activation_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
+    if args.lora_dropout and args.checkpoint_activations == "none":  # what LoRA's products see, and which part that is
+        seen = sum(module.in_features for module in model.modules() if isinstance(module, LoRALinear))
+        activations += fed * seen * (dtype.itemsize + 1)
     return state_bytes(args, model, ranks, dtype), activations
 
 

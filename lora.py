@@ -159,8 +159,9 @@ def replaced(table: Tensor, row: Tensor, token: int) -> Tensor:
     return torch.cat([table[:token], row.to(table), table[token + 1 :]])
 
 
-def adapt(model: LanguageModel, args: Adapting) -> LanguageModel:
-    """`model`, in place, in which only what `args` say is trained; ValueError where an adapter would have no base."""
+def adapt(model: LanguageModel, args: Adapting, name: str, seed: int) -> LanguageModel:
+    """`model`, of that name, in which from now on only what `args` say is trained; ValueError where an adapter would
+    have no base. seed: of the products' first matrices, and of what they do not see."""
     config, embedding = model.config, model.model.embed_tokens
     for parameter in model.parameters() if args.lora else (embedding.weight, model.head_weight):
         parameter.requires_grad_(not (args.lora or args.freeze_embeddings))
@@ -170,8 +171,7 @@ def adapt(model: LanguageModel, args: Adapting) -> LanguageModel:
     if not args.lora:
         return model
 
-    name, source = args.model_name_or_path, resolve(args.model_name_or_path)
-    if (source / ADAPTER).is_file():
+    if (resolve(name) / ADAPTER).is_file():
         raise ValueError(f"{name} is an adapter, and --lora needs a base: merge it first, by convert.py --merge {name}")
     names = PROJECTIONS if args.target_modules == "all-linear" else args.target_modules.split(",")
     config.adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": args.r, "lora_alpha": args.lora_alpha}
@@ -179,7 +179,7 @@ def adapt(model: LanguageModel, args: Adapting) -> LanguageModel:
     config.adapter["base_model_name_or_path"] = str(Path(name).absolute()) if Path(name).is_dir() else name
     if token is not None:
         config.adapter["trainable_token_indices"] = {"embed_tokens": [token]}
-    model.dropout, generator = Dropout(args.lora_dropout, args.seed), torch.Generator().manual_seed(args.seed)
+    model.dropout, generator = Dropout(args.lora_dropout, seed), torch.Generator().manual_seed(seed)
     model.register_forward_pre_hook(model.dropout.begin, with_kwargs=True)
     blocks = [block for layer in model.model.layers for block in (layer.self_attn, layer.mlp)]
     places = [(block, name) for block in blocks for name in PROJECTIONS if name in names and hasattr(block, name)]

@@ -225,7 +225,7 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
             f"rows of {longest} tokens exceed the model's context of {config.max_position_embeddings}; lower "
             "--max_length or --pad_to"
         )
-    return lora.adapt(model.train(), args), tokenizer
+    return lora.adapt(model.train(), args, args.model_name_or_path, args.seed), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

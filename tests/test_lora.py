@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from test_parallel import FileSystemReader, ended, few_rows, flags_of, metrics, refused, start  # noqa: F401
 
 import convert
+import log
 import lora
 import sample
 import train
@@ -220,6 +221,26 @@ def test_any_number_of_processes_trains_the_same_adapter(tmp_path, source):
         assert all((one[name] - two[name]).abs().max() < 1e-9 for name in one), way
         answers = [[row["sample"] for row in metrics(tmp_path / f"{way}-{n}") if "sample" in row] for n in (1, 2)]
         assert answers[0] == answers[1]
+
+
+def test_the_memory_told_is_that_of_what_is_trained():
+    """Of Qwen3-0.6B: gradients and moments of the products and the mask's row alone, as the README has it."""
+    shape = {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    shape |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        model = train.LanguageModel(train.Config(**shape, objective="mdlm", mask_token_id=151_669))
+        number, args = model.size, settings("unused", "--compute_dtype", "bfloat16")
+        whole, kept = log.memory(args, model, ALONE)
+        lora.adapt(model, lora.Adapting(lora=True), ".", 0)
+    D, Q, G, inner = 1024, 2048, 1024, 3072
+    trained = 28 * 32 * (2 * (D + Q) + 2 * (D + G) + 3 * (D + inner)) + D
+    assert (log.trained(model), model.size) == (trained, number + trained)
+    state, activations = log.memory(args, model, ALONE)
+    assert whole == 16 * number and state == 4 * number + 16 * trained
+    assert f"{trained / 1e6:.0f} {state / 1e9:.1f} {whole / 1e9:.1f}" == "20 2.7 9.5"
+    assert activations - kept == 8 * 48 * 28 * (3 * D + Q + 2 * D + inner) * 3
+    frozen = train.Settings.parse(flags_of("unused", "unused", "--lora", "--checkpoint_activations", "full"))
+    assert log.memory(frozen, model, ALONE)[1] < kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
