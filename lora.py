@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -162,23 +163,28 @@ def replaced(table: Tensor, row: Tensor, token: int) -> Tensor:
 def adapt(model: LanguageModel, args: Adapting, name: str, seed: int) -> LanguageModel:
     """`model`, of that name, in which from now on only what `args` say is trained; ValueError where an adapter would
     have no base. seed: of the products' first matrices, and of what they do not see."""
+    if not (args.lora or args.freeze_embeddings):
+        return model
     config, embedding = model.config, model.model.embed_tokens
     for parameter in model.parameters() if args.lora else (embedding.weight, model.head_weight):
-        parameter.requires_grad_(not (args.lora or args.freeze_embeddings))
+        parameter.requires_grad_(False)
     token = None if config.objective == "ar" else config.mask_token_id
-    if token is not None and not embedding.weight.requires_grad:
+    if token is not None:
         model.model.embed_tokens = Embedding(embedding.weight, token)
     if not args.lora:
         return model
 
+    # What the adapter will declare, in PEFT's words; a directory is found from anywhere.
     if (resolve(name) / ADAPTER).is_file():
         raise ValueError(f"{name} is an adapter, and --lora needs a base: merge it first, by convert.py --merge {name}")
-    names = PROJECTIONS if args.target_modules == "all-linear" else args.target_modules.split(",")
+    names = PROJECTIONS if "all-linear" in args.target_modules else args.target_modules.split(",")
     config.adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": args.r, "lora_alpha": args.lora_alpha}
-    config.adapter |= {"lora_dropout": args.lora_dropout, "target_modules": sorted(names), "bias": "none"}
-    config.adapter["base_model_name_or_path"] = str(Path(name).absolute()) if Path(name).is_dir() else name
+    config.adapter |= {"lora_dropout": args.lora_dropout, "target_modules": sorted({*names}), "bias": "none"}
+    local = Path(name).expanduser()
+    config.adapter["base_model_name_or_path"] = str(local.absolute()) if local.is_dir() else name
     if token is not None:
         config.adapter["trainable_token_indices"] = {"embed_tokens": [token]}
+
     model.dropout, generator = Dropout(args.lora_dropout, seed), torch.Generator().manual_seed(seed)
     model.register_forward_pre_hook(model.dropout.begin, with_kwargs=True)
     blocks = [block for layer in model.model.layers for block in (layer.self_attn, layer.mlp)]
@@ -220,20 +226,18 @@ def read(directory: Path) -> dict | None:
     if not file.is_file():
         return None
     adapter = read_json(file)
-    tokens = adapter.get("trainable_token_indices") or {"embed_tokens": [0]}
-    right = {name: type(adapter.get(name)) in (int, float) and adapter[name] > 0 for name in ("r", "lora_alpha")}
-    right |= {name: not adapter.get(name) for name in UNSUPPORTED} | {"peft_type": adapter.get("peft_type") == "LORA"}
-    right["trainable_token_indices"] = list(tokens) == ["embed_tokens"] and len(tokens["embed_tokens"]) == 1
-    right["base_model_name_or_path"] = type(adapter.get("base_model_name_or_path")) is str
-    for name in (name for name, is_so in right.items() if not is_so):
-        value = json.dumps(adapter.get(name))[:60]
-        raise ValueError(f"{file}: {name} {value} is not supported; expected LoRA as train.py --lora writes it")
+    form = dict.fromkeys(UNSUPPORTED, r"null|false|\{\}|\[\]") | {"peft_type": '"LORA"', "r": "[1-9][0-9]{0,5}"}
+    form |= {"lora_alpha": r"[0-9.]{1,12}", "base_model_name_or_path": '".+"'}
+    form["trainable_token_indices"] = r'null|\{"embed_tokens": \[[0-9]+\]\}'
+    for name, pattern in form.items():
+        if not re.fullmatch(pattern, value := json.dumps(adapter.get(name))):
+            raise ValueError(f"{file}: {name} {value:.60} is not supported; expected LoRA as train.py --lora writes it")
     return adapter
 
 
 def merge(model: LanguageModel, directory: Path) -> None:
     """Adds the products of the adapter in `directory` to the weights of its base, `model`, which then has none."""
-    adapter, file, modules = model.config.adapter, directory / WEIGHTS, dict(model.named_modules())
+    adapter, file = model.config.adapter, directory / WEIGHTS
     try:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
     except (SafetensorError, FileNotFoundError) as error:
@@ -246,12 +250,15 @@ def merge(model: LanguageModel, directory: Path) -> None:
             table.data = replaced(table.data, tensors.pop(ROW), token)
 
         # Computed in float32 at least, and rounded once.
-        for name in [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]:
-            weight, thin = modules[name].weight, [tensors.pop(f"{name}.lora_{letter}.weight") for letter in "BA"]
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            B, A = (matrix.to(weight.device, wide) for matrix in thin)
-            scale = adapter["lora_alpha"] / adapter["r"]
-            weight.data = torch.addmm(weight.data.to(wide), B, A, alpha=scale).to(weight.dtype)
+        for name, module in model.named_modules():
+            if name.endswith(PROJECTIONS) and f"{name}.lora_A.weight" in tensors:
+                thin, weight = [tensors.pop(f"{name}.lora_{letter}.weight") for letter in "BA"], module.weight
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                B, A = (matrix.to(weight.device, wide) for matrix in thin)
+                if A.shape[:1] != (adapter["r"],):
+                    raise KeyError(f"{name}.lora_A")
+                scale = adapter["lora_alpha"] / adapter["r"]
+                weight.data = torch.addmm(weight.data.to(wide), B, A, alpha=scale).to(weight.dtype)
         if tensors:
             raise KeyError(min(tensors))
     except (KeyError, RuntimeError) as error:
