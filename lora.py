@@ -131,9 +131,9 @@ class LoRALinear(Linear):
         nn.init.uniform_(self.lora_A.weight, -bound, bound, generator=generator)
         nn.init.zeros_(self.lora_B.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         seen = self.dropout(x, self.number) if self.training else x
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(seen))
+        return super().forward(x, onto) + self.scale * self.lora_B(self.lora_A(seen))
 
 
 class Embedding(nn.Module):
@@ -192,6 +192,12 @@ def adapt(model: LanguageModel, args: Adapting, name: str, seed: int) -> Languag
     for number, (block, name) in enumerate(places):
         setattr(block, name, LoRALinear(getattr(block, name), number, args, model.dropout, generator))
     return model
+
+
+def begin_step(model: LanguageModel, step: int) -> None:
+    """At each step other inputs are dropped."""
+    if model.config.adapter is not None:
+        model.dropout.step = step
 
 
 def digest(model: LanguageModel) -> str | None:
