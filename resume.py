@@ -229,8 +229,9 @@ def prepare(output: Path, start: Start) -> None:
 def check_settings(before: dict, args, path: Path, free: tuple = ()) -> None:
     """ValueError where a setting that decides the weights is not what it was `before`, when `path` was written."""
     for name, value in args.learned.items():
-        if name not in free and before.get(name) != value:
-            raise ValueError(f"--{name} {value} contradicts {path}, of a run with {before.get(name)}; resume with that")
+        old = before.get(name, getattr(type(args), name, None))  # a flag that there was not yet has its default
+        if name not in free and old != value:
+            raise ValueError(f"--{name} {value} contradicts {path}, of a run with {old}; resume with that")
 
 
 def check_resumed(start: Start, args, config: Config, processes: int) -> None:
