@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import graphs
 import log
 import lora
+import parallel
 from checkpoint import load_config, load_model, save_model
 from cli import compile_layers, one_line_errors, prepare
 from diffusion import Batch, bd3lm_example, denoise, draw_noise, loss, loss_weight, mdlm_example
@@ -116,7 +117,8 @@ class Train(Machine, Blocks, Layers, Output):
     def dtypes(self) -> list[str]:
         if self.compute_dtype is not None:
             return [self.compute_dtype]
-        return ["bfloat16"] if self.device == "cuda" else ["float32", *(["bfloat16"] if log.has_bfloat16() else [])]
+        both = self.device != "cuda" and parallel.has_bfloat16()
+        return ["float32", "bfloat16"] if both else ["bfloat16" if self.device == "cuda" else "float32"]
 
 
 @dataclass(kw_only=True)

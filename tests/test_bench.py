@@ -58,7 +58,7 @@ def test_one_row_of_the_table_alone_can_be_measured(tmp_path, capfd):
 
 
 def test_training_steps_are_measured_in_each_dtype_and_agree_with_plain_ones(monkeypatch, capsys):
-    monkeypatch.setattr(bench.log, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(bench.parallel, "has_bfloat16", lambda: True)
     monkeypatch.setattr(bench, "matmul_flops", lambda device, dtype: 1e12 if dtype == "float32" else 2e12)
     shape = ["--model", "tiny", "--batch", "2", "--length", "16", "--block_size", "4", "--steps", "2"]
     args = bench.Train.parse(shape)
