@@ -363,8 +363,8 @@ class Service:
     # Answers
 
     async def page(self, request: Request) -> Response:
-        policy = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
-        headers = {"Content-Security-Policy": policy + "; form-action 'none'; frame-ancestors 'none'"}
+        policy = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+        headers = {"Content-Security-Policy": policy + "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
         return HTMLResponse(filled("chat.html", {}, self.told()), headers=headers)
 
     async def script(self, request: Request) -> Response:
