@@ -866,7 +866,7 @@ class Decoding:
             for numbers, batch in ((rows, self), (theirs, other))
         )
         n = min(self.T, other.T)
-        for name in ("keys", "values", "fields"):
+        for name in ("pairs", "fields"):
             getattr(self.cache, name)[:, rows, :n] = getattr(other.cache, name)[:, theirs, :n]
 
     def run(self) -> Iterator[Step]:
