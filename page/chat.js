@@ -79,6 +79,13 @@ function told({ forwards, tokens }, total) {
   return `forward ${forwards}${total ? `/${total}` : ""}, ${tokens} tokens${share}`;
 }
 
+// Changes the page and stays at its end, unless the reader has scrolled up.
+function following(change) {
+  const down = innerHeight + scrollY >= document.body.scrollHeight - 40;
+  change();
+  if (down) scrollTo(0, document.body.scrollHeight);
+}
+
 // Draws an answer while it is denoised; its text, and whether it came to its end.
 async function answer(path, body, turn, signal) {
   const [canvas, controls, play, scrub, count] =
@@ -89,10 +96,10 @@ async function answer(path, body, turn, signal) {
     for await (const { choices: [choice] } of events(path, body, signal)) {
       said += choice.delta?.content ?? choice.text;
       frames.push(choice.canvas);
-      const down = innerHeight + scrollY >= document.body.scrollHeight - 40; // whoever scrolled up is left there
-      drawCanvas(canvas, choice.canvas.spans);
-      count.textContent = told(choice.canvas);
-      if (down) scrollTo(0, document.body.scrollHeight);
+      following(() => {
+        drawCanvas(canvas, choice.canvas.spans);
+        count.textContent = told(choice.canvas);
+      });
     }
   } catch (error) {
     failed = signal.aborted ? "stopped" : error.message;
@@ -106,13 +113,13 @@ async function answer(path, body, turn, signal) {
       canvas.style.minHeight = `${Math.max(canvas.offsetHeight, parseFloat(canvas.style.minHeight) || 0)}px`;
       count.textContent = told(frames[n], total);
     }).go(frames.length - 1);
-    controls.hidden = false;
+    following(() => (controls.hidden = false));
   }
   if (failed) {
     const note = document.createElement("p");
     note.className = "error";
     note.textContent = failed;
-    turn.append(note);
+    following(() => turn.append(note));
   }
   return [said, failed === null || (failed === "stopped" && said !== "")];
 }
