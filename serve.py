@@ -252,8 +252,8 @@ class Service:
         """Refused unless the client may ask. Without a key only pages from here may: another site's, which a browser
         on this machine shows, could reach us by a name of its own."""
         if self.args.api_key is not None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode("latin-1"), self.args.api_key.encode()):  # as headers are read
+            given = request.headers.get("authorization", "").encode("latin-1")  # as headers are read
+            if not hmac.compare_digest(given, f"Bearer {self.args.api_key}".encode()):
                 raise Refused("the key is missing or wrong; expected the header Authorization: Bearer KEY", 401)
         elif request.url.hostname not in (*LOOPBACK, self.args.host):
             raise Refused(f"unknown host {request.url.hostname}; expected {self.args.host}", 403)

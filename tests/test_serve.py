@@ -411,7 +411,9 @@ def test_others_are_served_only_with_a_key(capsys):
 
 def test_the_program_tells_its_address_and_ends_by_an_interrupt():
     argv = [sys.executable, "serve.py", "--model_name_or_path", checkpoint("mdlm"), "--port", "0", "--steps", "4"]
-    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    with subprocess.Popen(argv, cwd=ROOT, preexec_fn=heeding, **pipes) as program:
         address = program.stdout.readline().split()[-1]
         with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:
             models = json.load(response)["data"]
