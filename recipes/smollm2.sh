@@ -35,10 +35,10 @@ run() {
     "$PYTHON" "$@"
 }
 
-answers() { # MODEL FLAGS...
+answers() { # MODEL FLAGS...; in float32: in bfloat16 rounding decides between tokens that are about as likely
     model=$1
     shift
-    run sample.py --model_name_or_path "$model" --max_new_tokens 64 "$@" 'What is the capital of France?' \
+    run sample.py --model_name_or_path "$model" --dtype float32 --max_new_tokens 64 "$@" 'What is the capital of France?' \
         'Why is the sky blue?' 'Give three tips for staying healthy.' 'Write a short story about a robot who paints.'
 }
 
@@ -70,7 +70,7 @@ from log import past_rows
 speed = past_rows(Path(sys.argv[1]))[-1]["tokens_per_second"]
 minutes, answering = float(sys.argv[2]), float(sys.argv[3]) / 60
 print(f"\n# {speed:.0f} tokens a second: {speed * 60 * minutes / 1e6:.2f} M tokens in {minutes:g} minutes of training. "
-      f"With evaluations, answers and figures all of it takes about {1 + 1.05 * minutes + 4 * answering:.0f} minutes.")
+      f"With evaluations, answers and figures all of it takes about {1 + 1.05 * minutes + 20 * answering:.0f} minutes.")
 END
     rm -r "$RUNS/probe"
 fi
