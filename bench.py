@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 import graphs
 import log
+import lora
 from checkpoint import load_config, load_model, save_model
 from cli import compile_layers, one_line_errors, prepare
 from diffusion import Batch, bd3lm_example, denoise, draw_noise, loss, loss_weight, mdlm_example
@@ -93,7 +94,8 @@ class Output(Options):
 @dataclass(kw_only=True)
 class Train(Machine, Blocks, Layers, Output):
     """Time and memory of the training step of mdlm and bd3lm: forward, backward, optimizer, noise. Then the time of a
-    step with causal context and the AR loss against one with block context.
+    step with causal context and the AR loss against one with block context, and time and memory of one with LoRA,
+    mdlm's, with the defaults of train.py, against one that trains all weights.
 
     Two processes at a time hold a model each."""
 
@@ -329,6 +331,9 @@ def train_case(args: Train, case: str, way: str) -> None:
     model.init_weights()
     model.to(device)
     model.compute_dtype = None if dtype == "float32" else torch.bfloat16
+    if way == "lora":
+        config.mask_token_id = mask_id
+        lora.adapt(model.train(), lora.Adapting(lora=True), ".", 0).to(device)
     if args.torch_compile:  # both ways: the layers are the same, the comparison is of what is around them
         compile_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
@@ -410,6 +415,10 @@ def train(args: Train, arguments: list[str]) -> dict:
         ways["times"] = statistics.median(a / b for a, b in zip(*(ways[way]["seconds"] for way in ("causal", "ours"))))
         print(f"bd3lm {dtype}: with causal context and the AR loss {ways['times']:.2f} times the step of block context")
         table[f"context-{dtype}"] = ways
+        ways = table[f"lora-{dtype}"] = compare(arguments, f"mdlm-{dtype}", ("lora", "ours"), args.warmup, args.steps)
+        ways["times"] = statistics.median(a / b for a, b in zip(*(ways[way]["seconds"] for way in ("lora", "ours"))))
+        ways["memory_ratio"] = ways["lora"]["memory"] / ways["ours"]["memory"]
+        print(f"mdlm {dtype}: with LoRA {ways['times']:.2f} times the step, {ways['memory_ratio']:.2f} of its memory")
     return {"machine": where, "peak_flops": peaks, "train": table}
 
 

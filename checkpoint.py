@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import lora
 from files import read_json, replacing, resolve
 from model import CONTEXTS, FAMILIES, OBJECTIVES, Config, LanguageModel
 from tokenizer import GENERATION, Tokenizer, read_files
@@ -24,12 +25,13 @@ from tokenizer import GENERATION, Tokenizer, read_files
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # torch's name: safetensors'
 WRITTEN = ["config.json", "model*.safetensors", "model.safetensors.index.json", "chat_template.jinja"]
 WRITTEN += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
+WRITTEN += [lora.ADAPTER, lora.WEIGHTS]
 SHARD_BYTES = 5_000_000_000
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What a config.json of ours declares, unknown to transformers: where a contradicting value comes from.
 DECLARED = {"objective": "--objective", "block_length": "--block_size", "right_shift": "--right_shift_logits"}
 DECLARED |= {"mask_token_id": "the tokenizer's mask token", "context": "--context"}
-UNSTORED = ("extra", "reason", "assumed", "answer_length")  # fields of Config that config.json has not
+UNSTORED = ("extra", "reason", "assumed", "answer_length", "adapter")  # fields of Config that config.json has not
 
 # What is known of published checkpoints that declare no objective, by a part of their names; and by the architecture.
 KNOWN = {
@@ -78,6 +80,7 @@ def load_config(path: str | Path) -> Config:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     _assume(config, path, raw)
+    config.adapter = lora.read(path)
 
     # mdlm's answer fills a canvas, which should be no longer than in training.
     if config.objective == "mdlm" and "objective" in raw and (path / GENERATION).is_file():
@@ -298,9 +301,12 @@ class Stored(NamedTuple):
 
 def load_model(path: str | Path, *, dtype=None, device="cpu", config: Config | None = None) -> LanguageModel:
     """The model of a directory or a Hub id, in eval mode; dtype (a torch.dtype) None: as stored, which
-    `config.dtype` then names. config: `load_config`'s, where it has been read."""
-    path = resolve(path)
-    config, stored = config or load_config(path), _contents(path)
+    `config.dtype` then names. config: `load_config`'s, where it has been read. An adapter is merged into its base."""
+    path = adapter = resolve(path)
+    config = config or load_config(path)
+    if config.adapter is not None:
+        path = _base(adapter, config.adapter["base_model_name_or_path"])
+    stored = _contents(path)
     if (L := config.num_hidden_layers) > len(stored):
         raise ValueError(f"{path}: weights and config.json disagree: {len(stored)} tensors for num_hidden_layers {L}")
     with torch.device("meta"):
@@ -323,7 +329,18 @@ def load_model(path: str | Path, *, dtype=None, device="cpu", config: Config | N
             with safe_open(stored[name].file, "pt") as handle:
                 tensors[name] = handle.get_tensor(name).to(device, dtype or as_stored)
     model.load_state_dict(tensors, assign=True)
+    if config.adapter is not None:
+        lora.merge(model, adapter)
     return model.eval()
+
+
+def _base(adapter: Path, name: str) -> Path:
+    """The directory of the model that an adapter belongs to."""
+    try:
+        return resolve(name)
+    except (FileNotFoundError, ValueError) as error:
+        place = f"base_model_name_or_path in {adapter / lora.ADAPTER}"
+        raise FileNotFoundError(f"{error}; put it there, or name another in {place}") from error
 
 
 def _contents(path: Path) -> dict[str, Stored]:
@@ -400,13 +417,18 @@ def write_model(model: LanguageModel, directory: Path, *, dtype=None, tokenizer=
     dtype = dtype or getattr(torch, model.config.dtype)
     config = replace(model.config, dtype=str(dtype).removeprefix("torch."))
     tensors = model.state_dict() if state_dict is None else state_dict
+    tensors, name = lora.stored(tensors, config), "model{suffix}.safetensors"
+    if config.adapter is not None:  # config.json stays that of the base, which is not float32 perhaps
+        config, dtype, name = model.config, torch.promote_types(dtype, torch.float32), lora.WEIGHTS
+        (directory / lora.ADAPTER).write_text(json.dumps(config.adapter, indent=2) + "\n")
     config_file = directory / "config.json"
     config_file.write_text(json.dumps(config_dict(config), indent=2) + "\n")
 
     # Which tensor goes to which file depends on their sizes as they will be stored, which empty tensors have too. Only
     # one file's tensors are converted at a time.
     sizes = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in tensors.items()}
-    split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
+    how = {"filename_pattern": name, "max_shard_size": SHARD_BYTES}
+    split = huggingface_hub.split_torch_state_dict_into_shards(sizes, **how)
     for name, shard in split.filename_to_tensors.items():
         file = directory / name
         part = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in shard}

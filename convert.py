@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 
@@ -12,6 +12,7 @@ from checkpoint import EMBEDDING, HEAD, load_config, load_model, resolve, save_m
 from cli import one_line_errors
 from display import printable
 from files import check_directory, sole_user
+from lora import ADAPTER
 from model import CONTEXTS, OBJECTIVES, Config, LanguageModel
 from options import Directory, Model, Options, Seed
 from tokenizer import Tokenizer
@@ -21,7 +22,11 @@ from tokenizer import Tokenizer
 class Paths(Options):
     "from where, to where"
 
-    model_name_or_path: Model  # source: a directory (also under $BASE_MODELS_DIR) or a Hub id
+    model_name_or_path: Model | None = None
+    """source: a directory (also under $BASE_MODELS_DIR) or a Hub id (default: none, with --merge)"""
+    merge: Annotated[Model, "ADAPTER_DIR"] | None = None
+    """add what train.py --lora trained to the weights of its base, and write an ordinary checkpoint that declares what
+    the adapter does (default: convert --model_name_or_path)"""
     output_dir: Directory  # directory to write; it appears when it is complete, not before
     overwrite: bool = False
     """replace the checkpoint in --output_dir (default: False, a non-empty directory is an error)"""
@@ -71,6 +76,18 @@ class Convert(Paths, Declarations, Weights):
     declare something else or to go back to a plain causal checkpoint (--to ar)."""
 
     prog: ClassVar[str] = "convert.py"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.merge is None) == (self.model_name_or_path is None):
+            raise ValueError("name what to convert by --model_name_or_path, or an adapter by --merge, and not both")
+
+    @classmethod
+    def parse(cls, argv: list[str] | None = None) -> Self:
+        args = super().parse(argv)
+        for name in sorted(args.given - {"merge", "output_dir", "overwrite", "save_dtype"} if args.merge else ()):
+            raise ValueError(f"--{name} means nothing with --merge; merge first, and convert what that wrote")
+        return args
 
 
 def redeclare(config: Config, args: Convert, mask_id: int) -> None:
@@ -165,7 +182,9 @@ def convert(args: Convert) -> dict[str, str]:
         raise ValueError(f"--output_dir {output} is not empty; choose another or pass --overwrite")
     if not output.exists():
         check_directory("--output_dir", output)
-    source = resolve(args.model_name_or_path)
+    source = resolve(args.merge or args.model_name_or_path)
+    if args.merge is not None:
+        return merge(args, source, output)
     tokenizer = Tokenizer(source, args.mask_token)
     remark = ""
     if args.to == "diffusion":
@@ -205,6 +224,19 @@ def convert(args: Convert) -> dict[str, str]:
         "written": str(output),
         **({"recommended": shift} if advised else {}),
     }
+
+
+def merge(args: Convert, source: Path, output: Path) -> dict[str, str]:
+    """Writes the checkpoint that the adapter in `source` makes of its base; returns what was done."""
+    config = load_config(source)
+    if config.adapter is None:
+        raise ValueError(f"--merge {source} holds no {ADAPTER}; name a checkpoint of train.py --lora")
+    adapter, model = config.adapter, load_model(source, config=config)
+    dtype = args.save_dtype or config.dtype
+    with sole_user(output.resolve(), whole=True):
+        save_model(model, output, dtype=getattr(torch, dtype), tokenizer=Tokenizer(source))
+    about = f"of rank {adapter['r']}, on {adapter['base_model_name_or_path']}"
+    return {"adapter": about, "objective": f"{config.objective}", "dtype": dtype, "written": str(output)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from display import printable
 from files import naming_file, replacing_file
+from lora import LoRALinear
 from model import Config, LanguageModel, Layout
 from parallel import Ranks
 
@@ -154,7 +155,8 @@ def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:
 
 def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ranks) -> str:
     """The first lines of a run. args: train.Settings."""
-    config, dtype = model.config, args.computes_in(ranks.device, model.size)
+    config, dtype, learnt = model.config, args.computes_in(ranks.device, model.size), trained(model)
+    size = f"{model.size:,} parameters" + (f" ({learnt:,} of them trained)" if learnt < model.size else "")
     shift = ", right shift" if config.right_shift and config.objective != "ar" else ""
     block = f", block length {args.block_size or config.block_length}" if config.objective == "bd3lm" else ""
     block += f", causal context, AR loss x {args.beside(config):g}" if args.beside(config) else ""
@@ -163,7 +165,7 @@ def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ran
     length = args.pad_to or args.max_length
     state, activations = memory(args, model, ranks)
     return (
-        f"model  {args.model_name_or_path}: {config.model_type}, {model.size:,} parameters, as {config.objective}"
+        f"model  {args.model_name_or_path}: {config.model_type}, {size}, as {config.objective}"
         f"{block}{shift}, on {where}{', layers compiled' if args.compiles_on(ranks.device) else ''}\n"
         f"data   {about_data}\n"
         f"run    {steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} tokens; "
@@ -198,7 +200,9 @@ def forward_flops(config: Config, tokens: int, rows: int, pairs: int) -> int:
 def train_flops(config: Config, layout: Layout, rows: int) -> int:
     """FLOPs of a training step on `layout`, forward 1 part and backward 2 parts; of the pairs, those that see each
     other."""
-    return 3 * forward_flops(config, layout.position.numel(), rows, visible_pairs(layout))
+    tokens = layout.position.numel()
+    frozen = 0 if config.adapter is None else forward_flops(config, tokens, rows, 0)  # weights without a gradient
+    return 3 * forward_flops(config, tokens, rows, visible_pairs(layout)) - frozen
 
 
 def visible_pairs(layout: Layout) -> int:
@@ -229,7 +233,10 @@ def memory(args, model: LanguageModel, ranks: Ranks) -> tuple[float, float]:
     streams = 2 if config.objective == "bd3lm" else 1
     fed = args.per_device_train_batch_size * (args.pad_to or args.max_length) * streams * (1 + args.complementary_masks)
     activations = activation_bytes(config, fed, dtype.itemsize, args.checkpoint_activations)
-    return model.size * state_bytes(args, ranks, dtype), activations
+    if args.lora_dropout and args.checkpoint_activations == "none":  # what LoRA's products see, and which part that is
+        seen = sum(module.in_features for module in model.modules() if isinstance(module, LoRALinear))
+        activations += fed * seen * (dtype.itemsize + 1)
+    return state_bytes(args, model, ranks, dtype), activations
 
 
 def check_memory(args, model: LanguageModel, ranks: Ranks) -> None:
@@ -246,16 +253,22 @@ def check_memory(args, model: LanguageModel, ranks: Ranks) -> None:
             )
 
 
-def state_bytes(args, ranks: Ranks, dtype: torch.dtype) -> float:
-    """Bytes that a process keeps for each parameter: weight, gradient and one or two moments, in float32, or its share
-    of them where they are sharded."""
-    size = 12 if args.optim == "muon" else 16
+def trained(model: LanguageModel) -> int:
+    """Parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def state_bytes(args, model: LanguageModel, ranks: Ranks, dtype: torch.dtype) -> float:
+    """Bytes that a process keeps: every weight, and of those that are trained the gradient and one or two moments, in
+    float32, or its share of them where they are sharded."""
+    size = 4 * model.size + (8 if args.optim == "muon" else 12) * trained(model)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size /= {"ddp": 1, "hybrid": local}.get(args.parallel, ranks.world_size)
     if ranks.world_size > 1 and args.parallel == "zero2":
-        size += dtype.itemsize  # the weights as gathered
+        size += dtype.itemsize * model.size  # the weights as gathered
     if ranks.world_size > 1 and args.parallel != "ddp" and args.gradient_accumulation_steps > 1:
-        size += getattr(torch, args.reduce_dtype).itemsize  # the sum of the gradients so far, which is sharded at last
+        # The sum of the gradients so far, which is sharded at last.
+        size += getattr(torch, args.reduce_dtype).itemsize * trained(model)
     return size
 
 

@@ -56,6 +56,7 @@ class Config:
     reason: str = field(default="declared", compare=False)  # why it is of this objective; empty: nothing says which
     assumed: tuple = field(default=(), compare=False)  # fields that no file declares, so that an option may differ
     answer_length: int | None = field(default=None, compare=False)  # tokens of the longest answer it was trained on
+    adapter: dict | None = field(default=None, compare=False)  # adapter_config.json, where only that much is its own
 
     @property
     def causal(self) -> bool:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from diffusion import NORMS
+from lora import Adapting
 from model import LanguageModel
-from options import Count, Decay, NonNegative, Options, Positive, Share
+from options import Count, Decay, NonNegative, Positive, Share
 
 
 @dataclass(kw_only=True)
-class Optimization(Options):
+class Optimization(Adapting):
     "optimization"
 
     loss_norm_type: Literal[*NORMS] = "token"
@@ -36,9 +37,10 @@ class Optimization(Options):
 
 def build_optimizers(model: LanguageModel, args: Optimization) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the layers' matrices and AdamW for the rest."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    others = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." not in name]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim == 2 and ".layers." in name]
+    others = [p for name, p in trained if p.ndim == 2 and ".layers." not in name]
+    vectors = [p for _, p in trained if p.ndim == 1]
     groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
     optimizers = []
     if args.optim == "muon":
@@ -46,7 +48,7 @@ def build_optimizers(model: LanguageModel, args: Optimization) -> list[torch.opt
     else:
         groups[0]["params"] = matrices + others
     adamw = torch.optim.AdamW(
-        groups,
+        [group for group in groups if group["params"]],
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,

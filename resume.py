@@ -229,8 +229,9 @@ def prepare(output: Path, start: Start) -> None:
 def check_settings(before: dict, args, path: Path, free: tuple = ()) -> None:
     """ValueError where a setting that decides the weights is not what it was `before`, when `path` was written."""
     for name, value in args.learned.items():
-        if name not in free and before.get(name) != value:
-            raise ValueError(f"--{name} {value} contradicts {path}, of a run with {before.get(name)}; resume with that")
+        old = before.get(name, getattr(type(args), name, None))  # a flag that there was not yet has its default
+        if name not in free and old != value:
+            raise ValueError(f"--{name} {value} contradicts {path}, of a run with {old}; resume with that")
 
 
 def check_resumed(start: Start, args, config: Config, processes: int) -> None:
@@ -257,8 +258,9 @@ def check_resumed(start: Start, args, config: Config, processes: int) -> None:
         raise ValueError(f"{product} are {rows} rows a step, but {before} in {path}; resume with as many")
 
 
-def fingerprints(loaders: Loaders, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """A hash of each thing that a run reads and that could be another when it goes on, though its name is the same."""
+def fingerprints(loaders: Loaders, tokenizer: Tokenizer | None, frozen: str | None) -> dict[str, str | None]:
+    """A hash of each thing that a run reads and that could be another when it goes on, though its name is the same.
+    frozen: that of the weights that are not trained."""
     train = loaders.train
     if isinstance(train, StreamLoader):
         rows = [list(itertools.islice(source.rows(), 100)) for source in train.stream.sources]
@@ -266,7 +268,7 @@ def fingerprints(loaders: Loaders, tokenizer: Tokenizer | None) -> dict[str, str
         first = hashlib.blake2b(json.dumps(rows, default=str).encode(), digest_size=8).hexdigest()
     else:
         first = hash_rows(getattr(train.rows, "rows", train.rows))  # packed rows have rows of their own
-    found = {"tokenizer": tokenizer and data.fingerprint(tokenizer), "data to train on": first}
+    found = {"base model": frozen, "tokenizer": tokenizer and data.fingerprint(tokenizer), "data to train on": first}
     return found | {"data to evaluate on": None if loaders.eval_rows is None else hash_rows(loaders.eval_rows)}
 
 
@@ -310,7 +312,7 @@ def check_fingerprints(path: Path, progress: dict, now: dict) -> None:
 def save_training(path: Path, model: LanguageModel, optimizers: list, progress: dict, *, dtype, tokenizer) -> None:
     """Writes a checkpoint that training can be resumed from; called by all ranks, whose `progress` is the same."""
     # A Hugging Face directory, and in it a directory with what torch.distributed.checkpoint stores, sharded or not: the
-    # float32 weights and the optimizers.
+    # float32 weights that are trained and the optimizers.
     dcp, states = _distributed_checkpoint()
     rank = dist.get_rank() if dist.is_initialized() else 0
 
@@ -325,8 +327,9 @@ def save_training(path: Path, model: LanguageModel, optimizers: list, progress: 
         # The state, of which every rank writes its own shards. What marks it as whole comes last.
         # Of the optimizers only tensors: their settings are flags.
         weights, moments = states.get_state_dict(model, optimizers)
+        state = {"model": _trained(model, weights), "optimizer": {"state": moments["state"]}}
         try:
-            dcp.save({"model": weights, "optimizer": {"state": moments["state"]}}, checkpoint_id=directory / STATE)
+            dcp.save(state, checkpoint_id=directory / STATE)
         except dcp.api.CheckpointException as error:  # a BaseException with one of each failed rank
             raise cannot_write(directory / STATE, next(iter(error.failures.values()))[0]) from error
         if rank == 0:
@@ -340,7 +343,7 @@ def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
     dcp, states = _distributed_checkpoint()
     progress = read_progress(path)
     weights, moments = states.get_state_dict(model, optimizers)
-    state = {"model": weights, "optimizer": {"state": moments["state"]}}
+    state = {"model": _trained(model, weights), "optimizer": {"state": moments["state"]}}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of a damaged file is said below
@@ -350,8 +353,14 @@ def load_training(path: Path, model: LanguageModel, optimizers: list) -> dict:
         reason = re.split(r"(?<=\w)\. ", str(reason))[0][:200] or repr(reason)  # torch adds advice that is unsafe
         raise ValueError(f"{path} does not fit this run or is damaged: {reason}") from error
     moments |= state["optimizer"]
-    states.set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=moments)
+    states.set_state_dict(model, optimizers, model_state_dict=weights | state["model"], optim_state_dict=moments)
     return progress
+
+
+def _trained(model: LanguageModel, weights: dict) -> dict:
+    """Of its weights those that are trained; the others are those of --model_name_or_path."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in weights.items() if name not in frozen}
 
 
 def load_newest(paths: list[Path], model: LanguageModel, optimizers: list, rank: int) -> tuple[Path, dict]:
@@ -405,9 +414,10 @@ def drop_training(path: Path) -> None:
 
 
 def _gathered(model: LanguageModel) -> dict:
-    """All tensors of a model whose ranks may have a part of each, on rank 0's CPU."""
+    """All tensors that a save writes of a model whose ranks may have a part of each, on rank 0's CPU."""
     _, states = _distributed_checkpoint()
-    return states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    how = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": model.config.adapter is not None}
+    return states.get_model_state_dict(model, options=states.StateDictOptions(**how))
 
 
 def _distributed_checkpoint():

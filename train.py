@@ -29,6 +29,7 @@ from torch import Tensor
 
 import data
 import log
+import lora
 import resume
 from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model, resolve
 from cli import encode_prompt, one_line_errors, sampler_options
@@ -220,7 +221,7 @@ def build_model(args: Settings) -> tuple[LanguageModel, Tokenizer]:
             f"rows of {longest} tokens exceed the model's context of {config.max_position_embeddings}; lower "
             "--max_length or --pad_to"
         )
-    return model.train(), tokenizer
+    return lora.adapt(model.train(), args, args.model_name_or_path, args.seed), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ class Run:
             self.model.config.answer_length = longest_answer(args, self.model.config, self.loaders.train)
         self.prompt = None if args.sample_prompt is None else encode_prompt(args, self.model, self.tokenizer)
         known = None if args.model_name_or_path == TINY else self.tokenizer  # which builtin/tiny makes of the data
-        self.fingerprints = resume.fingerprints(self.loaders, known)
+        self.fingerprints = resume.fingerprints(self.loaders, known, lora.digest(self.model))
         self._plan(start.done)
         self.save_dtype = getattr(torch, args.save_dtype or self.model.config.dtype)
         use_cudnn(args.stage == "pt" or args.pad_to is not None)
@@ -556,8 +557,8 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
         spent = 0.0 if args.max_minutes is None else minutes / args.max_minutes
         rate = learning_rate(min(1.0, max((run.step + 1) / (run.steps + 1), spent)), args)
 
-        # A loss that is not finite on one rank makes the gradient not finite on all of them,
-        # so that all leave the step out.
+        # A loss that is not finite on one rank makes the gradient so on all of them, and all leave the step out.
+        lora.begin_step(run.model, run.step)
         engine, sync, examples = run.engine, run.sync, batch.examples
         totals, norm = gradients(engine, sync, run.model, examples, denominator, args.max_grad_norm, ranks)
         update(run.optimizers, rate, norm)

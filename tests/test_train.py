@@ -384,6 +384,8 @@ FLAGS = [
     "--checkpoint_activations selective",
     "--torch_compile True --sample_prompt 1+2?",
     "--report_to none",
+    "--lora --r 4 --lora_alpha 8 --lora_dropout 0.1 --target_modules q_proj,down_proj",
+    "--freeze_embeddings True",
 ]
 REQUIRED = {"--help", "--model_name_or_path", "--output_dir", "--dataset_args", "--stage", "--max_steps"}
 
