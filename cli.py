@@ -15,11 +15,12 @@ import torch
 
 from checkpoint import DTYPES, about, declare, identify, load_config, load_model, resolve
 from choose import RULES
-from diffusion import Prefix, Sampling, denoise
+from diffusion import Prefix, Sampling, Step, denoise
 from display import Spans, bracketed, one_line, shorten, spans, terminal
 from graphs import use_cudnn
 from model import OBJECTIVES, LanguageModel
 from options import Model, Options, Seed
+from picture import GIVEN, Frame
 from tokenizer import ROLES, Tokenizer, why_invalid
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,46 +269,34 @@ class Answer(NamedTuple):
     shown: Spans  # the same, where what was filled in stands out
     tokens: int  # that were generated, with the end token
     forwards: int  # model calls until the row was done
+    ended: bool = True  # by an end token, or as a canvas that was filled in; else for want of room, or stopped
 
 
-class Answers:
-    """The answers to a batch of prompts. Iterating over it takes the steps of `denoise`, whose arguments these are;
-    `shown` is what there is after each, `final` what comes out. options: of `sampler_options`."""
+class Progress:
+    """What becomes of a batch of prompts: `add` takes a step of their decoding; `shown` is what there is after it,
+    `final` what comes out."""
 
-    def __init__(
-        self, model, tokenizer, prompts, canvas_masks=None, *, options: dict, generator, prefix: Prefix | None = None
-    ):
+    def __init__(self, tokenizer, prompts: list[list[int]], new: int, infilling: bool):
         # An answer follows its prompt, up to its first end token. In infilling it is the whole canvas, which end tokens
         # do not end.
-        self.tokenizer, self.infilling = tokenizer, canvas_masks is not None
+        self.tokenizer, self.infilling = tokenizer, infilling
         self.end_ids = () if self.infilling else tuple(tokenizer.end_ids)
-        new = options["max_new_tokens"]
         self.columns = [slice(0 if self.infilling else len(ids), len(ids) + new) for ids in prompts]
+        self.last = None  # the newest step
 
-        self.seconds, self.last = 0.0, None  # what the steps took, and the newest one
-        how = {"canvas_masks": canvas_masks, "end_ids": self.end_ids, "prefix": prefix, "generator": generator}
-        self.steps = denoise(model, prompts, **how, **options)
-
-    def __iter__(self):
-        while True:
-            begun = time.perf_counter()
-            step = next(self.steps, None)
-            self.seconds += time.perf_counter() - begun  # without what the caller does with the step
-            if step is None:
-                return
-            # Of each token the forward that settled it, 0 if it was given, -1 while it is masked (B, T); of each row
-            # the forwards until it was done (B,).
-            self.corrected = torch.zeros_like(step.masked)
-            if self.last is None:
-                self.settled, self.forwards = -step.masked.long(), torch.zeros_like(step.done, dtype=torch.int64)
-            else:
-                settled = torch.where(self.settled < 0, step.forwards, self.settled)
-                self.settled = torch.where(step.masked, -1, settled)
-                self.forwards = torch.where(self.last.done, self.forwards, step.forwards)
-                if step.draft is not None:  # where another token settled than was drafted
-                    self.corrected = self.last.draft & ~step.masked & (step.tokens != self.last.tokens)
-            self.last = step
-            yield step
+    def add(self, step: Step) -> None:
+        # Of each token the forward that settled it, 0 if it was given, -1 while it is masked (B, T); of each row the
+        # forwards until it was done (B,).
+        self.corrected = torch.zeros_like(step.masked)
+        if self.last is None:
+            self.settled, self.forwards = -step.masked.long(), torch.zeros_like(step.done, dtype=torch.int64)
+        else:
+            settled = torch.where(self.settled < 0, step.forwards, self.settled)
+            self.settled = torch.where(step.masked, -1, settled)
+            self.forwards = torch.where(self.last.done, self.forwards, step.forwards)
+            if step.draft is not None:  # where another token settled than was drafted
+                self.corrected = self.last.draft & ~step.masked & (step.tokens != self.last.tokens)
+        self.last = step
 
     def rows(self, *fields: torch.Tensor):
         """For each row, of each field the values of what is denoised."""
@@ -325,19 +314,52 @@ class Answers:
         """The same for a terminal."""
         return [bracketed(row) for row in self.states()]
 
+    def frame(self) -> Frame:
+        """The first row after the newest step, for a picture."""
+        canvas, (settled,) = next(zip(self.states(), self.rows(self.settled)))
+        canvas = [(text, state if when else GIVEN) for (text, state), when in zip(canvas, settled)]
+        # An end token after them counts, too.
+        return Frame(sum(when > 0 for when in settled[: len(canvas) + 1]), canvas)
+
+    def settled_rows(self) -> Iterator[tuple[list[int], list[int], int]]:
+        """Of each row the ids, the forward that settled each, and where it ends: at its first end token or mask."""
+        for ids, settled in self.rows(self.last.tokens, self.settled):
+            yield ids, settled, next((i for i, t in enumerate(ids) if settled[i] < 0 or t in self.end_ids), len(ids))
+
     def final(self) -> list[Answer]:
         """Each row's answer; if it was stopped, what is before its first mask."""
         if self.last is None:
-            return [Answer("", [], 0, 0) for _ in self.columns]
-        begun = time.perf_counter()
-        rows, forwards = list(self.rows(self.last.tokens, self.settled)), self.forwards.tolist()
-        self.seconds += time.perf_counter() - begun  # on a GPU this waits for the last forward
+            return [Answer("", [], 0, 0, False) for _ in self.columns]
         answers = []
-        for (ids, settled), calls in zip(rows, forwards):
-            # The answer ends at an end token, which is generated, too. One that was stopped may end at a mask.
-            end = next((i for i, token in enumerate(ids) if settled[i] < 0 or token in self.end_ids), len(ids))
-            tokens = sum(forward > 0 for forward in settled[: end + 1])
+        for (ids, settled, end), calls in zip(self.settled_rows(), self.forwards.tolist()):
+            tokens = sum(forward > 0 for forward in settled[: end + 1])  # an end token is generated, too
             filled = [self.infilling and forward > 0 for forward in settled[:end]]
             shown = spans(self.tokenizer, ids[:end], [False] * end, filled)
-            answers.append(Answer(self.tokenizer.decode(ids[:end]), shown, tokens, calls))
+            ended = self.infilling if end == len(ids) else settled[end] >= 0
+            answers.append(Answer(self.tokenizer.decode(ids[:end]), shown, tokens, calls, ended))
         return answers
+
+
+class Answers(Progress):
+    """The same of a whole batch at once: iterating over it takes the steps of `denoise`, whose arguments these are.
+    options: of `sampler_options`."""
+
+    def __init__(
+        self, model, tokenizer, prompts, canvas_masks=None, *, options: dict, generator, prefix: Prefix | None = None
+    ):
+        super().__init__(tokenizer, prompts, options["max_new_tokens"], canvas_masks is not None)
+        self.seconds = 0.0  # what the steps took
+        how = {"canvas_masks": canvas_masks, "end_ids": self.end_ids, "prefix": prefix, "generator": generator}
+        self.steps = denoise(model, prompts, **how, **options)
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            begun = time.perf_counter()
+            step = next(self.steps, None)
+            if step is None:
+                self.last.done.tolist()  # on a GPU this waits for the last forward
+            self.seconds += time.perf_counter() - begun  # without what the caller does with the step
+            if step is None:
+                return
+            self.add(step)
+            yield step

@@ -715,16 +715,13 @@ def denoise(
 
     Raises ValueError, when the first step is taken, for options that contradict the model, the prompts or each other.
     """
-    static = model.head_weight.is_cuda if static is None else static
     options = Sampling(**options)
-    kind = Decoding if options.speculate is None else Speculation
-    batch = kind(model, prompts, options, canvas_masks, end_ids, prefix, generator, static)
-    yield batch.now(0)
-    for forwards, _ in enumerate(static_steps(batch) if static else batch.steps(), 1):
-        if not static:
-            batch.check_finite()
-        yield batch.now(forwards)
-    batch.check_finite()
+    yield from decoder(options)(model, prompts, options, canvas_masks, end_ids, prefix, generator, static).run()
+
+
+def decoder(options: Sampling) -> type["Decoding"]:
+    """The class of batches that are decoded with these options."""
+    return Decoding if options.speculate is None else Speculation
 
 
 class Window(NamedTuple):
@@ -743,12 +740,16 @@ class Decoding:
     `predict` calls the model, whose head `choose` picks a token for every position asked about, and the decoding rule
     decides which of these stay. It changes its state in place, since CUDA graphs replay it: tokens, masked and
     confidence (B, T), and of each row (B,) `filled`, the columns before which all is clean and in the cache, `step`,
-    the forwards spent on its current block, and `done`.
+    the forwards spent on its current block, and `done`. Rows know nothing of each other, so that `resume` can move them
+    from one batch to another.
     """
 
-    def __init__(self, model, prompts, options: Sampling, canvas_masks, end_ids, prefix, generator, static):
+    STATE = ("tokens", "masked", "confidence", "schedule", "filled", "step", "done")  # of each row, besides its cache
+
+    def __init__(self, model, prompts, options: Sampling, canvas_masks, end_ids, prefix, generator, static=None):
         config, device = model.config, model.head_weight.device
-        self.model, self.options, self.generator, self.static = model, options, generator, static
+        self.model, self.options, self.generator = model, options, generator
+        self.static = model.head_weight.is_cuda if static is None else static
         self.objective, self.mask_id = config.objective or "mdlm", config.mask_token_id
         self.cached = self.objective != "mdlm"
         self.right_shift = config.shift
@@ -848,6 +849,34 @@ class Decoding:
         if self.copies == 1:
             return layout
         return layout.map(lambda field: field.repeat(self.copies, 1))._replace(kind=layout.kind)
+
+    def resume(self, other: "Decoding", rows: list[int], theirs: list[int]) -> None:
+        """Goes on with rows of another batch, `theirs` there and `rows` here, from where that has brought them: of the
+        same prompts, under the same options. What the cache holds of them is copied, not computed again."""
+        rows, theirs = (torch.tensor(numbers, device=self.column.device) for numbers in (rows, theirs))
+        for name in self.STATE:
+            mine, its = getattr(self, name), getattr(other, name)
+            common = [slice(min(sizes)) for sizes in zip(mine.shape[1:], its.shape[1:])]  # canvases differ in padding
+            mine[(rows, *common)] = its[(theirs, *common)]
+        self.fixed_count = False  # the rows' blocks begin at other forwards than the schedule has it
+        if self.cache is None:
+            return
+        rows, theirs = (
+            torch.cat([numbers + copy * batch.B for copy in range(self.copies)])
+            for numbers, batch in ((rows, self), (theirs, other))
+        )
+        n = min(self.T, other.T)
+        for name in ("pairs", "fields"):
+            getattr(self.cache, name)[:, rows, :n] = getattr(other.cache, name)[:, theirs, :n]
+
+    def run(self) -> Iterator[Step]:
+        """A `Step` as it is now, and after each forward, until every row is done."""
+        yield self.now(0)
+        for forwards, _ in enumerate(static_steps(self) if self.static else self.steps(), 1):
+            if not self.static:
+                self.check_finite()
+            yield self.now(forwards)
+        self.check_finite()
 
     def now(self, forwards: int) -> Step:
         tokens, masked, done, confidence = self.tokens, self.masked, self.done, self.confidence
@@ -993,22 +1022,19 @@ class Speculation(Decoding):
     and draft and verdict agree nearly as often as their distributions allow.
     """
 
-    def __init__(self, model, prompts, options: Sampling, canvas_masks, end_ids, prefix, generator, static):
-        config = model.config
-        if config.context != "causal" or config.mask_token_id is None:
-            raise ValueError(
-                "speculate needs a checkpoint with causal context, which can verify its drafts; leave it out"
-            )
-        if canvas_masks is not None:
-            raise ValueError("speculate decodes as ar, which sees nothing after a mask; leave it out to fill in masks")
-        if [] in prompts:
-            raise ValueError("an empty prompt has nothing to predict from; begin it with the BOS or EOS token")
+    STATE = (*Decoding.STATE, "known", "draft", "key")
+
+    def __init__(self, model, prompts, options: Sampling, canvas_masks, end_ids, prefix, generator, static=None):
         self.N = self.ahead = options.speculate  # tokens of a draft; no more than the canvas still has room for
         self.drafted = 0  # draft tokens after `known`: none before the first forward, then all of a draft but its first
         super().__init__(model, prompts, options, None, end_ids, prefix, generator, static)
         self.known, self.draft = self.length - options.max_new_tokens, torch.zeros_like(self.masked)
         self.key = torch.randint(2**62, (self.B,), generator=generator, device=generator.device if generator else "cpu")
         self.key = self.key.to(self.column.device)
+
+    def resume(self, other: "Speculation", rows: list[int], theirs: list[int]) -> None:
+        super().resume(other, rows, theirs)
+        self.drafted = other.drafted  # rows without a draft have masks in its place, which no verdict accepts
 
     def _make_context(self) -> None:
         """The cache: a column for each of the canvas, then those of the copies' masks, then a dump for padding."""
@@ -1122,6 +1148,11 @@ def check_canvas(config: Config, objective: str, options: Sampling, prompts, can
     T = max(lengths, default=0) + options.max_new_tokens
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}")
+    options.block(config, objective)
+    if options.speculate is not None and (config.context != "causal" or mask_id is None):
+        raise ValueError("speculate needs a checkpoint with causal context, which can verify its drafts; leave it out")
+    if options.speculate is not None and canvas_masks is not None:
+        raise ValueError("speculate decodes as ar, which sees nothing after a mask; leave it out to fill in masks")
     if not prompts:
         raise ValueError("no prompts; expected at least one (an empty one generates from scratch)")
     if mask_id is None and (options.cfg_scale or objective != "ar"):
@@ -1134,7 +1165,7 @@ def check_canvas(config: Config, objective: str, options: Sampling, prompts, can
         raise ValueError("block_align prompt: masks inside a canvas have no prompt's end to count from; drop it")
     if objective == "ar" and any(mask[:1] == [True] for mask in canvas_masks or ()):
         raise ValueError("an ar model cannot fill in the first token; begin the canvas with the BOS or EOS token")
-    if objective == "ar" and 0 in lengths:
+    if (objective == "ar" or options.speculate is not None) and 0 in lengths:
         raise ValueError("an empty prompt has nothing to predict from; begin it with the BOS or EOS token")
     if T > config.max_position_embeddings:
         raise ValueError(

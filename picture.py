@@ -266,13 +266,17 @@ def page(trace: Trace) -> bytes:
         "pace": pace(trace),
         "frames": frames,
     }
-    parts = {"states": styles()} | {name: read(f"{name}.js") for name in ("canvas", "player")}
+    return filled("player.html", {name: read(f"{name}.js") for name in ("canvas", "playback", "player")}, data)
+
+
+def filled(name: str, parts: dict[str, str], data: dict) -> bytes:
+    """A file of page/ with the parts, the styles and the data in their places, {{...}}."""
     # A text that holds "</script>" would end the data: JSON can write "<" otherwise. It goes in last, so that nothing
     # in it is taken for the place of another part.
-    parts["data"] = json.dumps(data).replace("<", "\\u003c")
-    whole = read("player.html")
-    for name, part in parts.items():
-        whole = whole.replace(f"{{{{{name}}}}}", part)
+    text = json.dumps(data).replace("<", "\\u003c")
+    whole = read(name)
+    for place, part in {"states": styles(), "style": read("canvas.css"), **parts, "data": text}.items():
+        whole = whole.replace(f"{{{{{place}}}}}", part)
     return whole.encode()
 
 

@@ -18,7 +18,7 @@ from display import LEGEND, MASKED, STRONG, Region, Spans, cost, one_line, piece
 from files import check_file, read_text, replacing_file
 from model import LanguageModel
 from options import Bound, Natural, Options, Rows, Words
-from picture import ENDINGS, GIVEN, Frame, Trace, picture
+from picture import ENDINGS, Frame, Trace, picture
 from tokenizer import Tokenizer
 
 Percent = Annotated[float, Bound(lambda score: 0 <= score <= 100, "a percentage, 0 to 100"), "PERCENT"]
@@ -240,7 +240,7 @@ def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, 
             if watch:
                 screen.show(answers.shown(), step.forwards)
             if frames is not None and answers.forwards[0] == len(frames):  # else the row is done, and others are not
-                frames.append(frame(answers))
+                frames.append(answers.frame())
     for request, answer in zip(batch, answers.final()):
         request.answer = answer
     return answers
@@ -252,14 +252,6 @@ def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
         same = [request for request in todo if request.kind == kind]
         for begin in range(0, len(same), size):
             yield same[begin : begin + size]
-
-
-def frame(answers: Answers) -> Frame:
-    """The first row of a batch after the newest step."""
-    canvas, (settled,) = next(zip(answers.states(), answers.rows(answers.settled)))
-    canvas = [(text, state if when else GIVEN) for (text, state), when in zip(canvas, settled)]
-    # An end token after them counts, too.
-    return Frame(sum(when > 0 for when in settled[: len(canvas) + 1]), canvas)
 
 
 def traced(answers: Answers, request: Request, frames: list[Frame], options: dict, objective: str) -> Trace:
@@ -331,7 +323,7 @@ def write_rows(args: Sample, todo: list[Request], model: LanguageModel, options:
     # The file takes its name when it is complete.
     with replacing_file(args.output) as file, file.open("w", encoding="utf-8") as lines:
         for request in todo:
-            text, _, tokens, forwards = request.answer
+            text, _, tokens, forwards, _ = request.answer
             row = {"prompt": request.prompt, "answer": text, "tokens": tokens, "forwards": forwards}
             if request.expected is not None:
                 row |= {"task": request.task, "expected": request.expected, "correct": request.correct}

@@ -8,3 +8,13 @@ function drawCanvas(element, tokens, borders = []) {
     return span;
   }));
 }
+
+// What the states' colours mean. states: [name, meaning] each.
+function drawLegend(element, states) {
+  element.replaceChildren(...states.map(([name, meaning]) => {
+    const item = document.createElement("li");
+    item.className = name;
+    item.textContent = meaning;
+    return item;
+  }));
+}

@@ -10,33 +10,13 @@ const frames = data.frames.map(([count, states, changed]) => {
   return { count, canvas: [...states].map((letter, position) => [texts[position], names[letter]]) };
 });
 const last = frames.length - 1;
-let now = 0, timer = null;
+const player = playback(play, scrub, last, data.pace, show);
 
-function show(frame) {
-  now = Math.min(Math.max(frame, 0), last);
+function show(now) {
   drawCanvas(canvas, frames[now].canvas, data.borders);
   canvas.style.minHeight = `${Math.max(canvas.offsetHeight, parseFloat(canvas.style.minHeight) || 0)}px`;
-  scrub.value = now;
   count.textContent = frames[now].count;
   document.getElementById("here").setAttribute("y", now * rows());
-}
-
-function run(on) {
-  clearInterval(timer);
-  timer = on ? setInterval(() => (now < last ? show(now + 1) : run(false)), 1000 * data.pace) : null;
-  play.textContent = on ? "❚❚" : now < last ? "▶" : "↻";
-}
-
-// By hand: whoever goes to a frame wants to stay there.
-function go(frame) {
-  show(frame);
-  run(false);
-}
-
-function toggle() {
-  const on = timer === null;
-  if (on && now === last) show(0);
-  run(on);
 }
 
 // The map: positions across, forwards down, each cell as the token is after that forward. A click goes there.
@@ -75,7 +55,7 @@ function drawMap() {
   for (const s of ticks(frames.length, h, 14)) cells.append(label(s, -6, (s + 0.5) * h + 4, "end"));
   cells.append(label("position", 0, -22, "start"), label("forward", -left, -6, "start"));
   cells.append(element("rect", { id: "here", width: T * w, height: h }));
-  svg.onclick = (event) => go(Math.floor((event.clientY - svg.getBoundingClientRect().top - top) / h));
+  svg.onclick = (event) => player.go(Math.floor((event.clientY - svg.getBoundingClientRect().top - top) / h));
 }
 
 function element(name, attributes) {
@@ -102,29 +82,21 @@ function tell(event) {
 
 document.title = title.textContent = data.title;
 prompt.textContent = data.prompt;
-scrub.max = last;
-for (const [name, meaning] of data.states) {
-  const item = document.createElement("li");
-  item.className = name;
-  item.textContent = meaning;
-  legend.append(item);
-}
-play.addEventListener("click", toggle);
-scrub.addEventListener("input", () => go(Number(scrub.value)));
+drawLegend(legend, data.states);
 canvas.addEventListener("pointerover", tell);
 addEventListener("resize", () => {
   canvas.style.minHeight = "";
   drawMap();
-  show(now);
+  player.again();
 });
 addEventListener("keydown", (event) => {
-  const steps = { ArrowLeft: () => go(now - 1), ArrowRight: () => go(now + 1) };
-  const keys = { ...steps, Home: () => go(0), End: () => go(last), " ": toggle };
+  const steps = { ArrowLeft: () => player.by(-1), ArrowRight: () => player.by(1) };
+  const keys = { ...steps, Home: () => player.go(0), End: () => player.go(last), " ": player.toggle };
   if (!(event.key in keys) || event.ctrlKey || event.altKey || event.metaKey) return;
   event.preventDefault();
   keys[event.key]();
 });
 drawMap();
-show(0);
-if (matchMedia("(prefers-reduced-motion: reduce)").matches) go(last);
-else run(true);
+player.at(0);
+if (matchMedia("(prefers-reduced-motion: reduce)").matches) player.go(last);
+else player.run(true);

@@ -13,6 +13,7 @@ PROGRAMS = {  # program: the class of its options
     "train": "Settings",
     "sample": "Sample",
     "chat": "Chat",
+    "serve": "Serve",
     "convert": "Convert",
     "data": "Prepare",
     "evaluate": "Evaluation",  # of model_args; all else is lm-eval's
