@@ -23,8 +23,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
+
+from files import read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of values. In an Annotated type a Bound limits the value, a string names it in --help, a function reads it. A
@@ -251,6 +254,30 @@ class Options:
     def only(self, cls: type) -> dict[str, Any]:
         """The options that are fields of `cls`, a class that this one inherits."""
         return {name: value for name, value in asdict(self).items() if name in flags(cls)}
+
+
+@dataclass(kw_only=True)
+class FromFile(Options):
+    "flags from a file"
+
+    config: Annotated[str, "FILE"] | None = None
+    """take flags from an args.json, which every run writes, or from one like it; those on the command line win, and
+    --overwrite is never taken (default: none)"""
+
+    @classmethod
+    def parse(cls, argv: list[str] | None = None) -> Self:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        if {"-h", "--help"} & {*argv} or "config" not in (found := Parser(FromFile).parse_known_args(argv)[0]):
+            return super().parse(argv)
+
+        # Its values become flags, before the others, which so have the last word; but for those at their defaults: a
+        # file has all of them, and most are none that anybody gave.
+        values = read_json(Path(found.config), "name an args.json")
+        cls.check_names(values, found.config)
+        defaults = {name: flag.default for name, flag in flags(cls).items()}
+        known = {name: value for name, value in values.items() if value not in (defaults[name], None)}
+        known = {name: value for name, value in known.items() if name not in ("config", "overwrite")}
+        return super().parse([*(f"--{name}={value}" for name, value in known.items()), *argv])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

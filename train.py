@@ -29,6 +29,7 @@ from torch import Tensor
 
 import data
 import log
+import options
 import resume
 from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model, resolve
 from cli import encode_prompt, one_line_errors, sampler_options
@@ -80,7 +81,7 @@ class Target(Options):
 
 
 @dataclass(kw_only=True)
-class Output(Options):
+class Output(options.FromFile):
     "output: evaluation, saving, logging, and when to stop"
 
     output_dir: Directory  # directory of this run; one that holds a run is refused
@@ -112,8 +113,9 @@ class Output(Options):
     skip_nonfinite: Natural = 0
     """leave out up to N steps whose loss or gradient is not finite; one more ends the run"""
     logging_steps: Count = 10  # a line in metrics.jsonl every so many steps
-    report_to: Literal["none", "wandb"] = "none"
-    """wandb: also to Weights & Biases (a package of its own, which heeds WANDB_MODE, WANDB_PROJECT and so on)"""
+    report_to: Literal["none", *log.REPORTERS] = "none"
+    """wandb: also to Weights & Biases, which heeds WANDB_MODE, WANDB_PROJECT and so on; tensorboard: also to
+    OUTPUT_DIR/tensorboard. Each is a package of its own"""
 
 
 @dataclass(kw_only=True)
@@ -266,7 +268,7 @@ class Run:
     def __init__(self, args: Settings, ranks: Ranks, start: resume.Start):
         """Nothing is written before all that can be refused has been."""
         self.args, self.ranks, self.output, self.directory = args, ranks, Path(args.output_dir), start.directory
-        wandb = log.import_wandb() if args.report_to == "wandb" else None
+        reporter = log.import_reporter(args.report_to)
         with ranks.first_on_node():
             self.model, self.tokenizer = build_model(args)
             args.check_objective(self.model.config)
@@ -297,7 +299,7 @@ class Run:
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
         self._prepare_directory(start)
         where = (self.output, self.directory, past)
-        self.log = log.Log(*where, self.step, self.steps, silent=ranks.rank > 0, wandb=wandb)
+        self.log = log.Log(*where, self.step, self.steps, silent=ranks.rank > 0, reporter=reporter)
         self.log.print(log.describe(args, self.model, self.loaders.about, self.steps, ranks))
         if begin_at is not None:
             self.log.print(f"resume {begin_at}{', on the longer learning rate schedule' if start.done else ''}")
