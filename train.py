@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import card
 import data
 import log
 import options
@@ -81,7 +82,7 @@ class Target(Options):
 
 
 @dataclass(kw_only=True)
-class Output(options.FromFile):
+class Output(options.FromFile, card.Publishing):
     "output: evaluation, saving, logging, and when to stop"
 
     output_dir: Directory  # directory of this run; one that holds a run is refused
@@ -297,6 +298,7 @@ class Run:
         self.began = time.perf_counter() - 60 * self.minutes_before
         self.prefetched = prefetch(self._prepare_steps(), PREFETCH[ranks.device.type])
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
+        card.check_hub(args.push_to_hub if ranks.rank == 0 else None)
         self._prepare_directory(start)
         where = (self.output, self.directory, past)
         self.log = log.Log(*where, self.step, self.steps, silent=ranks.rank > 0, reporter=reporter)
@@ -602,6 +604,7 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
         return 130 if signals.number == signal.SIGINT else REQUEUE
     if ranks.rank == 0:
         print(f"wrote  {output / resume.FINAL} after {run.minutes:.1f} minutes")
+        card.publish(output / resume.FINAL, args, output)
     return 0
 
 
