@@ -46,6 +46,7 @@ from options import Count, Natural, Options, Rows, Tokens, Words, flags
 MODELS = {
     "tiny": Config(),
     "mid": Config("qwen3", 151_936, 256, 768, 4, 4, 2, 64),
+    "smollm2-135m": Config("llama", 49_152, 576, 1536, 30, 9, 3, 64, max_position_embeddings=8192, rope_theta=1e5),
     "qwen3-0.6b": Config("qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, max_position_embeddings=40_960),
 }
 
@@ -58,7 +59,7 @@ MODELS = {
 class Machine(Options):
     "what is measured, and on what"
 
-    device: Literal["cpu", "cuda"] = "cpu"  # cpu: fp32; cuda: bf16
+    device: Literal["cpu", "cuda"] = "cpu"  # cpu: fp32, where nothing else is said; cuda: bf16
     model: Literal[*MODELS] = "mid"  # the model's shape; its weights are random
 
     def __post_init__(self):
@@ -97,10 +98,23 @@ class Train(Machine, Blocks, Layers, Output):
     Two processes at a time hold a model each."""
 
     prog: ClassVar[str] = "bench.py train"
-    batch: Rows = 4  # rows
+    batch: Rows | None = None  # rows (default: 4; of a model of more than 10 layers 1)
     length: Tokens = 256  # tokens of a row
-    steps: Count = 5  # timed steps of each way
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """of the matrix products; weights and optimizer are float32 (default: on cuda bfloat16; else float32, then bfloat16
+    if the CPU has instructions for it)"""
+    steps: Count = 3  # timed steps of each way
     warmup: Natural = 1  # steps before them; 4 where the layers are compiled
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.batch = self.batch or (4 if MODELS[self.model].num_hidden_layers <= 10 else 1)
+
+    @property
+    def dtypes(self) -> list[str]:
+        if self.compute_dtype is not None:
+            return [self.compute_dtype]
+        return ["bfloat16"] if self.device == "cuda" else ["float32", *(["bfloat16"] if log.has_bfloat16() else [])]
 
 
 @dataclass(kw_only=True)
@@ -108,7 +122,8 @@ class Sample(Machine, Blocks, Layers, Output):
     """Time of greedy decoding with mdlm and bd3lm, and of a forward of speculation.
 
     plain: logits of every position, no cache for mdlm, the prefix encoded anew for every block of bd3lm. Speculation is
-    compared with ar; with random weights few guesses are right, so what counts is the time of a forward."""
+    compared with ar, after the first forward, that of the prompt. How many of its drafts are right says nothing with
+    random weights; the time of a forward does not depend on it."""
 
     prog: ClassVar[str] = "bench.py sample"
     batch: tuple[Rows, ...] = (1, 4)  # rows, one measurement each
@@ -117,6 +132,7 @@ class Sample(Machine, Blocks, Layers, Output):
     steps: Count = 128  # forwards for them, so many that each block has a whole number
     warmup: Natural = 2  # forwards before the timed ones
     speculate: Count = 8  # tokens of a draft
+    only: Literal["mdlm", "bd3lm", "speculation"] | None = None  # measure this alone (default: all three)
 
     def __post_init__(self):
         super().__post_init__()
@@ -261,10 +277,10 @@ def machine(device: str) -> dict:
     return {"cpu": cpu, "cores": cores, "gpu": gpu} | versions
 
 
-def matmul_flops(device: str) -> float:
-    """FLOP/s of this machine on one large product of matrices (fp32, cuda: bf16): the best of six."""
+def matmul_flops(device: str, dtype: str) -> float:
+    """FLOP/s of this machine on one large product of matrices: the best of six."""
     n = 8192 if device == "cuda" else 2048
-    x = torch.ones(n, n, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    x = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
     seconds = []
     for _ in range(6):
         began = time.perf_counter()
@@ -304,14 +320,15 @@ def plain_loss(model, example, batch, noise, device: str) -> torch.Tensor:
     return (entropy * weights.flatten().to(device)).sum() / example.denominator
 
 
-def train_case(args: Train, objective: str, way: str) -> None:
+def train_case(args: Train, case: str, way: str) -> None:
+    objective, dtype = case.split("-")
     device, config = args.device, MODELS[args.model]
     B, T, mask_id = args.batch, args.length, config.vocab_size - 1
     torch.manual_seed(0)
     model = LanguageModel(config)
     model.init_weights()
     model.to(device)
-    model.compute_dtype = torch.bfloat16 if device == "cuda" else None
+    model.compute_dtype = None if dtype == "float32" else torch.bfloat16
     if args.torch_compile:  # both ways: the layers are the same, the comparison is of what is around them
         compile_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
@@ -351,21 +368,23 @@ def train_case(args: Train, objective: str, way: str) -> None:
 def train(args: Train, arguments: list[str]) -> dict:
     """Prints the table of training steps and returns its figures."""
     cuda = args.device == "cuda"
-    precision, memory = ("bf16 over fp32 weights", "allocated memory") if cuda else ("fp32", "RSS")
-    where = heading(
-        args,
-        f"training step: {args.model}, batch {args.batch} x {args.length}, block {args.block_size}, {precision}, AdamW",
-    )
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in (where["gpu"] or "")), None)
-    source = f"the peak of {where['gpu']}" if peak else "this machine's best at one large product of matrices, just now"
-    peak = peak or matmul_flops(args.device)
+    shape = f"{args.model}, batch {args.batch} x {args.length}, block {args.block_size}"
+    where = heading(args, f"training step: {shape}, products in {' and '.join(args.dtypes)}, AdamW in float32")
+    known = next((flops for name, flops in PEAK_FLOPS.items() if name in (where["gpu"] or "")), None)
+    source = "this machine's best at one large product of matrices, just now"
+    source = f"the peak of {where['gpu']} in bfloat16" if known else source
+    peaks = {dtype: matmul_flops(args.device, dtype) for dtype in args.dtypes}
+    peaks |= {"bfloat16": known} if known else {}
+    shown = ", ".join(f"{dtype} {peak / 1e9:,.0f}" for dtype, peak in peaks.items())
+    memory = "allocated memory" if cuda else "RSS"
     print(f"s/step: median [least, most] of {args.steps}; GB: peak {memory} above that before the first step")
-    print(f"MFU: FLOP/s against {peak / 1e9:,.0f} GFLOP/s, {source}")
+    print(f"MFU: of GFLOP/s {shown}, {source}")
     print("faster, memory: against plain, the median ratio of paired steps and the ratio of GB\n")
-    print(f"{'':12}   s/step {'[least, most]':>16} tokens/s  GFLOP GFLOP/s  MFU    GB  faster  memory")
+    print(f"{'':21}   s/step {'[least, most]':>16} tokens/s  GFLOP GFLOP/s  MFU    GB  faster  memory")
     table = {}
-    for objective in ("mdlm", "bd3lm"):
-        ways = compare(arguments, objective, ("ours", "plain"), args.warmup, args.steps)
+    for case in (f"{objective}-{dtype}" for dtype in args.dtypes for objective in ("mdlm", "bd3lm")):
+        objective, dtype = case.split("-")
+        ways = compare(arguments, case, ("ours", "plain"), args.warmup, args.steps)
         ours, plain = ways["ours"], ways["plain"]
         for way, row in ways.items():
             seconds = row["seconds"]
@@ -373,22 +392,25 @@ def train(args: Train, arguments: list[str]) -> dict:
             row["memory_ratio"] = row["memory"] / plain["memory"]
             row["flops_per_second"] = sum(row["flops"]) / sum(seconds)
             row["tokens_per_second"] = args.batch * args.length / statistics.median(seconds)
-            row["mfu"] = row["flops_per_second"] / peak
+            row["mfu"] = row["flops_per_second"] / peaks[dtype]
             print(
-                f"{objective:6}{way:6} {statistics.median(seconds):8.3f} "
+                f"{objective:6}{dtype:9}{way:6} {statistics.median(seconds):8.3f} "
                 f"{f'[{min(seconds):.3f}, {max(seconds):.3f}]':>16} {row['tokens_per_second']:8.0f} "
                 f"{statistics.mean(row['flops']) / 1e9:6.0f} {row['flops_per_second'] / 1e9:7.0f} {row['mfu']:4.0%} "
                 f"{row['memory'] / 1e9:5.2f} {row['faster']:6.2f}x {row['memory_ratio']:7.2f}"
             )
         apart = max(abs(a - b) / abs(b) for a, b in zip(ours["loss"], plain["loss"]))
-        if not apart <= (2e-2 if cuda else 1e-4):  # NaN is no agreement; bf16 has 8 bits
-            sys.exit(f"bench.py: the two ways' {objective} losses differ: {ours['loss']} and {plain['loss']}")
-        table[objective] = ways
+        if not apart <= (1e-4 if dtype == "float32" else 2e-2):  # NaN is no agreement; bfloat16 has 8 bits
+            sys.exit(f"bench.py: the two ways' {case} losses differ: {ours['loss']} and {plain['loss']}")
+        table[case] = ways
 
-    ways = table["context"] = compare(arguments, "bd3lm", ("causal", "ours"), args.warmup, args.steps)
-    ways["times"] = statistics.median(a / b for a, b in zip(*(ways[way]["seconds"] for way in ("causal", "ours"))))
-    print(f"\nbd3lm with causal context and the AR loss: {ways['times']:.2f} times the step of block context")
-    return {"machine": where, "peak_flops": peak, "train": table}
+    print()
+    for dtype in args.dtypes:
+        ways = compare(arguments, f"bd3lm-{dtype}", ("causal", "ours"), args.warmup, args.steps)
+        ways["times"] = statistics.median(a / b for a, b in zip(*(ways[way]["seconds"] for way in ("causal", "ours"))))
+        print(f"bd3lm {dtype}: with causal context and the AR loss {ways['times']:.2f} times the step of block context")
+        table[f"context-{dtype}"] = ways
+    return {"machine": where, "peak_flops": peaks, "train": table}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,8 +497,10 @@ def sample_case(args: Sample, case: str, way: str) -> None:
             how = {"ours": blocks, "speculation": {"speculate": args.speculate}, "ar": {}}[way]
             steps = denoise(model, prompts, max_new_tokens=args.new_tokens, **how)
             next(steps)  # the canvas before the first forward
-            return (step.tokens for step in steps)
-        return plain_denoise(model, prompts, args.new_tokens, args.steps, args.block_size)
+            return ((step.tokens, step.masked) for step in steps)
+        return (
+            (tokens, None) for tokens in plain_denoise(model, prompts, args.new_tokens, args.steps, args.block_size)
+        )
 
     if way != "plain":
         prepare(model, args.torch_compile)
@@ -491,13 +515,14 @@ def sample_case(args: Sample, case: str, way: str) -> None:
         return {}
 
     def end() -> dict:
-        tokens = last[0].tolist()
+        tokens, masked = last[0]
         if args.device == "cuda" and way != "plain":  # the replay of a graph calls no hook: once more, without
             work.update(tokens=0, rows=0, pairs=0)
             graphs.recorded = lambda advance, *_: advance
             for _ in zip(range(args.steps), start()):
                 pass
-        return {"flops": forward_flops(config, **work), "tokens": tokens, "fed": work}
+        written = int(batch) * args.new_tokens - (0 if masked is None else int(masked.sum()))
+        return {"flops": forward_flops(config, **work), "tokens": tokens.tolist(), "written": written, "fed": work}
 
     serve(args, step, end)
 
@@ -530,12 +555,13 @@ def sample(args: Sample, arguments: list[str]) -> dict:
     )
     floor = weight_bytes(config, 2 if cuda else 4) / (read := bandwidth(args.device))
     print(f"ms: median [least, most] of a forward; floor: {1e3 * floor:.2f} ms, its weights at {read / 1e9:.1f} GB/s")
-    print("floor share: of the time of all forwards; faster: plain's time for them against ours")
-    print("equal: tokens that are those of plain" + (" (bfloat16 rounds each way's otherwise)\n" if cuda else "\n"))
-    print(f"{'':14} {'ms':>8} {'[least, most]':>18} forwards/s tokens/s  floor GFLOP/s  faster  equal")
+    if args.only != "speculation":
+        print("floor share: of the time of all forwards; faster: plain's time for them against ours")
+        print("equal: tokens that are those of plain" + (" (bfloat16 rounds each way's otherwise)\n" if cuda else "\n"))
+        print(f"{'':14} {'ms':>8} {'[least, most]':>18} forwards/s tokens/s  floor GFLOP/s  faster  equal")
     table = {}
     for objective in ("mdlm", "bd3lm"):
-        for batch in args.batch:
+        for batch in args.batch if args.only in (None, objective) else ():
             case = f"{objective}-{batch}"
             ways = compare(arguments, case, ("ours", "plain"), 0, args.steps)
             for way, row in ways.items():
@@ -558,14 +584,24 @@ def sample(args: Sample, arguments: list[str]) -> dict:
             for row in ways.values():
                 del row["tokens"]
             table[case] = ways
-    for batch in args.batch:
+    for batch in args.batch if args.only in (None, "speculation") else ():
         case, steps = f"ar-{batch}", max(4, args.new_tokens // args.speculate)
         ways = table[case] = compare(arguments, case, ("speculation", "ar"), 0, steps)
-        milliseconds = {way: 1e3 * statistics.median(row["seconds"][1:]) for way, row in ways.items()}
-        times = milliseconds["speculation"] / milliseconds["ar"]
+        pairs = [pair for rows in zip(*(row.pop("tokens") for row in ways.values())) for pair in zip(*rows)]
+        if not (cuda or all(b in (a, config.vocab_size - 1) for a, b in pairs)):  # ar has masks where it has not been
+            sys.exit(f"bench.py: the tokens of speculation are not those of {case}")
+        for way, row in ways.items():
+            seconds, tokens = row["seconds"][1:], row["written"] - batch
+            row["milliseconds"] = 1e3 * statistics.median(seconds)
+            row["tokens_per_forward"], row["tokens_per_second"] = tokens / len(seconds) / batch, tokens / sum(seconds)
+            spread = f"[{1e3 * min(seconds):.1f}, {1e3 * max(seconds):.1f}]"
+            print(
+                f"{way:11} x{batch:<3}{row['milliseconds']:7.2f} ms {spread} a forward, "
+                f"{row['tokens_per_forward']:.2f} tokens per forward, {row['tokens_per_second']:.1f} tokens/s"
+            )
+        times = ways["speculation"]["milliseconds"] / ways["ar"]["milliseconds"]
         print(
-            f"speculation x{batch}: {milliseconds['speculation']:.2f} ms a forward that drafts {args.speculate}, "
-            f"ar {milliseconds['ar']:.2f}; faster from {times:.2f} tokens per forward on"
+            f"speculation x{batch}, drafts of {args.speculate}: faster than ar from {times:.2f} tokens per forward on"
         )
     return {"machine": where, "bandwidth": read, "sample": table}
 

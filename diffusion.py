@@ -882,10 +882,11 @@ class Decoding:
         still = self.rule(score, token, candidates, quota, self.generator)
         revealed = candidates & ~still
         torch.where(revealed, token, self.tokens, out=self.tokens)
-        torch.where(revealed, probability, self.confidence, out=self.confidence).masked_fill_(still, 0.0)
-        if self.remasks and self.mask_id is not None:
-            self.tokens.masked_fill_(still, self.mask_id)
-        self.masked.logical_and_(~revealed).logical_or_(still)
+        torch.where(revealed, probability, self.confidence, out=self.confidence)
+        if self.remasks:
+            self.confidence.masked_fill_(still, 0.0)
+            self.tokens.masked_fill_(still, self.mask_id or 0)
+        torch.where(live, still, self.masked, out=self.masked)
 
         # What lies before the block has been fed clean; a block without masks makes way for the next.
         self.filled.copy_(window.start)
@@ -947,7 +948,8 @@ class Decoding:
             """(B, T): values (N,) at their columns, `empty` elsewhere; column T, of no position, is cut."""
             return values.new_full((self.B, self.T + 1), empty).index_put_((row, column), values)[:, : self.T]
 
-        return canvas(picked, 0), canvas(probability, -math.inf), canvas(score, -math.inf)
+        whole = canvas(probability, -math.inf)
+        return canvas(picked, 0), whole, whole if score is probability else canvas(score, -math.inf)
 
     def asked_columns(self, window: Window, asked: Tensor) -> tuple[Tensor, Tensor]:
         """(row, column), (N,) each: where a token is wanted. With static shapes N is the same at every step, the most
@@ -1161,7 +1163,6 @@ def _reuse(prefix: Prefix, cache: KVCache, layout: Layout, tokens: Tensor, maske
     agree = ours == torch.tensor(known[: len(ours)], dtype=torch.int64, device=tokens.device)
     n = int(agree.int().cumprod(dim=0).sum()) // K * K
     if n:
-        cache.keys[:, :, :n] = prefix.cache.keys[:, :, :n]
-        cache.values[:, :, :n] = prefix.cache.values[:, :, :n]
+        cache.pairs[:, :, :n] = prefix.cache.pairs[:, :, :n]
         cache.write_layout(torch.arange(n, device=tokens.device)[None], layout.map(lambda field: field[:, :n]))
     return n

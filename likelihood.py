@@ -233,7 +233,7 @@ def _encode(model: LanguageModel, contexts: list[tuple], owner: list[int], cache
         _put(row, context, 0, 0, 0, K)
     once = KVCache(model.config, len(contexts), dump + 1, dtype=cache.keys.dtype, device=cache.keys.device)
     _forward(model, fed, once, K, [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=READ)])
-    cache.keys[:, :, :T], cache.values[:, :, :T] = once.keys[:, owner, :T], once.values[:, owner, :T]
+    cache.pairs[:, :, :T] = once.pairs[:, owner, :T]
     for target, source in zip(cache.layout[:4], once.layout[:4]):
         target[:, :T] = source[owner, :T]
 

@@ -151,7 +151,7 @@ def visible(q: Layout, k: Layout) -> Tensor:
     # A noisy key is seen by its own block of its own copy.
     noisy_key = (k.noisy == q.noisy) & (k.block == q.block)
     # A clean key is seen by clean queries of its block and later ones, and by noisy queries of strictly later blocks.
-    clean_key = k.block <= q.block - (q.noisy > 0).to(q.block.dtype)
+    clean_key = k.block < q.block + (q.noisy == 0)
     return (q.document == k.document) & torch.where(k.noisy > 0, noisy_key, clean_key)
 
 
@@ -187,7 +187,7 @@ def folded(mask: Tensor, share: int, dtype: torch.dtype) -> Tensor:
     """A bool mask (B, 1, Q, K) as 0 and -inf, repeated for the `share` query heads of a group: (B, 1, share * Q, K)."""
     # On CUDA only the flash kernel, which takes no mask, and the slow one know groups of heads (torch's manual). So a
     # group's queries stand in one row, as if of one head; exact, and as fast on a CPU.
-    return mask.to(dtype).log_().repeat(1, 1, share, 1)
+    return mask[:, :, None].expand(-1, -1, share, -1, -1).to(dtype).log_().flatten(2, 3)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
@@ -221,9 +221,9 @@ class KVCache:
         # A few columns more than asked for: kernels want a mask's rows to begin at multiples of 16 bytes.
         length = -(-length // 16) * 16
         # Zeros, not empty: a masked weight of 0 times NaN is NaN.
-        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, length, G, C)
-        self.values = torch.zeros_like(self.keys)
+        shape = (config.num_hidden_layers, batch, length, 2 * config.num_key_value_heads, config.head_dim)
+        self.pairs = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = self.pairs.chunk(2, dim=3)  # (L, B, length, G, C) each
         self.fields = torch.zeros(4, batch, length, dtype=torch.int64, device=device)
         self.fields[1] = -2  # columns that nobody has written belong to document -2, as no query does
         self.layout = Layout(*self.fields)
@@ -234,15 +234,15 @@ class KVCache:
 
     def layer(self, i: int, columns: Tensor) -> tuple[Tensor, ...]:
         """What layer i needs in order to write at columns (B, T)."""
-        # Tensors alone, since a layer that is told its number, or given all keys, would be compiled for that number.
-        return self.keys[i], self.values[i], self.rows, columns
+        # Tensors alone, since a layer that is told its number, or given all layers', would be compiled for that number.
+        return self.pairs[i], self.rows, columns
 
 
-def write(kept: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts k, v (B, T, G, C) into the layer of a KVCache that `kept` is; returns all of that, (B, length, G, C)."""
-    keys, values, rows, columns = kept
-    keys[rows, columns], values[rows, columns] = k.to(keys.dtype), v.to(values.dtype)
-    return keys, values
+def write(kept: tuple[Tensor, ...], kv: Tensor) -> Tensor:
+    """Puts kv (B, T, 2G, C), keys and then values, into the layer of a KVCache that `kept` is; returns all of that."""
+    pairs, rows, columns = kept
+    pairs[rows, columns] = kv.to(pairs.dtype)
+    return pairs  # (B, length, 2G, C)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor
     """cos, and sin with its first half negated, (B, T, 1, C), of the rotary angles at `position` (B, T), in float32:
     RoPE, arXiv 2104.09864, in the half-split form of the published checkpoints."""
     C = config.head_dim
-    frequency = config.rope_theta ** -(torch.arange(0, C, 2, dtype=torch.float32, device=position.device) / C)
+    frequency = config.rope_theta ** (torch.arange(0, -C, -2, dtype=torch.float32, device=position.device) / C)
 
     # rope_type llama3 stretches the long wavelengths by `factor`, leaves the short ones, and interpolates between
     # (Llama 3.1's published rule).
@@ -263,14 +263,13 @@ def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / s["factor"])
-    angle = position[:, :, None, None].float() * frequency  # (B, T, 1, C/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+    angle = position[:, :, None, None] * torch.cat([-frequency, frequency])  # (B, T, 1, C); of the cosine all the same
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """x (B, T, H, C) turned by the angles of `rotary`; feature c pairs with c + C/2: (a cos - b sin, b cos + a sin)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin, out=out)
 
 
 class RMSNorm(nn.Module):
@@ -286,8 +285,14 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """Computes in its input's dtype, whatever that of its weights: float32 where a model trains in bfloat16."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    in_place = False  # LanguageModel.join
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """With `onto`, what it gives is added to that."""
+        if self.in_place and onto is not None and not torch.compiler.is_compiling():  # else Inductor fuses the sum
+            return onto.flatten(0, -2).addmm_(x.flatten(0, -2), self.weight.T).view_as(onto)
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return y if onto is None else onto + y
 
 
 def joined(parts: list[Linear]) -> tuple[Tensor, Tensor | None]:
@@ -319,8 +324,10 @@ class Attention(nn.Module):
         norms = (self.q_norm, self.k_norm) if self.q_norm is not None else ()
         norm = torch.cat([x.weight.data.expand(n, -1) for x, n in zip(norms, self.heads)]) if norms else None
         self.joined = *joined([self.q_proj, self.k_proj, self.v_proj]), norm
+        self.o_proj.in_place = self.o_proj.bias is None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, kept, index) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, kept) -> Tensor:
+        """(B, T, H * C), which is for o_proj."""
         B, T, _ = x.shape
         if self.joined is None:
             q, k, v = (  # each (B, T, heads, C)
@@ -329,20 +336,22 @@ class Attention(nn.Module):
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            kv = None if kept is None else torch.cat([k, v], dim=2)
         else:
-            # The same by few kernels, each over the heads of q and k together.
-            weight, bias, norm = self.joined
+            # The same by few kernels, each over the heads of q and k together, which are turned in their place.
+            (weight, bias, norm), (H, G) = self.joined, self.heads
             heads = F.linear(x, weight, bias).view(B, T, -1, self.head_dim)  # (B, T, H + 2G, C)
-            qk, v = heads.split([sum(self.heads), self.heads[1]], dim=2)
+            qk = place = heads[:, :, : H + G]
             if norm is not None:  # of v too, in vain, since what is contiguous is normed without a copy
-                qk = F.rms_norm(heads, (self.head_dim,), None, self.q_norm.eps)[:, :, : sum(self.heads)] * norm
-            q, k = rotate(qk, cos, sin).split(self.heads, dim=2)
+                qk = F.rms_norm(heads, (self.head_dim,), None, self.q_norm.eps)[:, :, : H + G] * norm
+            rotate(qk, cos, sin, out=place)
+            q, kv = heads.split([H, 2 * G], dim=2)
+            k, v = kv.chunk(2, dim=2)
 
         # With a cache the new keys and values go into it, and attention is over all that it holds.
         if kept is not None:
-            k, v = write(kept, k, v)
-        heads = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, T, H * C)
-        return self.o_proj(heads if index is None else heads.flatten(0, 1)[index])
+            k, v = write(kept, kv).chunk(2, dim=2)
+        return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
 
 
 class MLP(nn.Module):
@@ -356,13 +365,14 @@ class MLP(nn.Module):
 
     def join(self) -> None:
         self.joined = joined([self.gate_proj, self.up_proj])
+        self.down_proj.in_place = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
         if self.joined is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = F.linear(x, *self.joined).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate) * up, onto)
 
 
 class Layer(nn.Module):
@@ -375,9 +385,11 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, kept=None, index=None) -> Tensor:
         """x (B, T, D) to the same; with `index` (N,), flat positions in B*T, to those of them alone, (N, D)."""
-        heads = self.self_attn(self.input_layernorm(x), cos, sin, mask, kept, index)
-        x = heads + (x if index is None else x.flatten(0, 1)[index])
-        return x + self.mlp(self.post_attention_layernorm(x))
+        heads = self.self_attn(self.input_layernorm(x), cos, sin, mask, kept)
+        if index is not None:
+            heads, x = heads.flatten(0, 1)[index], x.flatten(0, 1)[index]
+        x = self.self_attn.o_proj(heads, onto=x)
+        return self.mlp(self.post_attention_layernorm(x), onto=x)
 
 
 class Decoder(nn.Module):
@@ -425,8 +437,9 @@ class LanguageModel(nn.Module):
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
     def join(self) -> None:
-        """Gives each layer one matrix product in the place of three, and of two, of the same input; no memory, as the
-        weights become views. For sampling, once the model is where and in what dtype it stays: rounding may differ."""
+        """Gives each layer one matrix product in the place of three, and of two, of the same input, and lets products
+        add to what they are added to; no memory, as the weights become views. For sampling, without gradients, once the
+        model is where and in what dtype it stays: rounding may differ."""
         for layer in self.model.layers:
             layer.self_attn.join()
             layer.mlp.join()

@@ -142,9 +142,7 @@ class Settings(
         if self.streaming and self.load_preprocessed_data:
             raise ValueError("--streaming and --load_preprocessed_data contradict each other; leave one out")
         if self.load_preprocessed_data and self.model_name_or_path == TINY:
-            raise ValueError(
-                f"--load_preprocessed_data holds tokens; {TINY} makes its tokenizer of text; leave one out"
-            )
+            raise ValueError(f"--load_preprocessed_data holds tokens; {TINY} makes its own of text; leave one out")
         for name in ("stop_at_eval_loss", "eval_rows", "sample_prompt"):
             if getattr(self, name) is not None and self.eval_strategy == "no":
                 raise ValueError(f"--{name} needs evaluations; leave out --eval_strategy no")
@@ -167,9 +165,7 @@ class Settings(
     def check_objective(self, config: Config) -> None:
         """Refuses what the objective, once the checkpoint has declared it, has no use for."""
         if self.ar_weight and not self.beside(config):
-            raise ValueError(
-                f"--ar_weight {self.ar_weight}: only bd3lm with causal context has an AR loss beside its own"
-            )
+            raise ValueError(f"--ar_weight {self.ar_weight}: only bd3lm with causal context has an AR loss, too")
         if config.objective != "ar":
             return
         for name in self.given & flags(Noising).keys():
@@ -451,10 +447,8 @@ class Run:
         with self.clock_stopped():
             nats, ar = evaluate(self.engine, self.model, rows, collate, ranks=self.ranks, **how)
             if not math.isfinite(nats):
-                raise ValueError(
-                    f"step {self.step}: the evaluated bound is {nats}; the weights are damaged, or --compute_dtype "
-                    "too narrow for them"
-                )
+                why = "the weights are damaged, or --compute_dtype too narrow for them"
+                raise ValueError(f"step {self.step}: the evaluated bound is {nats}; {why}")
             prompt, answer = self.args.sample_prompt, None if self.prompt is None else self.answer()
         perplexity = math.exp(min(nats, 700))
         beside, said = ({}, "") if ar is None else ({"eval_ar_loss": ar}, f"; as ar {ar:.4f}")
@@ -472,15 +466,13 @@ class Run:
         """What the model writes after --sample_prompt, up to an end token; called by all ranks."""
         (prompt, new), ends = self.prompt, self.tokenizer.end_ids
         options = sampler_options(Sampling(max_new_tokens=new, steps=new), self.model.config.objective)
-
-        # Each forward of a sharded model gathers its weights, so that all ranks must take as many: to the last token.
-        # Nothing is compiled or recorded for the sampler's shapes, which are others than those of training.
-        sharded = self.ranks.world_size > 1 and self.args.parallel != "ddp"
-        options |= {"end_ids": () if sharded else tuple(ends), "static": False}
-        compiles = self.args.compiles_on(self.ranks.device)
+        # All ranks of a sharded model take as many forwards, since each gathers weights: none stops at an end token.
+        if self.ranks.world_size == 1 or self.args.parallel == "ddp":
+            options["end_ids"] = tuple(ends)
         self.model.eval()
-        with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
-            *_, last = denoise(self.model, [prompt], **options)
+        # Nothing is compiled or recorded for the sampler's shapes, which are others than those of training.
+        with torch.compiler.set_stance("force_eager") if self.args.compiles_on(self.ranks.device) else nullcontext():
+            *_, last = denoise(self.model, [prompt], **options, static=False)
         self.model.train()
         tokens = last.tokens[0, len(prompt) :].tolist()
         return self.tokenizer.decode(list(itertools.takewhile(lambda token: token not in ends, tokens)))
@@ -570,9 +562,8 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
 
         # A loss that is not finite on one rank makes the gradient not finite on all of them,
         # so that all leave the step out.
-        totals, norm = gradients(
-            run.engine, run.sync, run.model, batch.examples, denominator, args.max_grad_norm, ranks
-        )
+        engine, sync, examples = run.engine, run.sync, batch.examples
+        totals, norm = gradients(engine, sync, run.model, examples, denominator, args.max_grad_norm, ranks)
         update(run.optimizers, rate, norm)
         run.step += 1
 

@@ -35,10 +35,10 @@ run() {
     "$PYTHON" "$@"
 }
 
-answers() { # MODEL FLAGS...
+answers() { # MODEL FLAGS...; in float32: in bfloat16 rounding decides between tokens that are about as likely
     model=$1
     shift
-    run sample.py --model_name_or_path "$model" --max_new_tokens 64 "$@" 'What is the capital of France?' \
+    run sample.py --model_name_or_path "$model" --dtype float32 --max_new_tokens 64 "$@" 'What is the capital of France?' \
         'Why is the sky blue?' 'Give three tips for staying healthy.' 'Write a short story about a robot who paints.'
 }
 

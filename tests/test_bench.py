@@ -9,6 +9,7 @@ from conftest import random_tokens, tiny
 import bench
 from diffusion import denoise
 from likelihood import log_likelihood
+from model import LanguageModel
 
 
 @pytest.mark.parametrize("objective", ["mdlm", "bd3lm"])
@@ -44,6 +45,48 @@ def test_a_table_is_printed_and_written(tmp_path, capfd):
         assert ours["equal"] == 1 and len(ours["seconds"]) == 4
         assert ours["flops"] < plain["flops"] and ours["fed"]["rows"] < plain["fed"]["rows"]
     assert "mdlm  x2  ours" in capfd.readouterr().out
+    for way, row in figures["sample"]["ar-2"].items():
+        assert row["tokens_per_forward"] == 1 if way == "ar" else 1 <= row["tokens_per_forward"] <= 8
+        assert row["tokens_per_second"] > 0
+
+
+def test_one_row_of_the_table_alone_can_be_measured(tmp_path, capfd):
+    shape = ["--model", "tiny", "--prompt_tokens", "8", "--new_tokens", "16", "--steps", "16", "--block_size", "4"]
+    bench.main(["sample", *shape, "--batch", "1", "--only", "speculation", "--speculate", "2"])
+    out = capfd.readouterr().out
+    assert "speculation x1, drafts of 2: faster than ar from" in out and "mdlm" not in out
+
+
+def test_training_steps_are_measured_in_each_dtype_and_agree_with_plain_ones(monkeypatch, capsys):
+    monkeypatch.setattr(bench.log, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(bench, "matmul_flops", lambda device, dtype: 1e12 if dtype == "float32" else 2e12)
+    shape = ["--model", "tiny", "--batch", "2", "--length", "16", "--block_size", "4", "--steps", "2"]
+    args = bench.Train.parse(shape)
+
+    def in_this_process(arguments, case, ways, warmup, steps) -> dict:
+        found, said = {}, []
+        monkeypatch.setattr(bench, "serve", lambda args, step: said.extend(map(step, range(steps))))
+        for way in ways:
+            said.clear()
+            bench.train_case(args, case, way)
+            found[way] = {name: [step[name]() for step in said] for name in said[0]}
+            found[way] |= {"seconds": [1.0] * steps, "memory": 1}
+        return found
+
+    monkeypatch.setattr(bench, "compare", in_this_process)
+    table = bench.train(args, shape)["train"]  # which ends where the losses differ
+    for objective in ("mdlm", "bd3lm"):
+        exact, rounded = (table[f"{objective}-{dtype}"]["ours"] for dtype in ("float32", "bfloat16"))
+        assert exact["loss"] == pytest.approx(rounded["loss"], rel=1e-2) and exact["loss"] != rounded["loss"]
+        assert exact["mfu"] == 2 * rounded["mfu"] and exact["flops"] == rounded["flops"]
+    assert capsys.readouterr().out.count("plain ") == 4
+
+
+def test_the_shape_of_smollm2_is_that_of_its_parameters():
+    with torch.device("meta"):
+        model = LanguageModel(bench.MODELS["smollm2-135m"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert bench.Train.parse(["--model", "smollm2-135m"]).batch == 1 and bench.Train.parse([]).batch == 4
 
 
 def test_curves_of_several_runs_are_drawn(tmp_path, capsys):

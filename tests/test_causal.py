@@ -1,22 +1,27 @@
 """Causal context: one model that is ar and bd3lm. The AR loss beside the masked one, growing blocks, speculation."""
 
+import functools
 import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import MASK, VOCAB, positions, random_tokens, tiny
+from conftest import MASK, VOCAB, positions, random_tokens, tiny, watched_masks
 
 import choose
 import convert
 import diffusion
+import loaders
 import sample
 import train
 from checkpoint import declare, load_config, load_model, save_model
 from choose import uniform_at
 from data import Reading, load
 from diffusion import (
+    NOISE_TYPES,
+    NORMS,
     Batch,
     Noise,
     Noising,
@@ -26,10 +31,12 @@ from diffusion import (
     denoise,
     draw_noise,
     losses,
+    training_example,
 )
-from likelihood import log_likelihood
+from likelihood import EVALUATION_SEED, evaluate, log_likelihood
 from model import Config, Layout
-from options import growth
+from options import flags, growth
+from parallel import Ranks
 from tokenizer import Tokenizer
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -117,6 +124,14 @@ def test_the_ar_loss_beside_is_that_of_the_ar_model_times_its_weight_without_wha
     torch.testing.assert_close(total, alone[0] + beside, **EXACT)
 
 
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_the_ar_loss_is_normed_as_the_one_it_is_beside(norm_type):
+    model, batch = model_of(), batch_of()._replace(fill=None)
+    noise, how = draw_noise(batch, block_length=4), {"mask_id": MASK, "block_length": 4, "causal": True}
+    beside = losses(model, bd3lm_example(batch, noise, ar_weight=1.0, norm_type=norm_type, **how))[1]
+    torch.testing.assert_close(beside, losses(as_ar(model), ar_example(batch, norm_type=norm_type))[0], **EXACT)
+
+
 def test_the_gradient_is_that_of_both_losses():
     model, batch = model_of(), batch_of()
     noise = draw_noise(batch, block_length=4)
@@ -143,6 +158,16 @@ def test_blocks_of_one_with_right_shift_and_everything_masked_are_ar():
         batch, noise, mask_id=MASK, block_length=1, right_shift=True, weight_type="uniform", causal=True
     )
     torch.testing.assert_close(losses(model, example)[0], losses(as_ar(model), ar_example(batch))[0], **EXACT)
+
+
+@pytest.mark.parametrize("noise_type", NOISE_TYPES)
+def test_an_example_of_shorter_blocks_is_that_of_a_checkpoint_that_declares_them(noise_type):
+    batch, noising = batch_of(), Noising(noise_type=noise_type)
+    how = {"seed": 0, "ar_weight": 0.5}
+    found = training_example(batch, config_of(block_length=4), noising, block_length=2, **how)
+    expected = training_example(batch, config_of(block_length=2), noising, **how)
+    torch.testing.assert_close(found.layout[:4], expected.layout[:4])
+    torch.testing.assert_close(found[2:] + found[:1], expected[2:] + expected[:1])
 
 
 def test_block_and_causal_context_differ():
@@ -192,6 +217,12 @@ def test_a_long_half_life_is_the_same_as_count():
     assert torch.equal(decay.masked, count.masked)
 
 
+def test_decay_by_default_is_what_its_manual_says():
+    noising, manual = Noising(noise_type="decay"), flags(Noising)
+    assert f"default: {noising.mask_decay})" in manual["mask_decay"].help
+    assert f"decay: {noising.loss_weight_type}," in manual["loss_weight_type"].help
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -229,6 +260,12 @@ def test_a_causal_checkpoint_is_ar_too_and_of_any_block_length():
     assert (other.objective, other.block_length, other.context) == ("bd3lm", 4, "causal")
 
 
+def test_context_is_that_of_blocks_where_nothing_says_otherwise():
+    undeclared = config_of(objective=None, block_length=None, context=None)
+    assert declare(undeclared, objective="bd3lm", block_length=4).context == "block"
+    assert declare(config_of(context=None)).context == "block"
+
+
 @pytest.mark.parametrize(
     ("declared", "given", "message"),
     [
@@ -259,6 +296,32 @@ def test_its_likelihood_as_ar_is_the_ar_models(right_shift):
     found, error = log_likelihood(model, contexts, answers)
     torch.testing.assert_close(found, expected, **EXACT)
     assert not error.any()
+
+
+class Rows(list):
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row["tokens"]) for row in self]
+
+
+@SHIFTS
+def test_an_evaluation_gives_the_bound_and_the_ar_models_nats_each_over_its_own_tokens(right_shift):
+    """Of rows whose first token is learnt, too, and whose last block is filled."""
+    model = model_of(right_shift=right_shift)
+    rows = Rows({"tokens": random_tokens(n, seed=n).numpy(), "supervised": np.ones(n, bool)} for n in (5, 9, 14))
+    collate = functools.partial(loaders.collate, pad_id=0)
+    filling = functools.partial(collate, block_length=4, eos_id=7)
+    how = {"batch_size": 3, "ranks": Ranks(0, 1, torch.device("cpu"))}
+    bound, ar = evaluate(model, model, rows, filling, **how)
+
+    batch = Batch(**filling(rows), sample=torch.arange(3))
+    total = losses(model, training_example(batch, model.config, Noising(noise_type="count"), seed=EVALUATION_SEED))[0]
+    assert bound == pytest.approx(total.item() / (28 - 3 * right_shift), rel=1e-9)
+    answers = [row["tokens"].tolist() for row in rows]
+    exact, _ = log_likelihood(as_ar(model), [row[:1] for row in answers], [row[1:] for row in answers])
+    assert ar == pytest.approx(-exact.sum().item() / 25, rel=1e-9)
+    declare(model.config, objective="ar")
+    assert evaluate(model, model, rows, collate, **how) == (pytest.approx(ar), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,6 +411,12 @@ def test_whatever_drafts_it_changes_the_number_of_forwards_and_nothing_else(sour
         assert found.forwards == 1 + math.ceil((new - 1) / N)
 
 
+def a_batch(model, end_ids=(), seed: int = 0, **options) -> Speculation:
+    """`PROMPTS`, whose keys a test may then read."""
+    generator = torch.Generator().manual_seed(seed)
+    return Speculation(model, PROMPTS, diffusion.Sampling(**options), None, end_ids, None, generator, False)
+
+
 def slow_ar(model, prompt, new: int, noise, temperature: float, top_k=None, top_p=None) -> list[int]:
     """ar at a temperature, a whole forward a token, with noise(position) -> (V,) for the token at a position."""
     tokens = list(prompt)
@@ -365,16 +434,7 @@ def slow_ar(model, prompt, new: int, noise, temperature: float, top_k=None, top_
 def test_at_a_temperature_it_writes_what_ar_draws_with_the_noise_of_each_place(N, options):
     model = model_of(2)
     for seed in range(6):
-        batch = Speculation(
-            model,
-            PROMPTS,
-            diffusion.Sampling(max_new_tokens=8, speculate=N, temperature=0.9, **options),
-            None,
-            (),
-            None,
-            torch.Generator().manual_seed(seed),
-            False,
-        )
+        batch = a_batch(model, seed=seed, max_new_tokens=8, speculate=N, temperature=0.9, **options)
         for _ in batch.steps():
             pass
         for row, prompt in enumerate(PROMPTS):
@@ -433,6 +493,19 @@ def test_the_noise_of_a_place_is_uniform_and_independent_and_the_same_whoever_as
     assert torch.equal(cut[0], u[7, 100:150])
 
 
+def test_the_noise_of_a_place_is_that_of_splitmix64_written_plainly():
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    step = 0x9E3779B97F4A7C15
+    for key, place in itertools.product((0, 123456789, 2**62 - 1), (0, 7, 4095)):
+        found = uniform_at(torch.tensor([key]), torch.tensor([place]), 100, (1, 50), None)[0]
+        row = mix((key + place * step) % 2**64)
+        assert found.tolist() == [((mix((row + (t + 1) * step) % 2**64) >> 11) + 0.5) / 2**53 for t in range(100, 150)]
+
+
 def test_with_that_noise_a_token_is_drawn_with_its_probability():
     """Exact probabilities against 200,000 places."""
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 0.5], dtype=torch.float64)
@@ -443,28 +516,34 @@ def test_with_that_noise_a_token_is_drawn_with_its_probability():
         assert ((share - p).abs() < 4.5 * (p * (1 - p) / 200_000).sqrt()).all()
 
 
-def test_it_takes_the_drafts_of_the_copy_for_as_many_as_were_right():
-    """Each copy's draft is what a forward of its own would give: the settled text, then N masks."""
-    for right_shift in (False, True):
-        model, N = model_of(6, right_shift=right_shift), 4
-        steps = list(denoise(model, PROMPTS[:1], max_new_tokens=14, speculate=N))
-        drafted = 0
-        for before, step in itertools.pairwise(steps[:-1]):
-            known = int((~step.masked[0]).sum())
-            # The draft was made when all but the last settled token was known, for no more tokens than had room.
-            masks = min(N, int(before.masked[0].sum()))
-            tokens = torch.cat([step.tokens[0, : known - 1], torch.full((masks,), MASK)])[None]
+@pytest.mark.parametrize("temperature", (0.0, 0.9))
+@SHIFTS
+def test_it_takes_the_drafts_of_the_copy_for_as_many_as_were_right(right_shift, temperature):
+    """Each copy's draft is what a forward of its own would give: the settled text, then N masks; at a temperature with
+    the noise of each place, which the verdict on it will have."""
+    model, N, new, drafted = model_of(6, right_shift=right_shift), 4, 14, 0
+    batch = a_batch(model, end_ids=(3, 4), max_new_tokens=new, speculate=N, temperature=temperature)
+    before = batch.now(0)
+    for _ in batch.steps():
+        step = batch.now(0)
+        # A draft was made when all but the last settled token was known, for no more tokens than some row had room.
+        masks = min(N, int(before.masked[~before.done].sum(dim=1).max()))
+        for row in (~step.done).nonzero()[:, 0].tolist():
+            end = len(PROMPTS[row]) + new
+            known = end - int(step.masked[row].sum())
+            tokens = torch.cat([step.tokens[row, : known - 1], torch.full((masks,), MASK)])[None]
             position = positions(1, known - 1 + masks)
             noisy = position >= known - 1
             layout = Layout(position, 0 * position, torch.where(noisy, known - 1, position), noisy.long())
             logits = model(tokens, layout)[0]
             logits[:, MASK] = -math.inf
-            for j in range(1, masks):
-                if known - 1 + j < 6 + 14:
-                    assert step.draft[0, known - 1 + j]
-                    assert step.tokens[0, known - 1 + j] == logits[known - 1 + j - right_shift].argmax()
-                    drafted += 1
-        assert drafted > 20
+            for place in range(known, min(known - 1 + masks, end)):
+                at = batch.key[row : row + 1], torch.tensor([place]), temperature, 0
+                assert step.draft[row, place]
+                assert step.tokens[row, place] == choose.noised_at(*at, logits[None, place - right_shift]).argmax()
+                drafted += 1
+        before = step
+    assert drafted > 60
 
 
 def test_drafts_are_masked_and_nothing_else_is_a_draft():
@@ -473,6 +552,19 @@ def test_drafts_are_masked_and_nothing_else_is_a_draft():
         assert not (step.draft & ~step.masked).any()
         assert (step.tokens[step.masked & ~step.draft] == MASK).all()
         assert not step.draft[step.done].any()
+
+
+@pytest.mark.parametrize("static", (False, True))
+def test_every_query_sees_something_be_it_padding_or_of_a_row_that_is_done(static, monkeypatch):
+    seen, model = watched_masks(monkeypatch), model_of(0)
+    last_of(denoise(model, PROMPTS, max_new_tokens=9, speculate=3, end_ids=(3, 4, 5), static=static))
+    assert seen and all(seen)
+
+
+def test_rows_have_noise_of_their_own():
+    model = model_of(0)
+    rows = written(last_of(denoise(model, PROMPTS[:1] * 4, max_new_tokens=9, speculate=3, temperature=1.0)))
+    assert len({*map(tuple, rows)}) == 4
 
 
 @pytest.mark.parametrize("N", (1, 2, 5))
@@ -492,6 +584,22 @@ def test_a_kept_cache_gives_what_a_fresh_one_gives(N):
     for prompt in (prefix.tokens[:5], [*prefix.tokens[:4], 9, 9, 9]):
         kept = last_of(denoise(model, [prompt], prefix=prefix, max_new_tokens=7, speculate=N))
         assert written(kept) == written(last_of(denoise(model, [prompt], max_new_tokens=7, speculate=N)))
+
+
+@pytest.mark.parametrize("static", (False, True))
+@pytest.mark.parametrize("ends", (False, True))
+def test_a_kept_cache_ends_with_the_answer_however_much_was_right_after_it(ends, static, monkeypatch):
+    model, prompt, prefix = model_of(1), PROMPTS[0], diffusion.Prefix()
+    how = {"max_new_tokens": 9, "speculate": 5, "static": static}
+    truth = written(last_of(denoise(model, [prompt], **how)))
+    monkeypatch.setattr(Drafting, "truth", truth, raising=False)
+    monkeypatch.setattr(Drafting, "source", "oracle", raising=False)
+    monkeypatch.setattr(diffusion, "Speculation", Drafting)
+    end_ids = (truth[0][len(prompt) + 2],) if ends else ()
+    (text,) = written(last_of(denoise(model, [prompt], prefix=prefix, end_ids=end_ids, **how)))
+    assert prefix.tokens in (text, text[:-1])
+    kept, fresh = (last_of(denoise(model, [[*text, 1, 2]], prefix=each, **how)) for each in (prefix, None))
+    assert written(kept) == written(fresh)
 
 
 def test_it_feeds_the_draft_and_a_copy_for_each_number_of_its_tokens(monkeypatch):
@@ -655,6 +763,14 @@ def test_both_losses_are_logged_and_evaluated_apart(a_run):
     assert evaluations[-1]["eval_ar_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_the_log_keeps_the_two_losses_apart_whatever_the_weight(a_run, tmp_path):
+    """At the first step, before the weights part."""
+    other = run(tmp_path / "run", "--block_size", "1:0.25,2:0.5,8:0.25", "--ar_weight", "2", "--max_steps", "1")
+    first, again = (next(row for row in rows if "loss" in row) for rows in (a_run[1], other))
+    assert again["loss"] == pytest.approx(first["loss"], rel=1e-6)
+    assert again["ar_loss"] == pytest.approx(first["ar_loss"], rel=1e-6)
+
+
 def test_ar_weight_is_for_causal_context(tmp_path, capsys):
     flags = [flag if flag != "causal" else "block" for flag in FLAGS]
     with pytest.raises(SystemExit):
@@ -673,6 +789,13 @@ def test_convert_writes_it_as_a_plain_ar_model(a_run, tmp_path):
     expected = written(last_of(denoise(load_model(tmp_path / "ar"), prompt, max_new_tokens=6)))
     both = load_model(output / "checkpoint-final")
     assert written(last_of(denoise(both, prompt, max_new_tokens=6, speculate=4))) == expected
+
+
+def test_converting_again_keeps_the_context(a_run, tmp_path):
+    again = ["--output_dir", str(tmp_path / "again"), "--block_size", "4"]
+    convert.main(["--model_name_or_path", str(a_run[0] / "checkpoint-final"), *again])
+    config = load_config(tmp_path / "again")
+    assert (config.objective, config.block_length, config.context) == ("bd3lm", 4, "causal")
 
 
 def test_the_program_shows_drafts_and_answers_as_ar_does(a_run, capsys):

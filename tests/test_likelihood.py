@@ -263,9 +263,10 @@ def test_bd3lm_with_right_shift_and_block_length_1_is_ar_exactly():
 CASES = [("ar", None, True), ("mdlm", None, False), ("mdlm", None, True), ("bd3lm", 4, False), ("bd3lm", 4, True)]
 
 
+@pytest.mark.parametrize("context", [None, "causal"])
 @pytest.mark.parametrize(("objective", "K", "right_shift"), CASES)
-def test_batched_is_single_whatever_the_forward_holds(objective, K, right_shift):
-    model = tiny(objective=objective, block_length=K, right_shift=right_shift)
+def test_batched_is_single_whatever_the_forward_holds(objective, K, right_shift, context):
+    model = tiny(objective=objective, block_length=K, right_shift=right_shift, context=context)
     question, other = tokens(9), tokens(3, 9)
     contexts = [question, question, other, question, tokens(1, 4), other]
     continuations = [tokens(6, 1), tokens(6, 2), tokens(5, 3), [7], tokens(11, 5), []]

@@ -715,7 +715,7 @@ MISTAKES = {
     "--packing True --objective mdlm": "mdlm learns chat with its padding",
     "--streaming True --load_preprocessed_data True": "contradict each other",
     "--overwrite --resume_from_checkpoint auto": "contradict each other",
-    "--load_preprocessed_data --model_name_or_path builtin/tiny": "builtin/tiny makes its tokenizer of text",
+    "--load_preprocessed_data --model_name_or_path builtin/tiny": "builtin/tiny makes its own of text",
     "--resume_from_checkpoint ./nowhere": "there is no directory nowhere to resume from; . holds no checkpoint",
 }
 
