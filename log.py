@@ -40,15 +40,15 @@ class Log:
     """metrics.jsonl and the progress bar, or plain lines where a line cannot be redrawn. Rank 0 has one
     that writes, the others a `silent` one."""
 
-    def __init__(self, output: Path, directory: Path, past: list[dict], step: int, steps: int, *, silent, reporter):
+    def __init__(self, output: Path, directory: Path, past: list[dict], report, step: int, steps: int, *, silent):
         """directory: where it writes, `output` or one that will take its place. past: the lines of the run that this
-        one goes on with. step: the one a resumed run goes on from, else 0. reporter: of `import_reporter`."""
+        one goes on with. report: of `import_reporter`. step: the one a resumed run goes on from, else 0."""
         self.directory, self.past, self.silent, self.total, self.reporter = directory, past, silent, steps, None
         self.name = output.resolve().name
         if silent:
             return
-        if reporter is not None:
-            self.reporter = reporter(output, json.loads((directory / ARGS).read_text()), step)
+        if report is not None:
+            self.reporter = report(output, json.loads((directory / ARGS).read_text()), step)
 
         path = directory / METRICS
         with replacing_file(path) as new:

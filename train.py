@@ -114,9 +114,7 @@ class Output(options.FromFile, card.Publishing):
     skip_nonfinite: Natural = 0
     """leave out up to N steps whose loss or gradient is not finite; one more ends the run"""
     logging_steps: Count = 10  # a line in metrics.jsonl every so many steps
-    report_to: Literal["none", *log.REPORTERS] = "none"
-    """wandb: also to Weights & Biases, which heeds WANDB_MODE, WANDB_PROJECT and so on; tensorboard: also to
-    OUTPUT_DIR/tensorboard. Each is a package of its own"""
+    report_to: Literal["none", *log.REPORTERS] = "none"  # also to Weights & Biases, or to OUTPUT_DIR/tensorboard
 
 
 @dataclass(kw_only=True)
@@ -265,7 +263,7 @@ class Run:
     def __init__(self, args: Settings, ranks: Ranks, start: resume.Start):
         """Nothing is written before all that can be refused has been."""
         self.args, self.ranks, self.output, self.directory = args, ranks, Path(args.output_dir), start.directory
-        reporter = log.import_reporter(args.report_to)
+        report = log.import_reporter(args.report_to)
         with ranks.first_on_node():
             self.model, self.tokenizer = build_model(args)
             args.check_objective(self.model.config)
@@ -296,8 +294,7 @@ class Run:
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
         card.check_hub(args.push_to_hub if ranks.rank == 0 else None)
         self._prepare_directory(start)
-        where = (self.output, self.directory, past)
-        self.log = log.Log(*where, self.step, self.steps, silent=ranks.rank > 0, reporter=reporter)
+        self.log = log.Log(self.output, self.directory, past, report, self.step, self.steps, silent=ranks.rank > 0)
         self.log.print(log.describe(args, self.model, self.loaders.about, self.steps, ranks))
         if begin_at is not None:
             self.log.print(f"resume {begin_at}{', on the longer learning rate schedule' if start.done else ''}")
