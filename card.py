@@ -173,6 +173,6 @@ def check_hub(repository: str | None) -> None:
 
 def reason(error: Exception) -> str:
     """The first line of what the Hub's library says, without the token."""
-    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
     token = huggingface_hub.get_token()
     return said.replace(token, "…") if token else said
