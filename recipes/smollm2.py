@@ -33,7 +33,7 @@ class Figures(Options):
     before: Model  # the checkpoint that the runs began with
     runs: Annotated[tuple[str, ...], directories, "DIR,DIR,..."]  # of train.py
     questions: Count = 50  # held-out chats to answer the last turn of
-    rows: Count = 100  # held-out rows for bounds and nats, at most
+    rows: Count = 50  # held-out rows for bounds and nats, at most
     max_new_tokens: Count = 64  # of an answer
     speculate: Count = 4  # drafts
     batch_size: Count = 10  # answers at a time
@@ -60,9 +60,12 @@ def measure(args: Figures, path: str, settings: Settings) -> dict[str, str]:
             found += of.answers(batch, declared, max_new_tokens=args.max_new_tokens, **options)
         return found
 
+    # Nats are computed as in training, answers as --dtype says.
+    of.model.compute_dtype = settings.computes_in(torch.device("cpu"), of.model.size)
     found = {"AR nats per token": f"{of.nats(rows, of.as_ar, 4, args.rows):.3f}"}
     for K in (4, 8):
         found[f"bound, blocks of {K}"] = f"{of.nats(rows, replace(config, block_length=K), 4, args.rows):.3f}"
+    of.model.compute_dtype = None
     by = {
         "as AR": answers("as AR", of.as_ar),
         "speculation": answers("speculation", config, speculate=args.speculate),

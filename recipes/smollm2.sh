@@ -70,7 +70,7 @@ from log import past_rows
 speed = past_rows(Path(sys.argv[1]))[-1]["tokens_per_second"]
 minutes, answering = float(sys.argv[2]), float(sys.argv[3]) / 60
 print(f"\n# {speed:.0f} tokens a second: {speed * 60 * minutes / 1e6:.2f} M tokens in {minutes:g} minutes of training. "
-      f"With evaluations, answers and figures all of it takes about {1 + 1.05 * minutes + 4 * answering:.0f} minutes.")
+      f"With evaluations, answers and figures all of it takes about {1 + 1.05 * minutes + 20 * answering:.0f} minutes.")
 END
     rm -r "$RUNS/probe"
 fi

@@ -771,6 +771,11 @@ def test_the_log_keeps_the_two_losses_apart_whatever_the_weight(a_run, tmp_path)
     assert again["ar_loss"] == pytest.approx(first["ar_loss"], rel=1e-6)
 
 
+def test_ar_weight_by_default_is_what_its_manual_says():
+    weight = train.Settings.parse([*FLAGS, "--output_dir", "x"]).beside(config_of())
+    assert f"default: {weight})" in flags(train.Settings)["ar_weight"].help
+
+
 def test_ar_weight_is_for_causal_context(tmp_path, capsys):
     flags = [flag if flag != "causal" else "block" for flag in FLAGS]
     with pytest.raises(SystemExit):
