@@ -176,6 +176,15 @@ def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageMo
 # From prompts to answers
 
 
+@dataclass(kw_only=True)
+class Turns(Options):
+    "prompts"
+
+    chat_template: bool | None = None
+    """make each prompt a user's turn; False continues it as text (default: True where there is a template)"""
+    system: Annotated[str, "TEXT"] | None = None  # system message before each prompt (default: none)
+
+
 def is_chat(args, tokenizer: Tokenizer) -> bool:
     """Whether prompts are turns of a chat: by --chat_template, else where the tokenizer has a template."""
     if args.chat_template and tokenizer.template is None:
@@ -212,6 +221,69 @@ def encode_prompt(args, model: LanguageModel, tokenizer: Tokenizer) -> tuple[lis
         parts = f"its {len(ids)} tokens and {new} new ones exceed the model's context of {room}"
         raise ValueError(f"--sample_prompt: {parts}; shorten it")
     return ids, new
+
+
+@dataclass
+class Request:
+    """One prompt, text or messages, and what becomes of it."""
+
+    prompt: str | list[dict]
+    task: str | None = None
+    expected: str | None = None
+    ids: list[int] = None
+    holes: list[bool] | None = None  # which ids are masks to fill in; None: there is none, and the answer follows
+    new: int = 0  # masks that follow the prompt
+    answer: tuple = None  # a cli.Answer; of a prompt that was filled in, all of it
+
+    @property
+    def kind(self) -> tuple:
+        # A task is timed by itself, and a batch is either filled in or answered.
+        return self.task or "", self.holes is not None
+
+    @property
+    def correct(self) -> bool:
+        return self.answer.text.strip() == self.expected.strip()
+
+
+def encode(request: Request, n: int, args, model: LanguageModel, tokenizer: Tokenizer, chat: bool) -> None:
+    """Sets `ids`, `holes` and `new` of the n-th request. chat: text is a turn of a chat, not continued."""
+    prompt, text = request.prompt, isinstance(request.prompt, str)
+    # A text is a chat of one turn, or free: to continue or to fill in.
+    messages = [{"role": "user", "content": prompt}] if text else prompt
+    infilling = any(tokenizer.mask_token in message["content"] for message in messages)
+    if not text and not chat:
+        raise ValueError(f"prompt {n} is a chat, which needs a chat template; leave --chat_template False out")
+    if text and infilling and (args.chat_template or args.system is not None):
+        flag = "--system" if args.system is not None else "--chat_template True"
+        raise ValueError(f"prompt {n} has masks and is filled in as plain text; leave {flag} out, or give messages")
+
+    # A chat is rendered up to where its answer begins; one to fill in may end in an answer, and is rendered whole.
+    if text and (infilling or prompt == "" or not chat):
+        ids = tokenizer.encode(prompt)
+    else:
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        answered = messages[-1]["role"] == "assistant"
+        if answered and not infilling:
+            raise ValueError(f"prompt {n} ends in the assistant's turn; leave that out, or add {tokenizer.mask_token}")
+        ids, _ = tokenizer.render(system + messages, reply=not answered)
+    request.ids, holes = canvas(tokenizer, ids, model)
+    request.holes = holes if infilling else None
+
+    # How much follows, and whether the model's context has room for it.
+    default = 0 if infilling else Sampling.default_length(model.config)
+    request.new = default if args.max_new_tokens is None else args.max_new_tokens
+    room, length = model.config.max_position_embeddings, len(request.ids)
+    if length + request.new > room:
+        parts = f"its {length} tokens and {request.new} new ones exceed the model's context of {room}"
+        raise ValueError(f"prompt {n}: {parts}; shorten it or lower --max_new_tokens")
+
+
+def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
+    """The requests in batches of one kind, those of a kind in their order."""
+    for kind in sorted({request.kind for request in todo}):
+        same = [request for request in todo if request.kind == kind]
+        for begin in range(0, len(same), size):
+            yield same[begin : begin + size]
 
 
 def check_chat(messages, where: str, *, answered: bool = False) -> list[dict]:
@@ -351,6 +423,14 @@ class Answers(Progress):
         self.seconds = 0.0  # what the steps took
         how = {"canvas_masks": canvas_masks, "end_ids": self.end_ids, "prefix": prefix, "generator": generator}
         self.steps = denoise(model, prompts, **how, **options)
+
+    @classmethod
+    def to(cls, batch: list[Request], model, tokenizer, *, options: dict, generator) -> "Answers":
+        """The answers to requests of one kind."""
+        holes = None if batch[0].holes is None else [request.holes for request in batch]
+        options = options | {"max_new_tokens": batch[0].new}
+        prompts = [request.ids for request in batch]
+        return cls(model, tokenizer, prompts, holes, options=options, generator=generator)
 
     def __iter__(self) -> Iterator[Step]:
         while True:

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 
+import card
 from checkpoint import EMBEDDING, HEAD, load_config, load_model, resolve, save_model
 from cli import one_line_errors
 from display import printable
@@ -67,7 +68,7 @@ class Weights(Options):
 
 
 @dataclass(kw_only=True)
-class Convert(Paths, Declarations, Weights):
+class Convert(Paths, Declarations, Weights, card.Publishing):
     """Turn an autoregressive Qwen3, Qwen2, Qwen2.5 or Llama checkpoint into a diffusion checkpoint, or back.
 
     The weights stay what they are: a diffusion checkpoint is the same network with a mask token and a config.json that
@@ -210,8 +211,10 @@ def convert(args: Convert) -> dict[str, str]:
     else:
         shrink(tensors, config)
     dtype = args.save_dtype or stored
+    card.check_hub(args.push_to_hub)
     with sole_user(output.resolve(), whole=True):
         save_model(model, output, dtype=getattr(torch, dtype), tokenizer=tokenizer, state_dict=tensors)
+        card.publish(output, args)
     shift = "--right_shift_logits True in training: positions go on predicting the next token, as the AR model did"
     advised = causal and args.to == "diffusion" and not args.random_init and config.right_shift is None
     return {

@@ -1,13 +1,16 @@
 """What a training run reports: its first lines, its log (metrics.jsonl and the progress bar), its curves, its cost."""
 
 import base64
+import functools
 import hashlib
 import html
+import importlib
 import io
 import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,18 +41,15 @@ class Log:
     """metrics.jsonl and the progress bar, or plain lines where a line cannot be redrawn. Rank 0 has one
     that writes, the others a `silent` one."""
 
-    def __init__(self, output: Path, directory: Path, past: list[dict], step: int, steps: int, *, silent: bool, wandb):
+    def __init__(self, output: Path, directory: Path, past: list[dict], report, step: int, steps: int, *, silent):
         """directory: where it writes, `output` or one that will take its place. past: the lines of the run that this
-        one goes on with. step: the one a resumed run goes on from, else 0. wandb: that module, or None."""
-        self.directory, self.past, self.silent, self.total, self.wandb = directory, past, silent, steps, None
+        one goes on with. report: of `import_reporter`. step: the one a resumed run goes on from, else 0."""
+        self.directory, self.past, self.silent, self.total, self.reporter = directory, past, silent, steps, None
         self.name = output.resolve().name
         if silent:
             return
-        if wandb is not None:
-            # An id made of the directory's name, so that a resumed run goes on with its own curves.
-            known = {"name": output.name, "id": hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:12]}
-            known |= {"project": os.environ.get("WANDB_PROJECT", "nanoA2D"), "dir": str(output), "resume": "allow"}
-            self.wandb = wandb.init(config=json.loads((directory / ARGS).read_text()), **known)
+        if report is not None:
+            self.reporter = report(output, json.loads((directory / ARGS).read_text()), step)
 
         path = directory / METRICS
         with replacing_file(path) as new:
@@ -63,8 +63,8 @@ class Log:
             return
         with naming_file(self.directory / METRICS):
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
+        if self.reporter is not None:
+            self.reporter.log(metrics, step=step)
 
     def show(self, step: int, left: float, **metrics: float) -> None:
         """On the bar, which shows the time left by itself; left: minutes."""
@@ -111,22 +111,51 @@ class Log:
         self.draw()
         self.bar.close()
         self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        if self.reporter is not None:
+            self.reporter.finish()
 
 
 def readable(value: float) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
-def import_wandb():
+def start_wandb(wandb, output: Path, settings: dict, step: int):
+    # An id made of the directory's name, so that a resumed run goes on with its own curves.
+    known = {"name": output.name, "id": hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:12]}
+    known |= {"project": os.environ.get("WANDB_PROJECT", "nanoA2D"), "dir": str(output), "resume": "allow"}
+    return wandb.init(config=settings, **known)
+
+
+class TensorBoard:
+    """A run as `start_wandb` returns one, for TensorBoard."""
+
+    def __init__(self, tensorboard, output: Path, settings: dict, step: int):
+        # What was logged after this step is of steps to be done again, or of a run that this one overwrites.
+        self.writer = tensorboard.SummaryWriter(output / "tensorboard", purge_step=step)
+        self.writer.add_text("settings", json.dumps(settings, indent=2), step)
+
+    def log(self, metrics: dict, step: int) -> None:
+        for name, value in metrics.items():
+            add = self.writer.add_text if isinstance(value, str) else self.writer.add_scalar
+            add(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+REPORTERS = {"wandb": ("wandb", start_wandb), "tensorboard": ("torch.utils.tensorboard", TensorBoard)}
+
+
+def import_reporter(name: str) -> Callable | None:
+    """What begins a run there, of its directory, settings and first step; None for none."""
+    if name == "none":
+        return None
+    module, begin = REPORTERS[name]
     try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "--report_to wandb: the package is not installed; pip install wandb, or leave it out"
-        ) from error
-    return wandb
+        return functools.partial(begin, importlib.import_module(module))
+    except ImportError as error:
+        missing = f"--report_to {name}: the package is not installed; pip install {name}, or leave it out"
+        raise ValueError(missing) from error
 
 
 def summarize(sums: Counter, ranks: Ranks, peak: float | None) -> dict:

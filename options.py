@@ -23,8 +23,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
+
+from files import read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of values. In an Annotated type a Bound limits the value, a string names it in --help, a function reads it. A
@@ -88,6 +91,7 @@ def block_lengths(text: str) -> str:
     return text
 
 
+EXPECTED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", tuple: "token ids"}
 LARGEST = 10**9  # of any number but a seed: what is beyond overflows somewhere, or fills the memory
 Count = Annotated[int, at_least(1), "N"]
 Steps = Annotated[Count, Bound(lambda x: x <= 10**6, "at most 1,000,000")]
@@ -97,8 +101,10 @@ Positive = Annotated[float, Bound(lambda x: x > 0, "more than 0"), "X"]
 Decay = Annotated[float, at_least(0), Bound(lambda x: x < 1, "less than 1"), "BETA"]
 Share = Annotated[float, Bound(lambda x: 0 <= x <= 1, "0 to 1, a part of the run"), "PART"]
 Tokens, Rows = Annotated[Count, "TOKENS"], Annotated[Count, "ROWS"]
-Model, Directory = Annotated[str, path, "DIR|ID"], Annotated[str, path, "DIR"]
-Seed, Ids = Annotated[int, seed, "N"], Annotated[tuple[int, ...], ids, "ID,ID,..."]
+Directory = Annotated[str, path, Bound(str.strip, "the name of a directory"), "DIR"]
+Model = Annotated[Directory, "DIR|ID"]
+Seed = Annotated[int, seed, Bound(lambda n: 0 <= n < 2**63, "0 to 2**63 - 1"), "N"]
+Ids = Annotated[tuple[int, ...], ids, "ID,ID,..."]
 Words = tuple[str, ...]  # arguments without a flag
 
 
@@ -109,6 +115,8 @@ Words = tuple[str, ...]  # arguments without a flag
 class Flag(NamedTuple):
     """What a command line must know of a field."""
 
+    kind: type  # of a value; of several, of each
+    optional: bool  # it may be None
     read: Callable[[str], Any]  # a value from its text
     several: bool  # any number of values, as a tuple
     choices: tuple
@@ -130,6 +138,7 @@ def flags(cls: type) -> dict[str, Flag]:
 
         # The type of one value, and its marks: of X | None those of X, of a tuple those of its items.
         hint = hints[name]
+        optional = NoneType in get_args(hint)
         if get_origin(hint) in (Union, UnionType):
             (hint,) = (part for part in get_args(hint) if part is not NoneType)
         kind, marks = _unpacked(hint)
@@ -144,7 +153,8 @@ def flags(cls: type) -> dict[str, Flag]:
         read = read or (type(choices[0]) if choices else boolean if kind is bool else kind)
         bounds = tuple(mark for mark in marks if isinstance(mark, Bound))
         metavar = next((mark for mark in reversed(marks) if isinstance(mark, str)), None)
-        found[name] = Flag(read, several, choices, bounds, metavar, defaults[name], help, group)
+        kind = type(choices[0]) if choices else get_origin(kind) or kind
+        found[name] = Flag(kind, optional, read, several, choices, bounds, metavar, defaults[name], help, group)
     return found
 
 
@@ -183,6 +193,13 @@ def _unpacked(hint) -> tuple[Any, tuple]:
     return get_args(hint)[0] if marks else hint, marks
 
 
+def fits(value, kind: type) -> bool:
+    """Whether `value` is of that type; an int is a float, too, but a bool is no int."""
+    if kind is tuple:
+        return isinstance(value, tuple | list) and all(type(item) is int for item in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
 @dataclass(kw_only=True)
 class Options:
     prog: ClassVar[str] = "python"
@@ -191,7 +208,11 @@ class Options:
     def __post_init__(self):
         for name, flag in flags(type(self)).items():
             given = getattr(self, name)
-            for value in () if given is None else given if flag.several else (given,):
+            if given is None and flag.optional:
+                continue
+            for value in given if flag.several and isinstance(given, tuple | list) else (given,):
+                if not fits(value, flag.kind):
+                    raise ValueError(f"--{name} {value!r:.60}: expected {EXPECTED[flag.kind]}")
                 if flag.choices and value not in flag.choices:
                     *others, last = flag.choices
                     raise ValueError(f"--{name} {value!r} is unknown; expected {', '.join(others)} or {last}")
@@ -202,6 +223,20 @@ class Options:
                 for bound in flag.bounds:
                     if not bound.holds(value):
                         raise ValueError(f"--{name} {value}: expected {bound.expected}")
+
+    @classmethod
+    def of(cls, values: dict[str, Any], where: str) -> Self:
+        """These options by name; ValueError, which says `where` they are, for a name that is none."""
+        cls.check_names(values, where)
+        return cls(**values)
+
+    @classmethod
+    def check_names(cls, names: Iterable[str], where: str) -> None:
+        for name in names:
+            if name not in flags(cls):
+                way_out = f"python {cls.prog} --help lists them"
+                near = nearest(f"--{name}", [f"--{known}" for known in flags(cls)], way_out)
+                raise ValueError(f"{where}: unknown option {name}; {near.replace('mean --', 'mean ')}")
 
     @classmethod
     def parser(cls) -> "Parser":
@@ -219,6 +254,30 @@ class Options:
     def only(self, cls: type) -> dict[str, Any]:
         """The options that are fields of `cls`, a class that this one inherits."""
         return {name: value for name, value in asdict(self).items() if name in flags(cls)}
+
+
+@dataclass(kw_only=True)
+class FromFile(Options):
+    "flags from a file"
+
+    config: Annotated[str, "FILE"] | None = None
+    """take flags from an args.json, which every run writes, or from one like it; those on the command line win, and
+    --overwrite is never taken (default: none)"""
+
+    @classmethod
+    def parse(cls, argv: list[str] | None = None) -> Self:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        if {"-h", "--help"} & {*argv} or "config" not in (found := Parser(FromFile).parse_known_args(argv)[0]):
+            return super().parse(argv)
+
+        # Its values become flags, before the others, which so have the last word; but for those at their defaults: a
+        # file has all of them, and most are none that anybody gave.
+        values = read_json(Path(found.config), "name an args.json")
+        cls.check_names(values, found.config)
+        defaults = {name: flag.default for name, flag in flags(cls).items()}
+        known = {name: value for name, value in values.items() if value not in (defaults[name], None)}
+        known = {name: value for name, value in known.items() if name not in ("config", "overwrite")}
+        return super().parse([*(f"--{name}={value}" for name, value in known.items()), *argv])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

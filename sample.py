@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -12,7 +11,20 @@ from tqdm import tqdm
 
 import cli
 import data
-from cli import Answers, Opening, canvas, check_chat, idle_steps, is_chat, one_line_errors, open_model, sampler_options
+from cli import (
+    Answers,
+    Opening,
+    Request,
+    Turns,
+    batches,
+    check_chat,
+    encode,
+    idle_steps,
+    is_chat,
+    one_line_errors,
+    open_model,
+    sampler_options,
+)
 from diffusion import Sampling
 from display import LEGEND, MASKED, STRONG, Region, Spans, cost, one_line, pieces, plain, show, wrap
 from files import check_file, read_text, replacing_file
@@ -27,16 +39,13 @@ PLAIN_EVERY = 8  # forwards from one line of --show to the next where there is n
 
 
 @dataclass(kw_only=True)
-class Prompts(Options):
+class Prompts(Turns):
     "prompts"
 
     prompts: Annotated[Words, "PROMPT"] = ()  # prompts; put those that begin with a dash after --
     input: Annotated[str, "FILE"] | None = None
     """.txt: a prompt per line, blank ones left out. .jsonl: rows with "prompt", or "messages" that end in the user's
     turn. -: standard input, as .txt (default: standard input, where no prompt is given)"""
-    chat_template: bool | None = None
-    """make each prompt a user's turn; False continues it as text (default: True where there is a template)"""
-    system: Annotated[str, "TEXT"] | None = None  # system message before each prompt (default: none)
     batch_size: Rows = 16  # prompts decoded at once; they may differ in length
 
 
@@ -99,28 +108,6 @@ class Sample(Sampling, Scoring, Output, Prompts, Opening):
 # Prompts
 
 
-@dataclass
-class Request:
-    """One prompt, text or messages, and what becomes of it."""
-
-    prompt: str | list[dict]
-    task: str | None = None
-    expected: str | None = None
-    ids: list[int] = None
-    holes: list[bool] | None = None  # which ids are masks to fill in; None: there is none, and the answer follows
-    new: int = 0  # masks that follow the prompt
-    answer: tuple = None  # a cli.Answer; of a prompt that was filled in, all of it
-
-    @property
-    def kind(self) -> tuple:
-        # A task is timed by itself, and a batch is either filled in or answered.
-        return self.task or "", self.holes is not None
-
-    @property
-    def correct(self) -> bool:
-        return self.answer.text.strip() == self.expected.strip()
-
-
 def requests(args: Sample) -> list[Request]:
     """The prompts that the options name, from one source."""
     named = {"PROMPT": args.prompts, "--input": args.input, "--dataset_args": args.dataset_args}
@@ -173,39 +160,6 @@ def to_score(row: dict, source: str) -> Request:
     return Request(messages[:-1], task=task, expected=messages[-1]["content"])
 
 
-def encode(request: Request, n: int, args: Sample, model: LanguageModel, tokenizer: Tokenizer, chat: bool) -> None:
-    """Sets `ids`, `holes` and `new` of the n-th request. chat: text is a turn of a chat, not continued."""
-    prompt, text = request.prompt, isinstance(request.prompt, str)
-    # A text is a chat of one turn, or free: to continue or to fill in.
-    messages = [{"role": "user", "content": prompt}] if text else prompt
-    infilling = any(tokenizer.mask_token in message["content"] for message in messages)
-    if not text and not chat:
-        raise ValueError(f"prompt {n} is a chat, which needs a chat template; leave --chat_template False out")
-    if text and infilling and (args.chat_template or args.system is not None):
-        flag = "--system" if args.system is not None else "--chat_template True"
-        raise ValueError(f"prompt {n} has masks and is filled in as plain text; leave {flag} out, or give messages")
-
-    # A chat is rendered up to where its answer begins; one to fill in may end in an answer, and is rendered whole.
-    if text and (infilling or prompt == "" or not chat):
-        ids = tokenizer.encode(prompt)
-    else:
-        system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        answered = messages[-1]["role"] == "assistant"
-        if answered and not infilling:
-            raise ValueError(f"prompt {n} ends in the assistant's turn; leave that out, or add {tokenizer.mask_token}")
-        ids, _ = tokenizer.render(system + messages, reply=not answered)
-    request.ids, holes = canvas(tokenizer, ids, model)
-    request.holes = holes if infilling else None
-
-    # How much follows, and whether the model's context has room for it.
-    default = 0 if infilling else Sampling.default_length(model.config)
-    request.new = default if args.max_new_tokens is None else args.max_new_tokens
-    room, length = model.config.max_position_embeddings, len(request.ids)
-    if length + request.new > room:
-        parts = f"its {length} tokens and {request.new} new ones exceed the model's context of {room}"
-        raise ValueError(f"prompt {n}: {parts}; shorten it or lower --max_new_tokens")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
@@ -230,11 +184,8 @@ class Watch(Region):
 def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, watch: bool, frames=None) -> Answers:
     """Answers the requests of a batch, which are of one kind. watch: show each step. frames: a list to which those of
     the first row are added."""
-    prompts, holes = [request.ids for request in batch], [request.holes for request in batch]
-    options = options | {"max_new_tokens": batch[0].new}
-    holes = None if None in holes else holes
     # Only the steps are timed, not what is shown of them.
-    answers = Answers(model, tokenizer, prompts, holes, options=options, generator=generator)
+    answers = Answers.to(batch, model, tokenizer, options=options, generator=generator)
     with Watch(live=watch) as screen:
         for step in answers:
             if watch:
@@ -244,14 +195,6 @@ def decode(model, tokenizer, batch: list[Request], *, options: dict, generator, 
     for request, answer in zip(batch, answers.final()):
         request.answer = answer
     return answers
-
-
-def batches(todo: list[Request], size: int) -> Iterator[list[Request]]:
-    """The requests in batches of one kind, those of a kind in their order."""
-    for kind in sorted({request.kind for request in todo}):
-        same = [request for request in todo if request.kind == kind]
-        for begin in range(0, len(same), size):
-            yield same[begin : begin + size]
 
 
 def traced(answers: Answers, request: Request, frames: list[Frame], options: dict, objective: str) -> Trace:

@@ -27,9 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import card
 import data
 import log
 import lora
+import options
 import resume
 from checkpoint import DTYPES, PLAIN, barrier, config_dict, declare, load_model, resolve
 from cli import encode_prompt, one_line_errors, sampler_options
@@ -81,7 +83,7 @@ class Target(Options):
 
 
 @dataclass(kw_only=True)
-class Output(Options):
+class Output(options.FromFile, card.Publishing):
     "output: evaluation, saving, logging, and when to stop"
 
     output_dir: Directory  # directory of this run; one that holds a run is refused
@@ -113,8 +115,7 @@ class Output(Options):
     skip_nonfinite: Natural = 0
     """leave out up to N steps whose loss or gradient is not finite; one more ends the run"""
     logging_steps: Count = 10  # a line in metrics.jsonl every so many steps
-    report_to: Literal["none", "wandb"] = "none"
-    """wandb: also to Weights & Biases (a package of its own, which heeds WANDB_MODE, WANDB_PROJECT and so on)"""
+    report_to: Literal["none", *log.REPORTERS] = "none"  # also to Weights & Biases, or to OUTPUT_DIR/tensorboard
 
 
 @dataclass(kw_only=True)
@@ -263,7 +264,7 @@ class Run:
     def __init__(self, args: Settings, ranks: Ranks, start: resume.Start):
         """Nothing is written before all that can be refused has been."""
         self.args, self.ranks, self.output, self.directory = args, ranks, Path(args.output_dir), start.directory
-        wandb = log.import_wandb() if args.report_to == "wandb" else None
+        report = log.import_reporter(args.report_to)
         with ranks.first_on_node():
             self.model, self.tokenizer = build_model(args)
             args.check_objective(self.model.config)
@@ -292,9 +293,9 @@ class Run:
         self.began = time.perf_counter() - 60 * self.minutes_before
         self.prefetched = prefetch(self._prepare_steps(), PREFETCH[ranks.device.type])
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
+        card.check_hub(args.push_to_hub if ranks.rank == 0 else None)
         self._prepare_directory(start)
-        where = (self.output, self.directory, past)
-        self.log = log.Log(*where, self.step, self.steps, silent=ranks.rank > 0, wandb=wandb)
+        self.log = log.Log(self.output, self.directory, past, report, self.step, self.steps, silent=ranks.rank > 0)
         self.log.print(log.describe(args, self.model, self.loaders.about, self.steps, ranks))
         if begin_at is not None:
             self.log.print(f"resume {begin_at}{', on the longer learning rate schedule' if start.done else ''}")
@@ -592,6 +593,7 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
         return 130 if signals.number == signal.SIGINT else REQUEUE
     if ranks.rank == 0:
         print(f"wrote  {output / resume.FINAL} after {run.minutes:.1f} minutes")
+        card.publish(output / resume.FINAL, args, output)
     return 0
 
 

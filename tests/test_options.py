@@ -1,12 +1,13 @@
 """Options as dataclasses: the same fields are flags with a manual, and keyword arguments with the same checks."""
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from options import Bound, Count, Directory, Ids, Natural, Options, Positive, Rows, Seed, Share, Words, flags
+from options import Bound, Count, Directory, FromFile, Ids, Natural, Options, Positive, Rows, Seed, Share, Words, flags
 
 
 @dataclass(kw_only=True)
@@ -222,6 +223,37 @@ def test_given_names_what_the_command_line_set_even_to_the_default():
     assert Program(model_name_or_path="m", rows=8).given == frozenset()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rows": "3"}, "--rows '3': expected a whole number"),
+        ({"rows": True}, "--rows True: expected a whole number"),
+        ({"rows": None}, "--rows None: expected a whole number"),
+        ({"share": "much"}, "--share 'much': expected a number"),
+        ({"loud": 1}, "--loud 1: expected True or False"),
+        ({"own": 3}, "--own 3: expected a string"),
+        ({"suppress": ("a",)}, "--suppress ('a',): expected token ids"),
+        ({"suppress": 3}, "--suppress 3: expected token ids"),
+        ({"batch": (1, "2")}, "--batch '2': expected a whole number"),
+        ({"batch": 2.5}, "--batch 2.5: expected a whole number"),
+        ({"seed": -1}, "--seed -1: expected 0 to 2**63 - 1"),
+    ],
+)
+def test_a_value_of_another_type_in_python_is_a_value_error_of_one_line(options, words):
+    with pytest.raises(ValueError) as error:
+        Program(model_name_or_path="m", **options)
+    assert str(error.value) == words
+    assert Program(model_name_or_path="m", share=1, even=None, batch=[1, 2], suppress=[3]).share == 1
+
+
+def test_options_by_name_refuse_a_name_that_is_none():
+    assert Program.of({"model_name_or_path": "m", "rows": 3}, "here") == Program(model_name_or_path="m", rows=3)
+    with pytest.raises(ValueError, match=r"^here: unknown option row; did you mean rows\?$"):
+        Program.of({"row": 3}, "here")
+    with pytest.raises(ValueError, match=r"^here: unknown option zzz; python program\.py --help lists them$"):
+        Program.of({"zzz": 3}, "here")
+
+
 def test_only_gives_the_options_of_one_inherited_class():
     options = parse("--share", "0.5", "--rows", "9")
     assert options.only(Source) == {"model_name_or_path": "m", "kind": None}
@@ -232,6 +264,74 @@ def test_help_prints_the_manual_and_ends_well(capsys):
     with pytest.raises(SystemExit) as stop:
         Program.parse(["--help"])
     assert stop.value.code == 0 and capsys.readouterr().out == Program.parser().format_help()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags from a file
+
+
+@dataclass(kw_only=True)
+class Run(FromFile, Program):
+    """Runs."""
+
+    prog: ClassVar[str] = "run.py"
+    overwrite: bool = False  # replace what is there
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes an object of JSON, and gives its path."""
+
+    def write(**values) -> str:
+        path = tmp_path / "args.json"
+        path.write_text(json.dumps(values))
+        return str(path)
+
+    return write
+
+
+def test_a_file_gives_flags_and_the_command_line_wins(file):
+    path = file(model_name_or_path="-m", rows=3, share=0.25, loud=True, kind="large", suppress=[1, 2], even=None)
+    options = Run.parse(["--config", path, "--rows", "4", "--loud", "False"])
+    assert (options.model_name_or_path, options.rows, options.share, options.loud) == ("-m", 4, 0.25, False)
+    assert (options.kind, options.suppress, options.even, options.config) == ("large", (1, 2), None, path)
+    assert Run.parse([f"--config={path}"]).rows == 3
+    with pytest.raises(ValueError, match="required: --model_name_or_path"):
+        Run.parse(["--config", file(rows=3)])
+
+
+def test_what_a_file_has_at_its_default_was_not_given(file):
+    path = file(model_name_or_path="m", rows=8, share=0.2, loud=False)
+    assert Run.parse(["--config", path]).given == {"config", "model_name_or_path", "share"}
+    assert "loud" in Run.parse(["--config", path, "--loud", "False"]).given
+
+
+def test_a_file_does_not_overwrite_nor_name_another_file(file):
+    options = Run.parse(["--config", file(model_name_or_path="m", overwrite=True, config="other.json")])
+    assert not options.overwrite and options.config.endswith("args.json")
+    assert Run.parse(["--config", options.config, "--overwrite"]).overwrite
+
+
+def test_a_file_is_checked_as_a_command_line_is(file, tmp_path, capsys):
+    for values, words in (
+        ({"row": 3}, r"args\.json: unknown option row; did you mean rows\?$"),
+        ({"zzz": 3}, r"args\.json: unknown option zzz; python run\.py --help lists them$"),
+        ({"rows": "many"}, "^argument --rows: invalid int value: 'many'$"),
+        ({"rows": 2.5}, "^argument --rows: invalid int value: '2.5'$"),
+        ({"rows": -1}, "^--rows -1: expected at least 0$"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Run.parse(["--config", file(model_name_or_path="m", **values)])
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"list\.json is damaged: \[\], expected an object; name an args\.json$"):
+        Run.parse(["--config", str(tmp_path / "list.json")])
+    with pytest.raises(OSError, match=r"nowhere\.json"):
+        Run.parse(["--config", str(tmp_path / "nowhere.json")])
+    with pytest.raises(ValueError, match=r"^argument --config: expected one argument$"):
+        Run.parse(["--config"])
+    with pytest.raises(SystemExit):
+        Run.parse(["--config", "nowhere", "--help"])
+    assert "Runs." in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -386,8 +386,10 @@ FLAGS = [
     "--report_to none",
     "--lora --r 4 --lora_alpha 8 --lora_dropout 0.1 --target_modules q_proj,down_proj",
     "--freeze_embeddings True",
+    "--config ARGS",
 ]
 REQUIRED = {"--help", "--model_name_or_path", "--output_dir", "--dataset_args", "--stage", "--max_steps"}
+ELSEWHERE = {"--push_to_hub"}  # in tests/test_card.py
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -397,7 +399,9 @@ def test_a_run_with(source, tmp_path, flags):
     if "PREPROCESSED" in flags:
         argv = ["--dataset_args", "builtin/sums", "--stage", "sft", "--model_name_or_path", source, "--show", "0"]
         data.main([*argv, "--output_dir", str(tmp_path / "set")])
-    flags = flags.replace("TEXT", str(text)).replace("PREPROCESSED", str(tmp_path / "set"))
+    (tmp_path / "args.json").write_text(json.dumps({"max_length": 40, "insert_eos": True, "noise_type": None}))
+    named = {"TEXT": text, "PREPROCESSED": tmp_path / "set", "ARGS": tmp_path / "args.json"}
+    flags = " ".join(str(named.get(word, word)) for word in flags.split())
     metrics = run(source, tmp_path / "run", *flags.split())
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses and all(map(math.isfinite, losses))
@@ -420,7 +424,7 @@ def test_a_run_with(source, tmp_path, flags):
 def test_every_flag_is_exercised_here():
     exercised = {word for flags in FLAGS for word in flags.split() if word.startswith("--")}
     published = {name for name in train.Settings.parser()._option_string_actions if name.startswith("--")}
-    assert published == exercised | REQUIRED
+    assert published == exercised | REQUIRED | ELSEWHERE
 
 
 def test_builtin_tiny_starts_from_nothing_and_its_ar_checkpoint_declares_no_mask(tmp_path):
@@ -596,6 +600,54 @@ def test_weights_and_biases_gets_what_the_metrics_hold(source, tmp_path, monkeyp
     assert Run.finished
 
 
+def test_tensorboard_gets_what_the_metrics_hold_and_drops_what_a_resumed_run_does_again(source, tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, directory, purge_step):
+            self.texts, self.scalars = [], []
+            writers.append((directory, purge_step, self))
+
+        def add_text(self, name, value, step):
+            self.texts.append((name, value, step))
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, value, step))
+
+        def close(self):
+            self.closed = True
+
+    writers, tensorboard = [], types.ModuleType("torch.utils.tensorboard")
+    tensorboard.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    flags = ["--report_to", "tensorboard", "--sample_prompt", "1 + 2?", "--save_steps", "1"]
+    rows = run(source, tmp_path, *flags)
+    directory, purged, writer = writers[0]
+    assert (directory, purged, writer.closed) == (tmp_path / "tensorboard", 0, True)
+    (settings, *texts), said = writer.texts, ("sample", "sample_prompt")
+    assert json.loads(settings[1]) == json.loads((tmp_path / "args.json").read_text())
+    named = [(name, value, row["step"]) for row in rows for name, value in row.items() if name != "step"]
+    assert texts == [each for each in named if each[0] in said] != []
+    assert writer.scalars == [each for each in named if each[0] not in said]
+    run(source, tmp_path, *flags, "--max_steps", "3", "--resume_from_checkpoint", "auto")
+    assert writers[1][1] == 1  # where the last numbered checkpoint is
+
+
+def test_a_run_from_another_ones_args_is_that_run_again(source, tmp_path, capsys):
+    flags = ["--objective", "bd3lm", "--block_size", "4", "--max_length", "48", "--learning_rate", "3e-5"]
+    flags += ["--context", "causal", "--mask_prompt_loss", "False", "--group_by_length", "False"]
+    first = run(source, tmp_path / "a", *flags, "--logging_steps", "1")
+    train.main(["--config", str(tmp_path / "a/args.json"), "--output_dir", str(tmp_path / "b")])
+    second = [json.loads(line) for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()]
+    losses = [[row[name] for row in rows for name in ("loss", "eval_loss") if name in row] for rows in (first, second)]
+    assert losses[0] == losses[1] and len(losses[0]) > 3
+    known = [json.loads((tmp_path / name / "args.json").read_text()) for name in "ab"]
+    differs = {name for name in known[0] if known[0][name] != known[1][name]}
+    assert differs == {"config", "output_dir"}
+    said = refused(capsys, "--config", str(tmp_path / "a/args.json"))  # the same directory
+    assert "holds a run (checkpoint-" in said
+    said = refused(capsys, "--config", str(tmp_path / "a/args.json"), "--stage", "pt", "--output_dir", str(tmp_path))
+    assert "is for --stage sft; leave it out of --stage pt" in said
+
+
 @pytest.mark.parametrize(("flags", "recur"), [((), False), (("--pad_to", "512"), True)])
 def test_cudnn_may_attend_where_all_rows_have_one_length(source, tmp_path, flags, recur, monkeypatch):
     monkeypatch.setattr(train, "parallelize", None)  # which comes after, and ends it
@@ -712,10 +764,11 @@ def test_streaming_needs_a_number_of_steps(source, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_missing_wandb_is_told(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    flags = ["--output_dir", str(tmp_path / "x"), *SFT, "--report_to", "wandb"]
-    assert "pip install wandb" in refused(capsys, "--model_name_or_path", source, *flags)
+@pytest.mark.parametrize(("package", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_package_to_report_to_is_told(source, tmp_path, capsys, monkeypatch, package, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    flags = ["--output_dir", str(tmp_path / "x"), *SFT, "--report_to", package]
+    assert f"pip install {package}" in refused(capsys, "--model_name_or_path", source, *flags)
 
 
 def test_a_declared_objective_is_not_contradicted(source, tmp_path, capsys):
