@@ -1,5 +1,6 @@
 """What a forward of the sampler reveals: which token at a masked position, and which of them stay.
 
+    check_canvas        which prompts and options are refused
     RULES, REMASKING    how many tokens stay, and which; a new rule is a row
     choose_tokens       from hidden states: the token, its probability and its score, without the whole logits
     vocabulary_slices   the logits, a slice of the vocabulary at a time
@@ -9,6 +10,7 @@
 B batch, T columns, N rows, D hidden, V vocabulary, v tokens of a slice of it.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,6 +18,55 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model import OBJECTIVES, Config
+
+
+def check_canvas(config: Config, objective: str, options, prompts, canvas_masks, end_ids, prefix) -> None:
+    """ValueError where the prompts do not fit the model, the options (diffusion.Sampling) or each other."""
+    V, mask_id = config.vocab_size, config.mask_token_id
+    lengths, found = list(map(len, prompts)), canvas_masks and list(map(len, canvas_masks))
+    T = max(lengths, default=0) + options.max_new_tokens
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}")
+    options.block(config, objective)
+    if options.speculate is not None and (config.context != "causal" or mask_id is None):
+        raise ValueError("speculate needs a checkpoint with causal context, which can verify its drafts; leave it out")
+    if options.speculate is not None and canvas_masks is not None:
+        raise ValueError("speculate decodes as ar, which sees nothing after a mask; leave it out to fill in masks")
+    if not prompts:
+        raise ValueError("no prompts; expected at least one (an empty one generates from scratch)")
+    if mask_id is None and (options.cfg_scale or objective != "ar"):
+        raise ValueError("the checkpoint declares no mask_token_id; make a diffusion checkpoint of it with convert.py")
+    if len({*options.suppress_tokens} | ({mask_id} - {None})) == V:
+        raise ValueError(f"suppress_tokens names all {V} tokens, so that none is left to choose; name fewer")
+    if canvas_masks is not None and found != lengths:
+        raise ValueError(f"canvas_masks of lengths {found}: expected a bool for each prompt token, {lengths}")
+    if canvas_masks is not None and options.block_align == "prompt":
+        raise ValueError("block_align prompt: masks inside a canvas have no prompt's end to count from; drop it")
+    if objective == "ar" and any(mask[:1] == [True] for mask in canvas_masks or ()):
+        raise ValueError("an ar model cannot fill in the first token; begin the canvas with the BOS or EOS token")
+    if (objective == "ar" or options.speculate is not None) and 0 in lengths:
+        raise ValueError("an empty prompt has nothing to predict from; begin it with the BOS or EOS token")
+    if T > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt and answer of {T} tokens exceed the model's context of {config.max_position_embeddings}; shorten "
+            "the prompt or lower --max_new_tokens"
+        )
+    if prefix is not None and (objective == "mdlm" or len(prompts) > 1):
+        raise ValueError(f"prefix: {len(prompts)} rows of {objective}; expected one of ar or bd3lm, or leave it out")
+    if prefix is not None and (options.cfg_scale or options.block_align == "prompt"):
+        raise ValueError("prefix: guidance and block_align prompt change what earlier tokens see; leave it out")
+    named = {"mask_token_id": () if mask_id is None else (mask_id,), "prompts": itertools.chain(*prompts)}
+    named |= {name: getattr(options, name) for name in ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens")}
+    for name, given in (named | {"end_ids": end_ids}).items():
+        for token in given:
+            if not 0 <= token < V:
+                raise ValueError(
+                    f"{name}: token id {token} is outside the vocabulary; expected 0 to {V - 1}, as this model's "
+                    "tokenizer gives them"
+                )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How many tokens a forward reveals, and which

@@ -29,8 +29,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 import cli
+from choose import check_canvas
 from cli import Opening, Progress, canvas, check_chat, one_line_errors, open_model, sampler_options
-from diffusion import Sampling, check_canvas
+from diffusion import Sampling
 from engine import Engine, Full, Job
 from options import Bound, Count, Natural, Options, Rows, flags, nearest
 from picture import STATES, drawable, filled, read
