@@ -1027,7 +1027,7 @@ class Speculation(Decoding):
     def __init__(self, model, prompts, options: Sampling, canvas_masks, end_ids, prefix, generator, static=None):
         self.N = self.ahead = options.speculate  # tokens of a draft; no more than the canvas still has room for
         self.drafted = 0  # draft tokens after `known`: none before the first forward, then all of a draft but its first
-        super().__init__(model, prompts, options, None, end_ids, prefix, generator, static)
+        super().__init__(model, prompts, options, canvas_masks, end_ids, prefix, generator, static)
         self.known, self.draft = self.length - options.max_new_tokens, torch.zeros_like(self.masked)
         self.key = torch.randint(2**62, (self.B,), generator=generator, device=generator.device if generator else "cpu")
         self.key = self.key.to(self.column.device)

@@ -193,11 +193,11 @@ def _unpacked(hint) -> tuple[Any, tuple]:
     return get_args(hint)[0] if marks else hint, marks
 
 
-def fits(value, kind: type) -> bool:
-    """Whether `value` is of that type; an int is a float, too, but a bool is no int."""
-    if kind is tuple:
-        return isinstance(value, tuple | list) and all(type(item) is int for item in value)
-    return type(value) is kind or (kind is float and type(value) is int)
+def fits(value, flag: Flag) -> bool:
+    """Whether `value` is of the flag's type; an int is a float, too, but a bool is no int."""
+    if flag.kind is tuple:
+        return isinstance(value, tuple | list) and (flag.read is not ids or all(type(item) is int for item in value))
+    return type(value) is flag.kind or (flag.kind is float and type(value) is int)
 
 
 @dataclass(kw_only=True)
@@ -211,7 +211,7 @@ class Options:
             if given is None and flag.optional:
                 continue
             for value in given if flag.several and isinstance(given, tuple | list) else (given,):
-                if not fits(value, flag.kind):
+                if not fits(value, flag):
                     raise ValueError(f"--{name} {value!r:.60}: expected {EXPECTED[flag.kind]}")
                 if flag.choices and value not in flag.choices:
                     *others, last = flag.choices

@@ -191,8 +191,17 @@ class Asked(NamedTuple):
         return {"prompt_tokens": self.prompt_tokens} | sums
 
 
-def sampling(body: dict, defaults: Sampling) -> Sampling:
-    """The options that a request asks for, read as on the command line; max_new_tokens may be None."""
+@dataclass(kw_only=True)
+class Wanted(Sampling):
+    "sampling"
+
+    max_new_tokens: Annotated[Natural, "TOKENS"] | None = None  # (default: what there is room for)
+        None  # the length of the answer (default: what there is room for)
+    )
+
+
+def sampling(body: dict, defaults: Wanted) -> Wanted:
+    """The options that a request asks for, read as on the command line."""
     lengths = [name for name in (*LENGTHS, "max_new_tokens") if body.get(name) is not None]
     if len(lengths) > 1:
         raise Refused(f"{' and '.join(lengths)} are the same; give one", param=lengths[1])
@@ -226,7 +235,7 @@ class Service:
 
     def __init__(self, args: Serve, model, tokenizer):
         self.args, self.model, self.tokenizer, self.begun = args, model, tokenizer, int(time.time())
-        self.defaults = Sampling(**args.only(Sampling) | {"max_new_tokens": None})
+        self.defaults = Wanted(**args.only(Sampling) | {"max_new_tokens": None})
         self.engine = Engine(model, args.max_batch_size, args.max_queue, args.seed)
         self.options(self.defaults, [0], None)  # now, not at the first request
         self.engine.start()
@@ -351,7 +360,7 @@ class Service:
             found.append((ids, holes if any(holes) else None))
         return found
 
-    def options(self, options: Sampling, ids: list[int], holes: list[bool] | None) -> Sampling:
+    def options(self, options: Wanted, ids: list[int], holes: list[bool] | None) -> Sampling:
         """What a prompt is decoded with; ValueError where that cannot be done."""
         config, new = self.model.config, options.max_new_tokens
         if new is None:

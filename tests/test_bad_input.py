@@ -418,7 +418,7 @@ MISSING = {
     "train": "required: --model_name_or_path, --dataset_args, --output_dir",
     "sample": "required: --model_name_or_path",
     "chat": "required: --model_name_or_path",
-    "convert": "required: --model_name_or_path, --output_dir",
+    "convert": "required: --output_dir",
     "data": "required: --dataset_args, --model_name_or_path",
 }
 
