@@ -196,8 +196,6 @@ class Wanted(Sampling):
     "sampling"
 
     max_new_tokens: Annotated[Natural, "TOKENS"] | None = None  # (default: what there is room for)
-        None  # the length of the answer (default: what there is room for)
-    )
 
 
 def sampling(body: dict, defaults: Wanted) -> Wanted:
