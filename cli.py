@@ -120,17 +120,19 @@ class Opening(Loading):
 
 
 def compile_layers(model: LanguageModel) -> None:
-    """Compiles each layer by itself, in place."""
+    """Compiles each layer by itself, in place, also where the sampler's steps are compiled around them."""
     torch._dynamo.config.recompile_limit = 64  # each shape of a batch counts, and the last layer's again
     for layer in model.model.layers:
         layer.compile()
+    model.through_layers = torch.compiler.disable(model.through_layers, recursive=False)
+    model.compiled = True
 
 
 def prepare(model: LanguageModel, compiled: bool) -> None:
     """Makes ready a model that stays where it is, only to be sampled from and scored. compiled: by `compile_layers`."""
     use_cudnn(False)  # prompts, and with them caches, have any length
     if model.head_weight.is_cuda:  # on a CPU there is nothing to launch, and rounding would differ
-        model.join()
+        model.join(in_place=not compiled)
     if compiled:
         compile_layers(model)
 

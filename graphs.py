@@ -12,13 +12,16 @@ def static_steps(batch) -> Iterator[None]:
     next step is under way."""
     if not batch.masked.any():
         return
-    advance = recorded(batch.advance, batch.generator, batch.column.device)
+    step = torch.compile(batch.advance) if batch.model.compiled else batch.advance
+    replayed = recorded(step, batch.generator, batch.column.device)
+    advance = step  # the prompt's forward, which is like no other of its width where there are drafts
     for width in batch.widths():
         over = later(batch.done.all())
         advance(width)
         if over():  # every row was done before this forward, which changed nothing
             return
         yield
+        advance = replayed
 
 
 def static_widths(batch) -> Iterator[int]:

@@ -286,11 +286,11 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """Computes in its input's dtype, whatever that of its weights: float32 where a model trains in bfloat16."""
 
-    in_place = False  # LanguageModel.join
+    in_place = False  # see LanguageModel.join
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """With `onto`, what it gives is added to that."""
-        if self.in_place and onto is not None and not torch.compiler.is_compiling():  # else Inductor fuses the sum
+        if self.in_place and onto is not None:
             return onto.flatten(0, -2).addmm_(x.flatten(0, -2), self.weight.T).view_as(onto)
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         return y if onto is None else onto + y
@@ -320,12 +320,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, config.rms_norm_eps) if config.family.qk_norm else None
         self.k_norm = RMSNorm(C, config.rms_norm_eps) if config.family.qk_norm else None
         self.joined = None  # LanguageModel.join: q_proj's, k_proj's and v_proj's weight and bias, and the norms'
+        self.in_place = False
 
-    def join(self) -> None:
+    def join(self, in_place: bool) -> None:
         norms = (self.q_norm, self.k_norm) if self.q_norm is not None else ()
         norm = torch.cat([x.weight.data.expand(n, -1) for x, n in zip(norms, self.heads)]) if norms else None
         self.joined = *joined([self.q_proj, self.k_proj, self.v_proj]), norm
-        self.o_proj.in_place = self.o_proj.bias is None
+        self.in_place, self.o_proj.in_place = in_place, in_place and self.o_proj.bias is None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, kept) -> Tensor:
         """(B, T, H * C), which is for o_proj."""
@@ -337,20 +338,19 @@ class Attention(nn.Module):
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            kv = None if kept is None else torch.cat([k, v], dim=2)
         else:
-            # The same by few kernels, each over the heads of q and k together, which are turned in their place.
-            (weight, bias, norm), (H, G) = self.joined, self.heads
+            # The same by few kernels, each over the heads of q and k together.
+            weight, bias, norm = self.joined
             heads = F.linear(x, weight, bias).view(B, T, -1, self.head_dim)  # (B, T, H + 2G, C)
-            qk = place = heads[:, :, : H + G]
+            qk, v = heads.split([sum(self.heads), self.heads[1]], dim=2)
+            out = qk if self.in_place else None
             if norm is not None:  # of v too, in vain, since what is contiguous is normed without a copy
-                qk = F.rms_norm(heads, (self.head_dim,), None, self.q_norm.eps)[:, :, : H + G] * norm
-            rotate(qk, cos, sin, out=place)
-            q, kv = heads.split([H, 2 * G], dim=2)
-            k, v = kv.chunk(2, dim=2)
+                qk = F.rms_norm(heads, (self.head_dim,), None, self.q_norm.eps)[:, :, : sum(self.heads)] * norm
+            q, k = rotate(qk, cos, sin, out).split(self.heads, dim=2)
 
         # With a cache the new keys and values go into it, and attention is over all that it holds.
         if kept is not None:
+            kv = heads[:, :, self.heads[0] :] if self.in_place else torch.cat([k, v], dim=2)
             k, v = write(kept, kv).chunk(2, dim=2)
         return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
 
@@ -364,9 +364,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, D, bias=False)
         self.joined = None  # LanguageModel.join: gate_proj's weight and up_proj's
 
-    def join(self) -> None:
-        self.joined = joined([self.gate_proj, self.up_proj])
-        self.down_proj.in_place = True
+    def join(self, in_place: bool) -> None:
+        self.joined, self.down_proj.in_place = joined([self.gate_proj, self.up_proj]), in_place
 
     def forward(self, x: Tensor, onto: Tensor) -> Tensor:
         if self.joined is None:
@@ -411,6 +410,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # what weights are cast to where they are used; None: theirs
         self.known_ids: int = config.vocab_size  # the tokenizer has no id from here on, so none is generated
+        self.compiled = False  # cli.compile_layers: the layers, and what the sampler does before and after them
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -437,13 +437,15 @@ class LanguageModel(nn.Module):
             else:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
-    def join(self) -> None:
-        """Gives each layer one matrix product in the place of three, and of two, of the same input, and lets products
-        add to what they are added to; no memory, as the weights become views. For sampling, without gradients, once the
-        model is where and in what dtype it stays: rounding may differ."""
+    def join(self, in_place: bool = False) -> None:
+        """Gives each layer one matrix product in the place of three, and of two, of the same input; no memory, as the
+        weights become views. For sampling, once the model is where and in what dtype it stays: rounding may differ.
+
+        in_place: without gradients, too, q and k are turned where they lie, and products added where the sum belongs;
+        fewer kernels, unless torch.compile makes them."""
         for layer in self.model.layers:
-            layer.self_attn.join()
-            layer.mlp.join()
+            layer.self_attn.join(in_place)
+            layer.mlp.join(in_place)
 
     def forward(
         self,
@@ -475,10 +477,13 @@ class LanguageModel(nn.Module):
         if isinstance(mask, Tensor):
             mask = folded(mask, self.config.num_attention_heads // self.config.num_key_value_heads, x.dtype)
 
+        x = self.model.norm(self.through_layers(x, cos, sin, mask, cache, columns, index))  # (B, T, D), or (N, D)
+        return F.linear(x, self.head_weight.to(x.dtype)) if head is None else head(x, self.head_weight)
+
+    def through_layers(self, x: Tensor, cos: Tensor, sin: Tensor, mask, cache, columns, index) -> Tensor:
         # The last layer computes what is asked for alone: the rest of its outputs, BD3LM's clean stream above all,
         # would have no use.
         for i, layer in enumerate(self.model.layers):
             kept = None if cache is None else cache.layer(i, columns)
             x = layer(x, cos, sin, mask, kept, index if i == len(self.model.layers) - 1 else None)
-        x = self.model.norm(x)  # (B, T, D), or (N, D)
-        return F.linear(x, self.head_weight.to(x.dtype)) if head is None else head(x, self.head_weight)
+        return x

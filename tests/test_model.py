@@ -500,8 +500,9 @@ def test_the_activations_told_are_those_that_a_layer_keeps(family):
     assert 1 <= (kept(3) - kept(2)) / told < 1.45
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_joined_products_give_the_same_and_hold_no_weight_twice(family):
+def test_joined_products_give_the_same_and_hold_no_weight_twice(family, in_place):
     model, tokens, layout = tiny(family), random_tokens(2, 9), Layout.of(positions(2, 9), None, 3)
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
 
@@ -510,7 +511,7 @@ def test_joined_products_give_the_same_and_hold_no_weight_twice(family):
         return [model(tokens, layout), model(tokens, layout, cache=cache, columns=positions(2, 9)), cache.keys]
 
     apart = outputs()
-    model.join()
+    model.join(in_place)
     for ours, theirs in zip(outputs(), apart):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert model.state_dict().keys() == state.keys()

@@ -34,7 +34,8 @@ def graphs(monkeypatch) -> Graphs:
     backend = Graphs()
     compile_module = functools.partialmethod(torch.nn.Module.compile, backend=backend)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
-    monkeypatch.setattr(model, "_compiled", functools.cache(functools.partial(torch.compile, backend=backend)))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(model, "_compiled", functools.cache(torch.compile))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield backend
 
@@ -46,12 +47,26 @@ def test_sampling_compiles_a_layer_once_for_all_layers_and_shapes(objective, joi
     if joined:
         sampler.join()
     cli.compile_layers(sampler)
+    sampler.compiled = False  # the sampler's steps are the next test's
     for _ in range(60):
         prompts = [[7] * shapes.randrange(1, 40) for _ in range(shapes.choice([1, 2, 3]))]
         steps = denoise(sampler, prompts, max_new_tokens=shapes.randrange(2, 12), static=True)
         for _ in zip(range(3), steps):
             pass
     assert 0 < graphs.made <= MOST
+
+
+@pytest.mark.parametrize("options", [{"end_ids": (5, 6)}, {"speculate": 3}], ids=str)
+def test_the_samplers_steps_are_compiled_for_any_shape_and_decode_the_same(options, graphs):
+    declared = {"objective": "bd3lm", "block_length": 4, "context": "causal", "right_shift": True}
+    plain, compiled = (tiny(num_hidden_layers=LAYERS, **declared) for _ in range(2))
+    cli.compile_layers(compiled)
+    for n, lengths in enumerate([(9, 5), (14, 3, 8), (6, 20), (31, 7), (4, 5, 6), (17, 17)]):
+        how = {"max_new_tokens": 9 + n, "static": True, **options}
+        prompts = [random_tokens(length, seed=length).tolist() for length in lengths]
+        for ours, theirs in zip(denoise(compiled, prompts, **how), denoise(plain, prompts, **how), strict=True):
+            assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.masked, theirs.masked)
+    assert MOST < graphs.made <= 3 * MOST  # eight of a forward, two of them the layers'
 
 
 def batches(objective: str, steps: int):
