@@ -104,7 +104,7 @@ class Loading(Options):
     """position i predicts token i + 1, as in the AR model; open-dcoder needs it (default: what the checkpoint declares,
     else False; ar True)"""
     dtype: Literal[*DTYPES] | None = None  # of the weights and the computation (default: as stored)
-    torch_compile: bool = False  # compile the layers: a minute at the start, fewer kernels after it (for cuda)
+    torch_compile: bool = False  # compile the layers, on cuda the sampler: a minute or two, then fewer kernels
 
 
 @dataclass(kw_only=True)
