@@ -49,7 +49,8 @@ class Job:
         fields = {name: x for name, x in step._asdict().items() if isinstance(x, torch.Tensor)}
         fields = {name: x[n : n + 1] if x.ndim == 1 else x[n : n + 1, :length] for name, x in fields.items()}
         self.progress.add(step._replace(forwards=0 if before is None else before.forwards + 1, **fields))
-        self.over = bool(step.done[n])
+        if step.done[n]:
+            self.over = True  # never back to False: meanwhile the client may have gone
         self.post(copy.copy(self.progress))  # whose tensors are never written to again
 
 

@@ -20,6 +20,8 @@ from checkpoints import checkpoint, opened, tokenizer
 
 import cli
 import serve
+from diffusion import Sampling
+from engine import Job
 from serve import Serve, Service
 
 ROOT = Path(__file__).parents[1]
@@ -283,6 +285,18 @@ def test_a_client_that_goes_away_frees_its_place(slow, stream):
     clients[2].close()
     until(lambda: engine.rows() + len(engine.waiting) == 0)
     assert first.progress.last.forwards < 150  # of 200
+
+
+def test_who_goes_while_a_forward_is_told_stays_away(servers):
+    engine, posted = servers("ar").service.engine, []
+    options = Sampling(**cli.sampler_options(Sampling(max_new_tokens=20), "ar"))
+    progress = cli.Progress(tokenizer(), [[74]], 20, False)
+    job = Job([74], None, options, None, progress, posted.append)
+    add = progress.add
+    progress.add = lambda step: (engine.leave([job]), add(step))
+    engine.submit([job])
+    until(lambda: job.over and not engine.batches)
+    assert len(posted) == 1
 
 
 def test_who_comes_first_is_let_in_first_and_a_queue_has_an_end(slow):
