@@ -99,7 +99,8 @@ class Muon(torch.optim.Muon):
         mean.lerp_(gradient, 1 - group["momentum"])
         torch._foreach_copy_(momenta, mean.unbind())
         update = gradient.lerp_(mean, group["momentum"])
-        update = update.bfloat16() if update.dtype == torch.float32 else update
+        if update.is_cuda and update.dtype == torch.float32:
+            update = update.bfloat16()  # enough for the iteration; a CPU may have no instructions for it
         update = on_whole_matrices(lambda x: orthogonal(x, group), update, matrices[0])
         update = torch.where(applied, update.to(first.dtype), 0)
 
