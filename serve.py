@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, NamedTuple
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -37,6 +38,7 @@ from options import Bound, Count, Natural, Options, Rows, flags, nearest
 from picture import STATES, drawable, filled, read
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+UNREAD = 100  # forwards that are kept for a client that does not read; of later ones the last alone
 
 
 @dataclass(kw_only=True)
@@ -69,7 +71,8 @@ class Serve(Sampling, Serving, Opening):
 
     A <|mask|> in a prompt of /v1/completions is one token to fill in; the answer is then the whole text, and nothing is
     appended unless max_tokens says so. "canvas": true with "stream" adds to every event the canvas as it is after that
-    forward: the text of each token and its state (given, masked, draft, fresh, settled, corrected).
+    forward: the text of each token and its state (given, masked, draft, fresh, settled, corrected). A client that reads
+    more slowly than the server writes gets fewer events.
 
     Requests under the same options are decoded in one batch: one that comes joins it at the next forward, one that ends
     or whose client goes away leaves it; answers at temperature 0 do not depend on who else is there. A request with a
@@ -263,8 +266,10 @@ class Service:
             given = request.headers.get("authorization", "").encode("latin-1")  # as headers are read
             if not hmac.compare_digest(given, f"Bearer {self.args.api_key}".encode()):
                 raise Refused("the key is missing or wrong; expected the header Authorization: Bearer KEY", 401)
-        elif request.url.hostname not in (*LOOPBACK, self.args.host):
-            raise Refused(f"unknown host {request.url.hostname}; expected {self.args.host}", 403)
+            return
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname  # request.url's is ours where this is malformed
+        if host not in (*LOOPBACK, self.args.host):
+            raise Refused(f"unknown host {host}; expected {self.args.host}", 403)
 
     async def body(self, request: Request) -> dict:
         """A request's JSON. Another site's page could send it as text, without asking us first."""
@@ -405,9 +410,13 @@ class Service:
         deadline = time.monotonic() + self.args.max_seconds
         body, loop, inbox = await self.body(request), asyncio.get_running_loop(), asyncio.Queue()
 
+        def put(index: int, what: Progress | Exception) -> None:
+            if inbox.qsize() < UNREAD or isinstance(what, Exception) or what.last.done:
+                inbox.put_nowait((index, what))
+
         def post(index: int, what: Progress | Exception) -> None:
             with suppress(RuntimeError):  # at the server's end the loop may be closed
-                loop.call_soon_threadsafe(inbox.put_nowait, (index, what))
+                loop.call_soon_threadsafe(put, index, what)
 
         form = CHAT if request.url.path.endswith("chat/completions") else TEXT
         asked = await run_in_threadpool(self.asked, body, form, inbox, post, deadline)
@@ -515,8 +524,9 @@ class Events(StreamingResponse):
 
         self.body_iterator = whole()
         # A client that does not read is not waited for much longer than one that does.
-        async with aclosing(rest), asyncio.timeout(self.deadline + 5 - time.monotonic()):
-            await super().stream_response(send)
+        with suppress(TimeoutError):
+            async with aclosing(rest), asyncio.timeout(self.deadline + 5 - time.monotonic()):
+                await super().stream_response(send)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

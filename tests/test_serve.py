@@ -1,5 +1,6 @@
 """serve.py: answers over HTTP are the sampler's, whoever else asks; streams; OpenAI's clients; mistakes; who leaves."""
 
+import asyncio
 import contextlib
 import functools
 import http.client
@@ -326,6 +327,43 @@ def test_a_request_has_its_time(slow):
     until(lambda: server.service.engine.rows() == 0)
 
 
+def test_who_does_not_read_keeps_little_waiting_and_finds_the_end(servers, monkeypatch):
+    server, inboxes = servers("ar", max_new_tokens=250), []
+
+    class Inbox(asyncio.Queue):
+        def __init__(self):
+            super().__init__()
+            inboxes.append(self)
+
+    monkeypatch.setattr(serve.asyncio, "Queue", Inbox)
+    server.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    body = json.dumps({"prompt": "hi", "stream": True, "canvas": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(head + f"{len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        until(lambda: inboxes and inboxes[0].qsize())
+        until(lambda: not server.service.engine.rows())
+        assert inboxes[0].qsize() <= serve.UNREAD + 1
+        with client.makefile(encoding="utf-8") as lines:
+            events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert events[-1].strip() == "[DONE]" and len(events) < 200
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+    assert text == alone("ar", tokenizer().encode("hi"), max_new_tokens=250).text
+
+
+def test_who_never_reads_is_given_up_without_a_traceback():
+    async def events():
+        while True:
+            yield "data: {}"
+
+    async def send(message):
+        await asyncio.Event().wait()
+
+    asyncio.run(serve.Events("data: {}", events(), time.monotonic() - 4.9).stream_response(send))
+
+
 def test_what_fails_in_a_forward_is_told_and_the_next_is_answered(servers, monkeypatch):
     server = servers("bd3lm")
     formed = server.service.engine.formed
@@ -405,7 +443,8 @@ def test_a_key_is_asked_for_and_another_sites_page_gets_nowhere(servers):
         assert status == 401 and "secret" not in error["message"]
     response = keyed.send("POST", "/v1/completions", HI, Authorization="Bearer secret-ä".encode())
     assert response.status == 200
-    assert open_.refusal("completions", HI, Host="evil.example")[0] == 403
+    for host in ("evil.example", "evil{.example", "127.0.0.1.evil.example", ""):
+        assert open_.refusal("completions", HI, Host=host)[0] == 403
     assert open_.refusal("completions", HI, Content_Type="text/plain")[0] == 415
 
 
