@@ -267,7 +267,7 @@ class Service:
             if not hmac.compare_digest(given, f"Bearer {self.args.api_key}".encode()):
                 raise Refused("the key is missing or wrong; expected the header Authorization: Bearer KEY", 401)
             return
-        host = urlsplit(f"//{request.headers.get('host', '')}").hostname  # request.url's is ours where this is malformed
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname  # request.url: ours where it is malformed
         if host not in (*LOOPBACK, self.args.host):
             raise Refused(f"unknown host {host}; expected {self.args.host}", 403)
 
