@@ -14,7 +14,7 @@ from checkpoint import WRITTEN, about, load_config
 from data import parse_specs
 from files import replacing_file, resolve
 from log import past_rows
-from options import Bound, Options, flags
+from options import Bound, Options
 
 README, LIBRARY = "README.md", "nanoa2d"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -82,8 +82,8 @@ def shown(value) -> str:
 
 def recipe(args) -> str:
     """The command, without flags at their defaults and those that say where its results go."""
-    given = {name: value for name, value in asdict(args).items() if name not in PLACES}
-    given = {name: value for name, value in given.items() if value != flags(type(args))[name].default}
+    defaults = args.defaults()
+    given = {name: value for name, value in asdict(args).items() if name not in PLACES and value != defaults[name]}
     words = [f"--{name} {shlex.quote(shown(value))}" for name, value in given.items()]
     return " \\\n        ".join([f"    python {args.prog}", *words])
 
