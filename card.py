@@ -107,7 +107,7 @@ def card(directory: Path, args, run: Path | None = None) -> str:
     datasets = [spec.name for spec in parse_specs(args.dataset_args) if on_hub(spec.name)] if run else []
     config, name = load_config(directory), args.push_to_hub or directory.name
     kind, tags = KINDS[config.objective]
-    known = lineage(args.model_name_or_path)
+    known = lineage(args.model_name_or_path or args.merge)
     front = {"library_name": LIBRARY, "pipeline_tag": "text-generation", "tags": [LIBRARY, *tags], **known}
     front |= {"datasets": used} if (used := list(dict.fromkeys([*known.get("datasets", []), *datasets]))) else {}
     title = name if args.push_to_hub or run is None else f"{run.resolve().name}, {config.objective}"

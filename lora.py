@@ -68,6 +68,9 @@ class Adapting(Options):
                 raise ValueError(f"--{name} {getattr(args, name)}: only LoRA has it; add --lora, or leave it out")
         if args.lora and args.model_name_or_path.startswith("builtin/"):
             raise ValueError(f"--lora: an adapter names its base, and {args.model_name_or_path} is none; name a model")
+        if args.lora and args.push_to_hub and Path(args.model_name_or_path).expanduser().is_dir():
+            base, way_out = args.model_name_or_path, "push what convert.py --merge makes of it instead"
+            raise ValueError(f"--push_to_hub: the adapter would name {base} as its base, which only is here; {way_out}")
         if args.lora and args.optim == "muon":
             raise ValueError("--optim muon with --lora: its step is one for whole matrices, not for factors; use adamw")
         if args.lora and args.save_dtype:

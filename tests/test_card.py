@@ -196,6 +196,19 @@ def test_a_push_is_allowed_before_the_work_and_made_after_it(base, tmp_path, hub
     assert "push_to_hub" not in hub.files["README.md"].decode()
 
 
+def test_what_an_adapter_is_merged_into_has_a_card_and_is_pushed(base, tmp_path, hub, capsys):
+    convert.main(["--model_name_or_path", base, "--output_dir", "a2d"])
+    with pytest.raises(SystemExit):  # its base is a directory of this machine
+        trained("a2d", "run", "--objective", "mdlm", "--lora", "--push_to_hub", "ada/x")
+    assert "--merge" in capsys.readouterr().err and hub.asked == []
+    trained("a2d", "run", "--objective", "mdlm", "--lora", "--r", "2")
+    convert.main(["--merge", "run/checkpoint-final", "--output_dir", "whole", "--push_to_hub", "ada/x"])
+    assert hub.asked == ["whoami", "create ada/x", "upload ada/x"] and "adapter_config.json" not in hub.files
+    front, body = read(tmp_path / "whole/README.md")
+    assert front["base_model"] == base and front["license"] == "apache-2.0" and "mdlm" in front["tags"]
+    assert hub.files["README.md"].decode().endswith(body) and "--merge run/checkpoint-final" in body
+
+
 REFUSED = {
     "nobody": "--push_to_hub nobody: expected owner/name, a repository of the Hub",
     "a/b/c": "--push_to_hub a/b/c: expected owner/name",
