@@ -238,6 +238,7 @@ def read(directory: Path) -> dict | None:
     form = dict.fromkeys(UNSUPPORTED, r"null|false|\{\}|\[\]") | {"peft_type": '"LORA"', "r": "[1-9][0-9]{0,5}"}
     form |= {"lora_alpha": r"[0-9.]{1,12}", "base_model_name_or_path": '".+"'}
     form["trainable_token_indices"] = r'null|\{"embed_tokens": \[[0-9]+\]\}'
+    form["init_lora_weights"] = 'null|true|false|"gaussian"|"eva"|"orthogonal"'  # others, as pissa, change the base
     for name, pattern in form.items():
         if not re.fullmatch(pattern, value := json.dumps(adapter.get(name))):
             raise ValueError(f"{file}: {name} {value:.60} is not supported; expected LoRA as train.py --lora writes it")
