@@ -630,7 +630,7 @@ def test_tensorboard_gets_what_the_metrics_hold_and_drops_what_a_resumed_run_doe
     assert texts == [each for each in named if each[0] in said] != []
     assert writer.scalars == [each for each in named if each[0] not in said]
     run(source, tmp_path, *flags, "--max_steps", "3", "--resume_from_checkpoint", "auto")
-    assert writers[1][1] == 1  # where the last numbered checkpoint is
+    assert writers[1][1] == 2  # the first step after the last numbered checkpoint, which keeps its own figures
 
 
 def test_a_run_from_another_ones_args_is_that_run_again(source, tmp_path, capsys):
