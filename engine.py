@@ -64,6 +64,10 @@ class Full(Exception):
     """Too many wait already."""
 
 
+class Closed(Exception):
+    """The engine has ended, or will after its forward."""
+
+
 class Engine(threading.Thread):
     """Decodes jobs, those of a kind in one batch. Batches take turns, a forward each; no more than `size` rows are in
     them together, and who comes first is first let in."""
@@ -82,6 +86,8 @@ class Engine(threading.Thread):
     def submit(self, jobs: list[Job]) -> None:
         """Takes them in; Full where too many wait."""
         with self.changed:
+            if self.closed:
+                raise Closed
             if len(self.waiting) + len(jobs) > max(self.max_queue, self.size - self.rows()):
                 raise Full
             self.waiting.extend(jobs)
@@ -95,6 +101,7 @@ class Engine(threading.Thread):
             self.waiting = deque(job for job in self.waiting if not job.over)
 
     def close(self) -> None:
+        """Ends it, and tells all jobs that are not over."""
         with self.changed:
             self.closed = True
             self.changed.notify()
@@ -110,13 +117,16 @@ class Engine(threading.Thread):
             with self.changed:
                 self.changed.wait_for(lambda: self.closed or self.waiting or self.batches)
                 if self.closed:
-                    return
+                    break
                 joining: dict[tuple, list[Job]] = {}
                 for _ in range(min(len(self.waiting), self.size - self.rows())):
                     job = self.waiting.popleft()
                     joining.setdefault(job.kind, []).append(job)
             for kind in {**self.batches, **joining}:
                 self.advance(kind, joining.get(kind, []))
+        for job in [*self.waiting, *(job for batch in self.batches.values() for job in batch.jobs)]:
+            if not job.over:
+                job.post(Closed())
 
     def advance(self, kind: tuple, joining: list[Job]) -> None:
         """A forward of a batch, with those who join it and without those who are over."""

@@ -33,7 +33,7 @@ import cli
 from choose import check_canvas
 from cli import Opening, Progress, canvas, check_chat, one_line_errors, open_model, sampler_options
 from diffusion import Sampling
-from engine import Engine, Full, Job
+from engine import Closed, Engine, Full, Job
 from options import Bound, Count, Natural, Options, Rows, flags, nearest
 from picture import STATES, drawable, filled, read
 
@@ -126,6 +126,8 @@ def refused(error: Exception) -> Refused:
         return error
     if isinstance(error, Full):
         return Refused("too many requests wait already; try again later", 429)
+    if isinstance(error, Closed):
+        return Refused("the server is being ended", 503)
     if isinstance(error, ClientDisconnect):
         return Refused("the client is gone", 499)
     if isinstance(error, TimeoutError):
@@ -253,7 +255,7 @@ class Service:
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
         ]
-        kinds = HTTPException, Refused, Full, TimeoutError, ValueError, ClientDisconnect, Exception
+        kinds = HTTPException, Refused, Full, Closed, TimeoutError, ValueError, ClientDisconnect, Exception
         handlers = dict.fromkeys(kinds, error)
         self.app = Starlette(routes=routes, exception_handlers=handlers)
 
@@ -479,7 +481,7 @@ class Service:
             self.engine.submit(jobs)
             while any(choice.reason is None for choice in asked.choices):
                 index, what = await asyncio.wait_for(asked.inbox.get(), asked.deadline - time.monotonic())
-                if isinstance(what, ClientDisconnect):
+                if isinstance(what, ClientDisconnect | Closed):
                     raise what
                 if isinstance(what, Exception):
                     raise failed(what)
@@ -554,8 +556,11 @@ def main(argv: list[str] | None = None) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"serving {args.model_name_or_path} at http://{host}:{listening.getsockname()[1]}", flush=True)
         config = uvicorn.Config(service.app, log_level="warning", timeout_graceful_shutdown=2, server_header=False)
+        server = uvicorn.Server(config)
+        end = server.handle_exit
+        server.handle_exit = lambda *signal: (service.engine.close(), end(*signal))  # so that no answer goes on
         try:
-            uvicorn.Server(config).run(sockets=[listening])
+            server.run(sockets=[listening])
         finally:
             service.engine.close()
             service.engine.join(timeout=10)

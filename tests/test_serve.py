@@ -470,8 +470,17 @@ def test_the_program_tells_its_address_and_ends_by_an_interrupt():
         address = program.stdout.readline().split()[-1]
         with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:
             models = json.load(response)["data"]
-        program.send_signal(signal.SIGINT)
+
+        # Answers that are on their way end with it: here 32, which take turns.
+        long = {"prompt": "hi", "stream": True, "n": 32, "temperature": 1, "seed": 1, "max_tokens": 250, "steps": 250}
+        headers = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{address}/v1/completions", json.dumps(long).encode(), headers)
+        with urllib.request.urlopen(asked, timeout=60) as response:
+            response.readline()
+            program.send_signal(signal.SIGINT)
+            *_, last, _ = response.read().decode().split("\n\n")
         _, err = program.communicate(timeout=60)
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
     assert [model["id"] for model in models] == [checkpoint("mdlm")]
     assert program.returncode == 130 and err == "serve.py: interrupted\n"
 
