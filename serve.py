@@ -80,8 +80,8 @@ class Serve(Sampling, Serving, Opening):
 
     prog: ClassVar[str] = "serve.py"
     max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
-    """the most tokens of an answer, where max_tokens does not say it (default: 128, or fewer where an mdlm checkpoint
-    was trained on shorter answers, or the context has less room; 0 after a prompt that has masks)"""
+    """the most tokens of an answer, where max_tokens does not say it; fewer where the context has less room (default:
+    128, or fewer where an mdlm checkpoint was trained on shorter answers; 0 after a prompt that has masks)"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,14 +98,7 @@ FIELDS = ("model", "stream", "stream_options", "stop", "n", "seed", "canvas")
 LENGTHS = ("max_tokens", "max_completion_tokens")  # max_new_tokens' names in OpenAI's API
 STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 STATUS |= {429: "rate_limit_error", 499: "cancelled_error", 504: "timeout_error"}
-SLIDERS = (
-    "max_new_tokens",
-    "steps",
-    "threshold",
-    "block_size",
-    "temperature",
-    "speculate",
-)  # on the page, as they apply
+SLIDERS = ("max_new_tokens", "steps", "threshold", "block_size", "temperature", "speculate")  # as they apply
 
 
 class Refused(Exception):
@@ -370,7 +363,7 @@ class Service:
         config, new = self.model.config, options.max_new_tokens
         if new is None:
             room = max(1, config.max_position_embeddings - len(ids))
-            new = 0 if holes else self.args.max_new_tokens or min(Sampling.default_length(config), room)
+            new = 0 if holes else min(self.args.max_new_tokens or Sampling.default_length(config), room)
         options = Sampling(**sampler_options(options, config.objective, max_new_tokens=new))
         check_canvas(config, config.objective, options, [ids], holes and [holes], (), None)
         return options
@@ -428,14 +421,10 @@ class Service:
         async with aclosing(self.progress(asked, request)) as steps:
             async for _ in steps:
                 pass
-        choices = [
-            {"message": {"role": "assistant", "content": choice.text}} if form == CHAT else {"text": choice.text}
-            for choice in asked.choices
-        ]
-        choices = [
-            {"index": n, **text, "logprobs": None, "finish_reason": choice.reason}
-            for n, (text, choice) in enumerate(zip(choices, asked.choices))
-        ]
+        choices = []
+        for choice in asked.choices:
+            text = {"message": {"role": "assistant", "content": choice.text}} if form == CHAT else {"text": choice.text}
+            choices.append({"index": choice.index, **text, "logprobs": None, "finish_reason": choice.reason})
         return JSONResponse({"object": form, **asked.head, "choices": choices, "usage": asked.usage()})
 
     async def events(self, asked: Asked, request: Request) -> AsyncIterator[str]:

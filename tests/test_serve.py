@@ -220,6 +220,11 @@ def test_a_stop_ends_an_answer_before_it_and_frees_its_place(servers):
     assert server.ask("completions", prompt="hi", max_tokens=100, stop=stop)["usage"]["forwards"] < 100
 
 
+def test_who_names_no_length_gets_what_there_is_room_for(servers):
+    answers = [servers("ar", **flags).ask("completions", prompt=[74] * 250) for flags in ({}, {"max_new_tokens": 20})]
+    assert [answer["usage"]["total_tokens"] for answer in answers] == [256, 256]
+
+
 def test_prompts_may_be_ids_and_contents_parts(servers):
     server, ids = servers("bd3lm"), tokenizer().encode("What is")
     texts = [choice["text"] for choice in server.ask("completions", prompt=[ids, ids[:1]])["choices"]]
