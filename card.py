@@ -141,7 +141,8 @@ def publish(directory: Path, args, run: Path | None = None) -> None:
     if args.push_to_hub is None:
         return
     try:
-        what = {"folder_path": directory, "allow_patterns": [*WRITTEN, README]}
+        # What is not of this checkpoint goes: an adapter, say, or another number of files with weights.
+        what = {"folder_path": directory, "allow_patterns": [*WRITTEN, README], "delete_patterns": WRITTEN}
         huggingface_hub.HfApi().upload_folder(repo_id=args.push_to_hub, commit_message="Add the checkpoint", **what)
     except Exception as error:  # whatever it is: the checkpoint is there
         by_hand = f"push it by hand: hf upload {args.push_to_hub} {shlex.quote(str(directory))}"

@@ -337,11 +337,12 @@ class Service:
         check_chat(messages, "messages")
         if messages[-1]["role"] == "assistant":
             raise Refused("messages end in the assistant's turn; leave that out", param="messages")
-        if any(self.tokenizer.mask_token in message["content"] for message in messages):
+        ids, _ = self.tokenizer.render(messages, reply=True)
+        ids, holes = canvas(self.tokenizer, ids, self.model)
+        if any(holes):
             way_out = "/v1/completions fills them in"
             raise Refused(f"{self.tokenizer.mask_token} in a message; {way_out}", param="messages")
-        ids, _ = self.tokenizer.render(messages, reply=True)
-        return [(canvas(self.tokenizer, ids, self.model)[0], None)]
+        return [(ids, None)]
 
     def texts(self, prompt) -> list[tuple[list[int], list[bool] | None]]:
         """Texts, or the ids of some, which may have masks to fill in."""
