@@ -131,10 +131,16 @@ class Engine(threading.Thread):
     def advance(self, kind: tuple, joining: list[Job]) -> None:
         """A forward of a batch, with those who join it and without those who are over."""
         batch = self.batches.get(kind)
-        jobs = [job for job in [*(batch.jobs if batch else []), *joining] if not job.over]
+        there = [job for job in batch.jobs if not job.over] if batch else []
+        jobs = there + [job for job in joining if not job.over]
         try:
-            if jobs and (batch is None or jobs != batch.jobs):
-                batch = self.batches[kind] = self.formed(jobs, batch)
+            try:
+                if jobs and (batch is None or jobs != batch.jobs):
+                    batch = self.batches[kind] = self.formed(jobs, batch)
+            except Exception as error:  # as where the memory has no room for one more: who is there goes on
+                if not there:
+                    raise
+                self.fail(joining, error)
             step = next(batch.steps, None) if jobs else None
             if step is not None:
                 self.report(batch, step)
@@ -142,9 +148,12 @@ class Engine(threading.Thread):
                 self.batches.pop(kind, None)
         except Exception as error:  # whatever it is, the other batches go on
             self.batches.pop(kind, None)
-            for job in jobs:
-                job.over = True
-                job.post(error)
+            self.fail(jobs, error)
+
+    def fail(self, jobs: list[Job], error: Exception) -> None:
+        for job in jobs:
+            job.over = True
+            job.post(error)
 
     def formed(self, jobs: list[Job], before: Batch | None) -> Batch:
         """A batch of these jobs, some of which are in the one before. No prompt is encoded again."""

@@ -379,6 +379,23 @@ def test_what_fails_in_a_forward_is_told_and_the_next_is_answered(servers, monke
     server.ask("completions", prompt="hi")
 
 
+def test_who_finds_no_room_takes_none_from_others(slow, monkeypatch):
+    server = slow(max_new_tokens=60)
+    formed = server.service.engine.formed
+
+    def narrow(jobs, before):
+        if len(jobs) > 1:
+            raise MemoryError
+        return formed(jobs, before)
+
+    monkeypatch.setattr(server.service.engine, "formed", narrow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.ask, "completions", prompt="hi")
+        until(server.service.engine.rows)
+        assert server.refusal("completions", {"prompt": "yes"})[0] == 500 and not first.done()
+    assert first.result()["choices"][0]["text"] == alone("ar", tokenizer().encode("hi"), max_new_tokens=60).text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
