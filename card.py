@@ -14,7 +14,7 @@ from checkpoint import WRITTEN, about, load_config
 from data import parse_specs
 from files import replacing_file, resolve
 from log import past_rows
-from options import Bound, Options, flags
+from options import Bound, Options
 
 README, LIBRARY = "README.md", "nanoa2d"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -82,8 +82,8 @@ def shown(value) -> str:
 
 def recipe(args) -> str:
     """The command, without flags at their defaults and those that say where its results go."""
-    given = {name: value for name, value in asdict(args).items() if name not in PLACES}
-    given = {name: value for name, value in given.items() if value != flags(type(args))[name].default}
+    defaults = args.defaults()
+    given = {name: value for name, value in asdict(args).items() if name not in PLACES and value != defaults[name]}
     words = [f"--{name} {shlex.quote(shown(value))}" for name, value in given.items()]
     return " \\\n        ".join([f"    python {args.prog}", *words])
 
@@ -107,7 +107,7 @@ def card(directory: Path, args, run: Path | None = None) -> str:
     datasets = [spec.name for spec in parse_specs(args.dataset_args) if on_hub(spec.name)] if run else []
     config, name = load_config(directory), args.push_to_hub or directory.name
     kind, tags = KINDS[config.objective]
-    known = lineage(args.model_name_or_path)
+    known = lineage(args.model_name_or_path or args.merge)
     front = {"library_name": LIBRARY, "pipeline_tag": "text-generation", "tags": [LIBRARY, *tags], **known}
     front |= {"datasets": used} if (used := list(dict.fromkeys([*known.get("datasets", []), *datasets]))) else {}
     title = name if args.push_to_hub or run is None else f"{run.resolve().name}, {config.objective}"
@@ -141,7 +141,8 @@ def publish(directory: Path, args, run: Path | None = None) -> None:
     if args.push_to_hub is None:
         return
     try:
-        what = {"folder_path": directory, "allow_patterns": [*WRITTEN, README]}
+        # What is not of this checkpoint goes: an adapter, say, or another number of files with weights.
+        what = {"folder_path": directory, "allow_patterns": [*WRITTEN, README], "delete_patterns": WRITTEN}
         huggingface_hub.HfApi().upload_folder(repo_id=args.push_to_hub, commit_message="Add the checkpoint", **what)
     except Exception as error:  # whatever it is: the checkpoint is there
         by_hand = f"push it by hand: hf upload {args.push_to_hub} {shlex.quote(str(directory))}"

@@ -86,7 +86,8 @@ class Convert(Paths, Declarations, Weights, card.Publishing):
     @classmethod
     def parse(cls, argv: list[str] | None = None) -> Self:
         args = super().parse(argv)
-        for name in sorted(args.given - {"merge", "output_dir", "overwrite", "save_dtype"} if args.merge else ()):
+        general = {"merge", "output_dir", "overwrite", "save_dtype", "push_to_hub"}
+        for name in sorted(args.given - general if args.merge else ()):
             raise ValueError(f"--{name} means nothing with --merge; merge first, and convert what that wrote")
         return args
 
@@ -236,8 +237,10 @@ def merge(args: Convert, source: Path, output: Path) -> dict[str, str]:
         raise ValueError(f"--merge {source} holds no {ADAPTER}; name a checkpoint of train.py --lora")
     adapter, model = config.adapter, load_model(source, config=config)
     dtype = args.save_dtype or config.dtype
+    card.check_hub(args.push_to_hub)
     with sole_user(output.resolve(), whole=True):
         save_model(model, output, dtype=getattr(torch, dtype), tokenizer=Tokenizer(source))
+        card.publish(output, args)
     about = f"of rank {adapter['r']}, on {adapter['base_model_name_or_path']}"
     return {"adapter": about, "objective": f"{config.objective}", "dtype": dtype, "written": str(output)}
 

@@ -1025,7 +1025,8 @@ class Speculation(Decoding):
     STATE = (*Decoding.STATE, "known", "draft", "key")
 
     def __init__(self, model, prompts, options: Sampling, canvas_masks, end_ids, prefix, generator, static=None):
-        self.N = self.ahead = options.speculate  # tokens of a draft; no more than the canvas still has room for
+        # Tokens of a draft; no more than the canvas has, and then still has, room for.
+        self.N = self.ahead = min(options.speculate, max(options.max_new_tokens, 1))
         self.drafted = 0  # draft tokens after `known`: none before the first forward, then all of a draft but its first
         super().__init__(model, prompts, options, canvas_masks, end_ids, prefix, generator, static)
         self.known, self.draft = self.length - options.max_new_tokens, torch.zeros_like(self.masked)

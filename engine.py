@@ -64,6 +64,10 @@ class Full(Exception):
     """Too many wait already."""
 
 
+class Closed(Exception):
+    """The engine has ended, or will after its forward."""
+
+
 class Engine(threading.Thread):
     """Decodes jobs, those of a kind in one batch. Batches take turns, a forward each; no more than `size` rows are in
     them together, and who comes first is first let in."""
@@ -82,6 +86,8 @@ class Engine(threading.Thread):
     def submit(self, jobs: list[Job]) -> None:
         """Takes them in; Full where too many wait."""
         with self.changed:
+            if self.closed:
+                raise Closed
             if len(self.waiting) + len(jobs) > max(self.max_queue, self.size - self.rows()):
                 raise Full
             self.waiting.extend(jobs)
@@ -95,6 +101,7 @@ class Engine(threading.Thread):
             self.waiting = deque(job for job in self.waiting if not job.over)
 
     def close(self) -> None:
+        """Ends it, and tells all jobs that are not over."""
         with self.changed:
             self.closed = True
             self.changed.notify()
@@ -110,21 +117,30 @@ class Engine(threading.Thread):
             with self.changed:
                 self.changed.wait_for(lambda: self.closed or self.waiting or self.batches)
                 if self.closed:
-                    return
+                    break
                 joining: dict[tuple, list[Job]] = {}
                 for _ in range(min(len(self.waiting), self.size - self.rows())):
                     job = self.waiting.popleft()
                     joining.setdefault(job.kind, []).append(job)
             for kind in {**self.batches, **joining}:
                 self.advance(kind, joining.get(kind, []))
+        for job in [*self.waiting, *(job for batch in self.batches.values() for job in batch.jobs)]:
+            if not job.over:
+                job.post(Closed())
 
     def advance(self, kind: tuple, joining: list[Job]) -> None:
         """A forward of a batch, with those who join it and without those who are over."""
         batch = self.batches.get(kind)
-        jobs = [job for job in [*(batch.jobs if batch else []), *joining] if not job.over]
+        there = [job for job in batch.jobs if not job.over] if batch else []
+        jobs = there + [job for job in joining if not job.over]
         try:
-            if jobs and (batch is None or jobs != batch.jobs):
-                batch = self.batches[kind] = self.formed(jobs, batch)
+            try:
+                if jobs and (batch is None or jobs != batch.jobs):
+                    batch = self.batches[kind] = self.formed(jobs, batch)
+            except Exception as error:  # as where the memory has no room for one more: who is there goes on
+                if not there:
+                    raise
+                self.fail(joining, error)
             step = next(batch.steps, None) if jobs else None
             if step is not None:
                 self.report(batch, step)
@@ -132,9 +148,12 @@ class Engine(threading.Thread):
                 self.batches.pop(kind, None)
         except Exception as error:  # whatever it is, the other batches go on
             self.batches.pop(kind, None)
-            for job in jobs:
-                job.over = True
-                job.post(error)
+            self.fail(jobs, error)
+
+    def fail(self, jobs: list[Job], error: Exception) -> None:
+        for job in jobs:
+            job.over = True
+            job.post(error)
 
     def formed(self, jobs: list[Job], before: Batch | None) -> Batch:
         """A batch of these jobs, some of which are in the one before. No prompt is encoded again."""

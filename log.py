@@ -130,8 +130,8 @@ class TensorBoard:
     """A run as `start_wandb` returns one, for TensorBoard."""
 
     def __init__(self, tensorboard, output: Path, settings: dict, step: int):
-        # What was logged after this step is of steps to be done again, or of a run that this one overwrites.
-        self.writer = tensorboard.SummaryWriter(output / "tensorboard", purge_step=step)
+        # What was logged after this step is of steps to be done again; at step 0, all is of a run that is overwritten.
+        self.writer = tensorboard.SummaryWriter(output / "tensorboard", purge_step=step and step + 1)
         self.writer.add_text("settings", json.dumps(settings, indent=2), step)
 
     def log(self, metrics: dict, step: int) -> None:

@@ -68,6 +68,9 @@ class Adapting(Options):
                 raise ValueError(f"--{name} {getattr(args, name)}: only LoRA has it; add --lora, or leave it out")
         if args.lora and args.model_name_or_path.startswith("builtin/"):
             raise ValueError(f"--lora: an adapter names its base, and {args.model_name_or_path} is none; name a model")
+        if args.lora and args.push_to_hub and Path(args.model_name_or_path).expanduser().is_dir():
+            base, way_out = args.model_name_or_path, "push what convert.py --merge makes of it instead"
+            raise ValueError(f"--push_to_hub: the adapter would name {base} as its base, which only is here; {way_out}")
         if args.lora and args.optim == "muon":
             raise ValueError("--optim muon with --lora: its step is one for whole matrices, not for factors; use adamw")
         if args.lora and args.save_dtype:
@@ -235,6 +238,7 @@ def read(directory: Path) -> dict | None:
     form = dict.fromkeys(UNSUPPORTED, r"null|false|\{\}|\[\]") | {"peft_type": '"LORA"', "r": "[1-9][0-9]{0,5}"}
     form |= {"lora_alpha": r"[0-9.]{1,12}", "base_model_name_or_path": '".+"'}
     form["trainable_token_indices"] = r'null|\{"embed_tokens": \[[0-9]+\]\}'
+    form["init_lora_weights"] = 'null|true|false|"gaussian"|"eva"|"orthogonal"'  # others, as pissa, change the base
     for name, pattern in form.items():
         if not re.fullmatch(pattern, value := json.dumps(adapter.get(name))):
             raise ValueError(f"{file}: {name} {value:.60} is not supported; expected LoRA as train.py --lora writes it")

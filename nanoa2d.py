@@ -64,7 +64,8 @@ def load(
 
 def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Prompt | list[Prompt], **options) -> str | list[str]:
     """The answer to a prompt, or a list of them for a list. options: max_new_tokens, steps, threshold, temperature and
-    whatever else `python sample.py --help` lists under sampling; system, chat_template, seed and batch_size."""
+    whatever else `python sample.py --help` lists under sampling; system, chat_template, batch_size and seed, which is
+    42 unless given: a call that is repeated says the same, at a temperature, too."""
     args, single = Generating.of(options, "generate"), is_single(prompts)
     todo, decoding = prepared(model, tokenizer, [prompts] if single else list(prompts), args)
     for batch in batches(todo, args.batch_size):

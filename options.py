@@ -239,6 +239,15 @@ class Options:
                 raise ValueError(f"{where}: unknown option {name}; {near.replace('mean --', 'mean ')}")
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What each option is where none is given, as its group works that out; MISSING: it must be given."""
+        found = {name: flag.default for name, flag in flags(cls).items()}
+        for group in cls.__mro__[:-1]:
+            if MISSING not in (flag.default for flag in flags(group).values()):
+                found |= {name: value for name, value in vars(group()).items() if found[name] is None}
+        return found
+
+    @classmethod
     def parser(cls) -> "Parser":
         return Parser(cls)
 
@@ -274,7 +283,7 @@ class FromFile(Options):
         # file has all of them, and most are none that anybody gave.
         values = read_json(Path(found.config), "name an args.json")
         cls.check_names(values, found.config)
-        defaults = {name: flag.default for name, flag in flags(cls).items()}
+        defaults = cls.defaults()
         known = {name: value for name, value in values.items() if value not in (defaults[name], None)}
         known = {name: value for name, value in known.items() if name not in ("config", "overwrite")}
         return super().parse([*(f"--{name}={value}" for name, value in known.items()), *argv])

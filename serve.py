@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, NamedTuple
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -32,11 +33,12 @@ import cli
 from choose import check_canvas
 from cli import Opening, Progress, canvas, check_chat, one_line_errors, open_model, sampler_options
 from diffusion import Sampling
-from engine import Engine, Full, Job
+from engine import Closed, Engine, Full, Job
 from options import Bound, Count, Natural, Options, Rows, flags, nearest
 from picture import STATES, drawable, filled, read
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+UNREAD = 100  # forwards that are kept for a client that does not read; of later ones the last alone
 
 
 @dataclass(kw_only=True)
@@ -69,7 +71,8 @@ class Serve(Sampling, Serving, Opening):
 
     A <|mask|> in a prompt of /v1/completions is one token to fill in; the answer is then the whole text, and nothing is
     appended unless max_tokens says so. "canvas": true with "stream" adds to every event the canvas as it is after that
-    forward: the text of each token and its state (given, masked, draft, fresh, settled, corrected).
+    forward: the text of each token and its state (given, masked, draft, fresh, settled, corrected). A client that reads
+    more slowly than the server writes gets fewer events.
 
     Requests under the same options are decoded in one batch: one that comes joins it at the next forward, one that ends
     or whose client goes away leaves it; answers at temperature 0 do not depend on who else is there. A request with a
@@ -77,8 +80,8 @@ class Serve(Sampling, Serving, Opening):
 
     prog: ClassVar[str] = "serve.py"
     max_new_tokens: Annotated[Natural, "TOKENS"] | None = None
-    """the most tokens of an answer, where max_tokens does not say it (default: 128, or fewer where an mdlm checkpoint
-    was trained on shorter answers, or the context has less room; 0 after a prompt that has masks)"""
+    """the most tokens of an answer, where max_tokens does not say it; fewer where the context has less room (default:
+    128, or fewer where an mdlm checkpoint was trained on shorter answers; 0 after a prompt that has masks)"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,14 +98,7 @@ FIELDS = ("model", "stream", "stream_options", "stop", "n", "seed", "canvas")
 LENGTHS = ("max_tokens", "max_completion_tokens")  # max_new_tokens' names in OpenAI's API
 STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 STATUS |= {429: "rate_limit_error", 499: "cancelled_error", 504: "timeout_error"}
-SLIDERS = (
-    "max_new_tokens",
-    "steps",
-    "threshold",
-    "block_size",
-    "temperature",
-    "speculate",
-)  # on the page, as they apply
+SLIDERS = ("max_new_tokens", "steps", "threshold", "block_size", "temperature", "speculate")  # as they apply
 
 
 class Refused(Exception):
@@ -123,6 +119,8 @@ def refused(error: Exception) -> Refused:
         return error
     if isinstance(error, Full):
         return Refused("too many requests wait already; try again later", 429)
+    if isinstance(error, Closed):
+        return Refused("the server is being ended", 503)
     if isinstance(error, ClientDisconnect):
         return Refused("the client is gone", 499)
     if isinstance(error, TimeoutError):
@@ -250,7 +248,7 @@ class Service:
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
         ]
-        kinds = HTTPException, Refused, Full, TimeoutError, ValueError, ClientDisconnect, Exception
+        kinds = HTTPException, Refused, Full, Closed, TimeoutError, ValueError, ClientDisconnect, Exception
         handlers = dict.fromkeys(kinds, error)
         self.app = Starlette(routes=routes, exception_handlers=handlers)
 
@@ -263,8 +261,10 @@ class Service:
             given = request.headers.get("authorization", "").encode("latin-1")  # as headers are read
             if not hmac.compare_digest(given, f"Bearer {self.args.api_key}".encode()):
                 raise Refused("the key is missing or wrong; expected the header Authorization: Bearer KEY", 401)
-        elif request.url.hostname not in (*LOOPBACK, self.args.host):
-            raise Refused(f"unknown host {request.url.hostname}; expected {self.args.host}", 403)
+            return
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname  # request.url: ours where it is malformed
+        if host not in (*LOOPBACK, self.args.host):
+            raise Refused(f"unknown host {host}; expected {self.args.host}", 403)
 
     async def body(self, request: Request) -> dict:
         """A request's JSON. Another site's page could send it as text, without asking us first."""
@@ -337,11 +337,12 @@ class Service:
         check_chat(messages, "messages")
         if messages[-1]["role"] == "assistant":
             raise Refused("messages end in the assistant's turn; leave that out", param="messages")
-        if any(self.tokenizer.mask_token in message["content"] for message in messages):
+        ids, _ = self.tokenizer.render(messages, reply=True)
+        ids, holes = canvas(self.tokenizer, ids, self.model)
+        if any(holes):
             way_out = "/v1/completions fills them in"
             raise Refused(f"{self.tokenizer.mask_token} in a message; {way_out}", param="messages")
-        ids, _ = self.tokenizer.render(messages, reply=True)
-        return [(canvas(self.tokenizer, ids, self.model)[0], None)]
+        return [(ids, None)]
 
     def texts(self, prompt) -> list[tuple[list[int], list[bool] | None]]:
         """Texts, or the ids of some, which may have masks to fill in."""
@@ -363,7 +364,7 @@ class Service:
         config, new = self.model.config, options.max_new_tokens
         if new is None:
             room = max(1, config.max_position_embeddings - len(ids))
-            new = 0 if holes else self.args.max_new_tokens or min(Sampling.default_length(config), room)
+            new = 0 if holes else min(self.args.max_new_tokens or Sampling.default_length(config), room)
         options = Sampling(**sampler_options(options, config.objective, max_new_tokens=new))
         check_canvas(config, config.objective, options, [ids], holes and [holes], (), None)
         return options
@@ -405,9 +406,13 @@ class Service:
         deadline = time.monotonic() + self.args.max_seconds
         body, loop, inbox = await self.body(request), asyncio.get_running_loop(), asyncio.Queue()
 
+        def put(index: int, what: Progress | Exception) -> None:
+            if inbox.qsize() < UNREAD or isinstance(what, Exception) or what.last.done:
+                inbox.put_nowait((index, what))
+
         def post(index: int, what: Progress | Exception) -> None:
             with suppress(RuntimeError):  # at the server's end the loop may be closed
-                loop.call_soon_threadsafe(inbox.put_nowait, (index, what))
+                loop.call_soon_threadsafe(put, index, what)
 
         form = CHAT if request.url.path.endswith("chat/completions") else TEXT
         asked = await run_in_threadpool(self.asked, body, form, inbox, post, deadline)
@@ -417,14 +422,10 @@ class Service:
         async with aclosing(self.progress(asked, request)) as steps:
             async for _ in steps:
                 pass
-        choices = [
-            {"message": {"role": "assistant", "content": choice.text}} if form == CHAT else {"text": choice.text}
-            for choice in asked.choices
-        ]
-        choices = [
-            {"index": n, **text, "logprobs": None, "finish_reason": choice.reason}
-            for n, (text, choice) in enumerate(zip(choices, asked.choices))
-        ]
+        choices = []
+        for choice in asked.choices:
+            text = {"message": {"role": "assistant", "content": choice.text}} if form == CHAT else {"text": choice.text}
+            choices.append({"index": choice.index, **text, "logprobs": None, "finish_reason": choice.reason})
         return JSONResponse({"object": form, **asked.head, "choices": choices, "usage": asked.usage()})
 
     async def events(self, asked: Asked, request: Request) -> AsyncIterator[str]:
@@ -470,7 +471,7 @@ class Service:
             self.engine.submit(jobs)
             while any(choice.reason is None for choice in asked.choices):
                 index, what = await asyncio.wait_for(asked.inbox.get(), asked.deadline - time.monotonic())
-                if isinstance(what, ClientDisconnect):
+                if isinstance(what, ClientDisconnect | Closed):
                     raise what
                 if isinstance(what, Exception):
                     raise failed(what)
@@ -515,8 +516,9 @@ class Events(StreamingResponse):
 
         self.body_iterator = whole()
         # A client that does not read is not waited for much longer than one that does.
-        async with aclosing(rest), asyncio.timeout(self.deadline + 5 - time.monotonic()):
-            await super().stream_response(send)
+        with suppress(TimeoutError):
+            async with aclosing(rest), asyncio.timeout(self.deadline + 5 - time.monotonic()):
+                await super().stream_response(send)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,8 +546,11 @@ def main(argv: list[str] | None = None) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"serving {args.model_name_or_path} at http://{host}:{listening.getsockname()[1]}", flush=True)
         config = uvicorn.Config(service.app, log_level="warning", timeout_graceful_shutdown=2, server_header=False)
+        server = uvicorn.Server(config)
+        end = server.handle_exit
+        server.handle_exit = lambda *signal: (service.engine.close(), end(*signal))  # so that no answer goes on
         try:
-            uvicorn.Server(config).run(sockets=[listening])
+            server.run(sockets=[listening])
         finally:
             service.engine.close()
             service.engine.join(timeout=10)

@@ -20,7 +20,7 @@ const SLIDERS = {
 const sliders = Object.entries(data.options).map(([name, value]) => {
   const { label, off, ...range } = SLIDERS[name];
   const [row, input, output] = ["label", "input", "output"].map((tag) => document.createElement(tag));
-  Object.assign(input, { type: "range", id: name, ...range, value: value ?? range.min });
+  Object.assign(input, { type: "range", id: name, ...range, max: Math.max(range.max, value), value: value ?? range.min });
   const read = () => (off && input.valueAsNumber === range.min ? null : input.valueAsNumber);
   row.append(label, input, output);
   options.append(row);
@@ -141,7 +141,7 @@ async function say(said) {
   const [text, good] = await answer(chat ? "v1/chat/completions" : "v1/completions", body, shown, stopping.signal);
   stopping = null;
   send.textContent = "send";
-  if (chat && good) messages = [...turns, { role: "assistant", content: text }];
+  if (chat && good && shown.isConnected) messages = [...turns, { role: "assistant", content: text }];
 }
 
 form.addEventListener("submit", (event) => {

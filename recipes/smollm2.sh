@@ -8,7 +8,8 @@
 #   MINUTES=120                 of training (default: 20, on a GPU 5); more for a finished run trains it on
 #   ROWS=4                      of 512 tokens a step (default: 1, on a GPU 16)
 #   QUESTIONS=50                held-out chats that the figures rest on (default: 16)
-#   RUNS=DIR, PYTHON=PYTHON     where it writes (default: runs/smollm2), and the interpreter
+#   RUNS=DIR                    where it writes (default: runs/smollm2, of another BASE a directory in it)
+#   PYTHON=PYTHON               the interpreter
 set -e
 case ${1-} in
 '') ;;
@@ -17,9 +18,9 @@ case ${1-} in
 esac
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
+RUNS=${RUNS:-runs/smollm2${BASE:+/$(basename "$BASE")}}
 BASE=${BASE:-HuggingFaceTB/SmolLM2-135M-Instruct}
 DATA=${DATA:-tatsu-lab/alpaca}
-RUNS=${RUNS:-runs/smollm2}
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then gpu=1; else gpu=; fi
 MINUTES=${MINUTES:-${gpu:+5}} MINUTES=${MINUTES:-20}
 ROWS=${ROWS:-${gpu:+16}} ROWS=${ROWS:-1}

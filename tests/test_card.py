@@ -44,12 +44,13 @@ def hub(monkeypatch):
             assert exist_ok
             self._ask(f"create {repo_id}")
 
-        def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message):
             self._ask(f"upload {repo_id}")
-            filtered = huggingface_hub.utils.filter_repo_objects(
-                [path.name for path in folder_path.iterdir()], allow_patterns=allow_patterns
-            )
-            Hub.files = {name: (folder_path / name).read_bytes() for name in filtered}
+            chosen = huggingface_hub.utils.filter_repo_objects
+            old = set(chosen(Hub.files, allow_patterns=delete_patterns))
+            new = chosen([path.name for path in folder_path.iterdir()], allow_patterns=allow_patterns)
+            Hub.files = {name: content for name, content in Hub.files.items() if name not in old}
+            Hub.files |= {name: (folder_path / name).read_bytes() for name in new}
 
     def download(name, file):
         if f"{name}/{file}" not in cards:
@@ -194,6 +195,22 @@ def test_a_push_is_allowed_before_the_work_and_made_after_it(base, tmp_path, hub
     assert b'load("ada/Small-mdlm")' in hub.files["README.md"] and b"# ada/Small-mdlm\n" in hub.files["README.md"]
     assert "pushed run/checkpoint-final to http" in capsys.readouterr().out
     assert "push_to_hub" not in hub.files["README.md"].decode()
+
+
+def test_what_an_adapter_is_merged_into_has_a_card_and_is_pushed(base, tmp_path, hub, capsys):
+    convert.main(["--model_name_or_path", base, "--output_dir", "a2d"])
+    with pytest.raises(SystemExit):  # its base is a directory of this machine
+        trained("a2d", "run", "--objective", "mdlm", "--lora", "--push_to_hub", "ada/x")
+    assert "--merge" in capsys.readouterr().err and hub.asked == []
+    trained(base, "ar", "--objective", "ar", "--lora", "--r", "2", "--push_to_hub", "ada/x")
+    assert "adapter_config.json" in hub.files
+    trained("a2d", "run", "--objective", "mdlm", "--lora", "--r", "2")
+    convert.main(["--merge", "run/checkpoint-final", "--output_dir", "whole", "--push_to_hub", "ada/x"])
+    assert hub.asked == ["whoami", "create ada/x", "upload ada/x"] * 2
+    assert "model.safetensors" in hub.files and "adapter_config.json" not in hub.files
+    front, body = read(tmp_path / "whole/README.md")
+    assert front["base_model"] == base and front["license"] == "apache-2.0" and "mdlm" in front["tags"]
+    assert hub.files["README.md"].decode().endswith(body) and "--merge run/checkpoint-final" in body
 
 
 REFUSED = {

@@ -374,6 +374,13 @@ def test_rows_of_a_ragged_batch_are_decoded_as_by_themselves():
         assert together.tokens[row, : len(prompt) + 9].tolist() == alone.tokens[0].tolist()
 
 
+def test_a_draft_is_no_longer_than_the_answer():
+    model = model_of(3)
+    long, fitting = ({"max_new_tokens": 9, "speculate": N} for N in (10**6, 9))
+    assert a_batch(model, **long).cache.pairs.shape == a_batch(model, **fitting).cache.pairs.shape
+    assert written(last_of(denoise(model, PROMPTS, **long))) == written(last_of(denoise(model, PROMPTS, **fitting)))
+
+
 class Drafting(Speculation):
     """Speculation whose drafts come from elsewhere."""
 

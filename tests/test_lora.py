@@ -294,6 +294,7 @@ def test_flags_that_mean_nothing_are_refused(tmp_path, source, capsys, flags, sa
     [
         ({"use_dora": True}, "use_dora true is not supported"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights "pissa"'),
         ({"peft_type": "IA3"}, 'peft_type "IA3"'),
         ({"r": 0}, "r 0"),
         ({"r": "4"}, 'r "4"'),

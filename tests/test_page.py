@@ -160,3 +160,17 @@ def test_an_answer_can_be_stopped_and_an_error_is_shown(server, opened):
     page.press("textarea", "Enter")
     page.locator(".error", has_text="exceed the model's context of 256").wait_for()
     photograph(page, f"{server.name}-error")
+
+
+def test_a_new_chat_knows_nothing_of_an_answer_that_it_cut_off(server, opened):
+    page = opened(server)
+    advance = server.service.engine.advance
+    server.service.engine.advance = lambda *jobs: (time.sleep(0.3), advance(*jobs))
+    try:
+        page.fill("textarea", "Add the number.")
+        page.press("textarea", "Enter")
+        page.locator(".answer .settled").first.wait_for(state="attached")
+        page.click("#anew")
+    finally:
+        server.service.engine.advance = advance
+    assert text_of(say(page, "hi")) == alone(server.name, rendered("hi"), max_new_tokens=24, steps=8).text

@@ -94,10 +94,11 @@ def test_the_real_models_recipe_from_conversion_to_figures(tmp_path):
     before, after = re.search(r"bound, blocks of 8 \| ([\d.]+) \| ([\d.]+) ", table).groups()
     assert float(after) < float(before)
 
-    # Without a Hub, a model that is not there gets one line.
-    environment |= {"BASE": "nobody/nothing", "RUNS": str(tmp_path / "none"), "HF_HUB_OFFLINE": "1"}
+    # Without a Hub, a model that is not there gets one line. Another base does not go on with the first one's run.
+    environment |= {"BASE": "nobody/nothing", "RUNS": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(recipe, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nobody/nothing" in done.stderr
+    assert "--output_dir runs/smollm2/nothing/a2d" in done.stdout
 
 
 @pytest.mark.parametrize("recipe", TRAINING)

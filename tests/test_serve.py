@@ -1,5 +1,6 @@
 """serve.py: answers over HTTP are the sampler's, whoever else asks; streams; OpenAI's clients; mistakes; who leaves."""
 
+import asyncio
 import contextlib
 import functools
 import http.client
@@ -219,6 +220,11 @@ def test_a_stop_ends_an_answer_before_it_and_frees_its_place(servers):
     assert server.ask("completions", prompt="hi", max_tokens=100, stop=stop)["usage"]["forwards"] < 100
 
 
+def test_who_names_no_length_gets_what_there_is_room_for(servers):
+    answers = [servers("ar", **flags).ask("completions", prompt=[74] * 250) for flags in ({}, {"max_new_tokens": 20})]
+    assert [answer["usage"]["total_tokens"] for answer in answers] == [256, 256]
+
+
 def test_prompts_may_be_ids_and_contents_parts(servers):
     server, ids = servers("bd3lm"), tokenizer().encode("What is")
     texts = [choice["text"] for choice in server.ask("completions", prompt=[ids, ids[:1]])["choices"]]
@@ -326,6 +332,43 @@ def test_a_request_has_its_time(slow):
     until(lambda: server.service.engine.rows() == 0)
 
 
+def test_who_does_not_read_keeps_little_waiting_and_finds_the_end(servers, monkeypatch):
+    server, inboxes = servers("ar", max_new_tokens=250), []
+
+    class Inbox(asyncio.Queue):
+        def __init__(self):
+            super().__init__()
+            inboxes.append(self)
+
+    monkeypatch.setattr(serve.asyncio, "Queue", Inbox)
+    server.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    body = json.dumps({"prompt": "hi", "stream": True, "canvas": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(head + f"{len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        until(lambda: inboxes and inboxes[0].qsize())
+        until(lambda: not server.service.engine.rows())
+        assert inboxes[0].qsize() <= serve.UNREAD + 1
+        with client.makefile(encoding="utf-8") as lines:
+            events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert events[-1].strip() == "[DONE]" and len(events) < 200
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+    assert text == alone("ar", tokenizer().encode("hi"), max_new_tokens=250).text
+
+
+def test_who_never_reads_is_given_up_without_a_traceback():
+    async def events():
+        while True:
+            yield "data: {}"
+
+    async def send(message):
+        await asyncio.Event().wait()
+
+    asyncio.run(serve.Events("data: {}", events(), time.monotonic() - 4.9).stream_response(send))
+
+
 def test_what_fails_in_a_forward_is_told_and_the_next_is_answered(servers, monkeypatch):
     server = servers("bd3lm")
     formed = server.service.engine.formed
@@ -334,6 +377,23 @@ def test_what_fails_in_a_forward_is_told_and_the_next_is_answered(servers, monke
     assert (status, error["type"]) == (500, "server_error") and "division" not in error["message"]
     monkeypatch.setattr(server.service.engine, "formed", formed)
     server.ask("completions", prompt="hi")
+
+
+def test_who_finds_no_room_takes_none_from_others(slow, monkeypatch):
+    server = slow(max_new_tokens=60)
+    formed = server.service.engine.formed
+
+    def narrow(jobs, before):
+        if len(jobs) > 1:
+            raise MemoryError
+        return formed(jobs, before)
+
+    monkeypatch.setattr(server.service.engine, "formed", narrow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.ask, "completions", prompt="hi")
+        until(server.service.engine.rows)
+        assert server.refusal("completions", {"prompt": "yes"})[0] == 500 and not first.done()
+    assert first.result()["choices"][0]["text"] == alone("ar", tokenizer().encode("hi"), max_new_tokens=60).text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +465,8 @@ def test_a_key_is_asked_for_and_another_sites_page_gets_nowhere(servers):
         assert status == 401 and "secret" not in error["message"]
     response = keyed.send("POST", "/v1/completions", HI, Authorization="Bearer secret-ä".encode())
     assert response.status == 200
-    assert open_.refusal("completions", HI, Host="evil.example")[0] == 403
+    for host in ("evil.example", "evil{.example", "127.0.0.1.evil.example", ""):
+        assert open_.refusal("completions", HI, Host=host)[0] == 403
     assert open_.refusal("completions", HI, Content_Type="text/plain")[0] == 415
 
 
@@ -431,8 +492,17 @@ def test_the_program_tells_its_address_and_ends_by_an_interrupt():
         address = program.stdout.readline().split()[-1]
         with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:
             models = json.load(response)["data"]
-        program.send_signal(signal.SIGINT)
+
+        # Answers that are on their way end with it: here 32, which take turns.
+        long = {"prompt": "hi", "stream": True, "n": 32, "temperature": 1, "seed": 1, "max_tokens": 250, "steps": 250}
+        headers = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{address}/v1/completions", json.dumps(long).encode(), headers)
+        with urllib.request.urlopen(asked, timeout=60) as response:
+            response.readline()
+            program.send_signal(signal.SIGINT)
+            *_, last, _ = response.read().decode().split("\n\n")
         _, err = program.communicate(timeout=60)
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
     assert [model["id"] for model in models] == [checkpoint("mdlm")]
     assert program.returncode == 130 and err == "serve.py: interrupted\n"
 

@@ -10,12 +10,14 @@ import time
 import types
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny
 
+import card
 import data
 import loaders
 import log
@@ -628,7 +630,7 @@ def test_tensorboard_gets_what_the_metrics_hold_and_drops_what_a_resumed_run_doe
     assert texts == [each for each in named if each[0] in said] != []
     assert writer.scalars == [each for each in named if each[0] not in said]
     run(source, tmp_path, *flags, "--max_steps", "3", "--resume_from_checkpoint", "auto")
-    assert writers[1][1] == 1  # where the last numbered checkpoint is
+    assert writers[1][1] == 2  # the first step after the last numbered checkpoint, which keeps its own figures
 
 
 def test_a_run_from_another_ones_args_is_that_run_again(source, tmp_path, capsys):
@@ -646,6 +648,16 @@ def test_a_run_from_another_ones_args_is_that_run_again(source, tmp_path, capsys
     assert "holds a run (checkpoint-" in said
     said = refused(capsys, "--config", str(tmp_path / "a/args.json"), "--stage", "pt", "--output_dir", str(tmp_path))
     assert "is for --stage sft; leave it out of --stage pt" in said
+
+
+def test_what_a_run_worked_out_by_itself_nobody_gave(tmp_path):
+    argv = ["--model_name_or_path", "m", "--dataset_args", "d", "--output_dir", "a", "--objective", "ar"]
+    args = train.Settings.parse(argv)
+    (tmp_path / "args.json").write_text(json.dumps(asdict(args)))
+    again = train.Settings.parse(["--config", str(tmp_path / "args.json")])
+    assert asdict(again) == asdict(args) | {"config": again.config} and "noise_type" not in again.given
+    assert train.Settings.parse(["--config", again.config, "--noise_type", "count"]).loss_weight_type == "count"
+    assert "--objective ar" in card.recipe(args) and "noise" not in card.recipe(args)
 
 
 @pytest.mark.parametrize(("flags", "recur"), [((), False), (("--pad_to", "512"), True)])
