@@ -299,6 +299,12 @@ class Stored(NamedTuple):
     dtype: str  # safetensors' name
 
 
+def has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products (AVX512_BF16 or AMX)."""
+    known = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile"))
+    return any(supported() for supported in known)
+
+
 def load_model(path: str | Path, *, dtype=None, device="cpu", config: Config | None = None) -> LanguageModel:
     """The model of a directory or a Hub id, in eval mode; dtype (a torch.dtype) None: as stored, which
     `config.dtype` then names. config: `load_config`'s, where it has been read. An adapter is merged into its base."""

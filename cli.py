@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 
-from checkpoint import DTYPES, about, declare, identify, load_config, load_model, resolve
+from checkpoint import DTYPES, about, declare, has_bfloat16, identify, load_config, load_model, resolve
 from choose import RULES
 from diffusion import Prefix, Sampling, Step, denoise
 from display import Spans, bracketed, one_line, shorten, spans, terminal
@@ -103,7 +103,9 @@ class Loading(Options):
     right_shift_logits: bool | None = None
     """position i predicts token i + 1, as in the AR model; open-dcoder needs it (default: what the checkpoint declares,
     else False; ar True)"""
-    dtype: Literal[*DTYPES] | None = None  # of the weights and the computation (default: as stored)
+    dtype: Literal[*DTYPES] | None = None
+    """of the weights and the computation (default: as stored; on a CPU without instructions for it float32 in place of
+    bfloat16, whose products would take several times longer)"""
     torch_compile: bool = False  # compile the layers, on cuda the sampler: a minute or two, then fewer kernels
 
 
@@ -163,7 +165,9 @@ def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageMo
     )
     tokenizer.fit(config.vocab_size, mask=objective != "ar")
 
-    model = load_model(path, dtype=args.dtype and getattr(torch, args.dtype), device=device, config=config)
+    slow = torch.device(device).type == "cpu" and config.dtype == "bfloat16" and not has_bfloat16()
+    dtype = args.dtype or ("float32" if slow else None)
+    model = load_model(path, dtype=dtype and getattr(torch, dtype), device=device, config=config)
     model.known_ids = tokenizer.known_ids
     prepare(model, args.torch_compile)
 

@@ -398,7 +398,8 @@ class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         # Not drawn here: `init_weights` does that, and torch's own draw imports the compiler, which takes seconds.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

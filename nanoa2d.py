@@ -55,7 +55,8 @@ def load(
 ) -> tuple[LanguageModel, Tokenizer]:
     """The model and tokenizer of a checkpoint: a directory (also under $BASE_MODELS_DIR) or a Hub id.
 
-    device: auto (cuda if there is one), cpu, cuda, cuda:1, ... dtype: float32, bfloat16, ... (default: as stored).
+    device: auto (cuda if there is one), cpu, cuda, cuda:1, ... dtype: float32, bfloat16, ... (default: as stored; on a
+    CPU without instructions for bfloat16 float32 in its place).
     objective, right_shift_logits: for a checkpoint that does not declare them. torch_compile: for cuda."""
     given = {"objective": objective, "right_shift_logits": right_shift_logits, "torch_compile": torch_compile}
     given["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from checkpoint import barrier
+from checkpoint import barrier, has_bfloat16
 from model import LanguageModel
 from options import Options
 
@@ -103,12 +103,6 @@ class Parallel(Options):
 
     def compiles_on(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.torch_compile is None else self.torch_compile
-
-
-def has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products (AVX512_BF16 or AMX)."""
-    known = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile"))
-    return any(supported() for supported in known)
 
 
 def parallelize(model: LanguageModel, options: Parallel, ranks: Ranks):

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import checkpoint
+from checkpoints import checkpoint, tokenizer
 
+import cli
 import nanoa2d
 import sample
+from checkpoint import save_model
 from nanoa2d import generate, load, stream
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +87,14 @@ def test_device_and_dtype_are_names_or_torchs_own():
         model, _ = load(Path(checkpoint("mdlm")), device=torch.device("cpu"), dtype=dtype)
         assert model.head_weight.dtype == torch.bfloat16
     assert load(checkpoint("mdlm"), device="cpu")[0].head_weight.dtype == torch.float64  # as stored
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_cpu_without_bfloat16_computes_in_float32_unless_told_otherwise(monkeypatch, tmp_path, able):
+    save_model(load(checkpoint("mdlm"))[0], tmp_path, dtype=torch.bfloat16, tokenizer=tokenizer())
+    monkeypatch.setattr(cli, "has_bfloat16", lambda: able)
+    assert load(tmp_path, device="cpu")[0].head_weight.dtype == (torch.bfloat16 if able else torch.float32)
+    assert load(tmp_path, device="cpu", dtype="bfloat16")[0].head_weight.dtype == torch.bfloat16
 
 
 WRONG = {
