@@ -1,4 +1,4 @@
-"""Measures nanoA2D against a plain implementation in the same run, for every figure that the README quotes.
+"""Measures nanoA2D against a plain implementation in the same run, for every figure of docs/measured.md.
 
   python bench.py train       the training step of mdlm and bd3lm: time and memory
   python bench.py sample      greedy decoding with mdlm and bd3lm

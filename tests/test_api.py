@@ -25,18 +25,6 @@ def mdlm():
     return load(checkpoint("mdlm"))
 
 
-def test_the_example_of_the_readme_runs_as_printed(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "README.md").read_text()
-    block = re.search(r"^(    from nanoa2d import .*\n(?:(?:    .*)?\n)+)", text, flags=re.MULTILINE).group(1)
-    code = "\n".join(line[4:] for line in block.splitlines())
-    (name,) = re.findall(r'load\("([^"]+)"', code)
-    (tmp_path / name).parent.mkdir(parents=True)
-    (tmp_path / name).symlink_to(checkpoint("mdlm"))
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    assert len(capsys.readouterr().out.splitlines()) > 8  # an answer, and a line for each of its forwards
-
-
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BASE", checkpoint("plain", dtype=torch.float32, max_position_embeddings=512))
     monkeypatch.setenv("MINUTES", "0.01")
