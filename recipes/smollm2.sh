@@ -24,6 +24,7 @@ DATA=${DATA:-tatsu-lab/alpaca}
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then gpu=1; else gpu=; fi
 MINUTES=${MINUTES:-${gpu:+5}} MINUTES=${MINUTES:-20}
 ROWS=${ROWS:-${gpu:+16}} ROWS=${ROWS:-1}
+QUESTIONS=${QUESTIONS:-16}
 
 say() {
     printf '\n# %s\n' "$*"
@@ -64,14 +65,14 @@ answering=$(($(date +%s) - begun))
 if [ ! -d "$RUNS/run/checkpoint-final" ]; then
     say 'Three steps, to see how fast this machine is'
     train --max_steps 3 --eval_strategy no --save_steps 0 --logging_steps 1 --output_dir "$RUNS/probe" --overwrite
-    "$PYTHON" - "$RUNS/probe" "$MINUTES" "$answering" <<'END'
+    "$PYTHON" - "$RUNS/probe" "$MINUTES" "$answering" "$QUESTIONS" <<'END'
 import sys
 from pathlib import Path
 from log import past_rows
 speed = past_rows(Path(sys.argv[1]))[-1]["tokens_per_second"]
-minutes, answering = float(sys.argv[2]), float(sys.argv[3]) / 60
+minutes, answering, questions = float(sys.argv[2]), float(sys.argv[3]) / 60, int(sys.argv[4])
 print(f"\n# {speed:.0f} tokens a second: {speed * 60 * minutes / 1e6:.2f} M tokens in {minutes:g} minutes of training. "
-      f"With evaluations, answers and figures all of it takes about {1 + 1.05 * minutes + 20 * answering:.0f} minutes.")
+      f"With evaluations, answers and figures all of it takes about {1 + 1.05 * minutes + (4 + questions) * answering:.0f} minutes.")
 END
     rm -r "$RUNS/probe"
 fi
@@ -85,7 +86,7 @@ answers "$RUNS/run/checkpoint-final" --speculate 4
 answers "$RUNS/run/checkpoint-final" --threshold 0.9
 
 say 'Measured on chats that it has not seen'
-run -m recipes.smollm2 --before "$RUNS/a2d" --runs "$RUNS/run" --questions "${QUESTIONS:-16}" --table "$RUNS/figures.md"
+run -m recipes.smollm2 --before "$RUNS/a2d" --runs "$RUNS/run" --questions "$QUESTIONS" --table "$RUNS/figures.md"
 
 printf '\nThe curves: %s/run/curves.png, and what it answered on the way: %s/run/curves.html. To talk to it:\n\n' "$RUNS" "$RUNS"
 printf '  %s chat.py --model_name_or_path %s/run/checkpoint-final --speculate 4\n' "$PYTHON" "$RUNS"
