@@ -81,17 +81,22 @@ def reveal_schedule(
     t, s = grid[:-1].float(), grid[1:].float()  # float32, as the reference computes its probabilities
     reveal = (1 - reverse_mask_prob(s, t, scheduler).double()).to(masks.device)  # (S,)
 
-    # Each step reveals the expected number of what is left, rounded half to even, or a binomial draw. Steps that would
-    # round to none even of all masks cost nothing, however many they are.
-    if not stochastic:
-        reveal = reveal[(reveal * masks.max().clamp(min=1)).round() > 0]
+    # A binomial draw of what is left at each step is a draw of each token's step; steps that reveal nothing go.
+    if stochastic:
+        n = int(masks.max())
+        drawn = torch.rand(*masks.shape, n, dtype=torch.float64, device=masks.device, generator=generator)
+        step = torch.searchsorted(1 - (1 - reveal).cumprod(0), drawn, right=True).clamp(max=steps - 1)
+        step = step.where(torch.arange(n, device=masks.device) < masks[..., None], steps).sort(dim=-1).values
+        run = (step.diff(prepend=step[..., :1]) != 0).cumsum(dim=-1)
+        schedule = torch.zeros_like(step).scatter_add_(-1, run, (step < steps).long())
+        return F.pad(schedule, (0, (width or steps) - n))
+
+    # Else it reveals the expected number, rounded half to even. Steps that would round to none even of all masks cost
+    # nothing, however many they are.
+    reveal = reveal[(reveal * masks.max().clamp(min=1)).round() > 0]
     remaining, schedule = masks.double(), []
     for p in reveal:
-        if stochastic:
-            expected = torch.binomial(remaining, p.expand_as(remaining), generator=generator)
-        else:
-            expected = (remaining * p).round()
-        schedule.append(torch.minimum(remaining, expected))
+        schedule.append(torch.minimum(remaining, (remaining * p).round()))
         remaining = remaining - schedule[-1]
     schedule = torch.stack(schedule, dim=-1).long()
 

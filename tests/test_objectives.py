@@ -107,6 +107,14 @@ def test_reveal_schedules_of_ragged_rows_equal_the_reference():
     assert ours[:, :width].tolist() == g["tokens"] and not ours[:, width:].any()
 
 
+def test_a_stochastic_reveal_schedule_is_a_binomial_draw_at_each_step_however_many_there_are(rng):
+    schedule = reveal_schedule(torch.full((40_000,), 3), 2, stochastic=True, generator=rng).tolist()
+    for counts, probability in {(3, 0): 2 / 8, (1, 2): 3 / 8, (2, 1): 3 / 8}.items():  # three coins; none is left out
+        assert abs(schedule.count([*counts]) / len(schedule) - probability) < 0.01
+    many = reveal_schedule(torch.tensor([3, 0, 8]), 10**6, width=8, stochastic=True, generator=rng)
+    assert many.tolist() == [[1] * 3 + [0] * 5, [0] * 8, [1] * 8]
+
+
 @pytest.mark.parametrize("stochastic", (False, True))
 @pytest.mark.parametrize("scheduler", ("linear", "cosine"))
 @pytest.mark.parametrize("steps", (1, 3, 16, 40))
