@@ -15,7 +15,7 @@ smollm2: $(VENV)/installed
 	PYTHON=$(PY) sh recipes/smollm2.sh
 
 test: $(VENV)/installed-test lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(PY) -m ruff check .

@@ -29,6 +29,7 @@ torch.set_num_threads(1)  # models this small only wait for each other's threads
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem != "test_parallel")  # the longest first: no process ends alone with it
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:
