@@ -445,6 +445,7 @@ class A2D:
 def models() -> dict[str, type[A2D]]:
     """lm-eval's names of the models, which the first call registers."""
     # lm-eval begins by importing a client for the web, a sixth of the time that --help may take: so here, not above.
+    import lm_eval.models  # noqa: F401  which adds lm-eval's own; with ours there it would no longer do so by itself
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 

@@ -1,9 +1,9 @@
 """64 clients at once on a server, two minutes: some go away, some send garbage; no answer may be lost or another's.
 
-    python tests/load_serve.py [seconds] [clients]
+    python tests/load_serve.py [seconds] [clients] [checkpoint]
 
-Prints what came of the requests and the server's memory, and exits with status 1 where something is wrong. It is also
-`pytest -m slow tests/load_serve.py`.
+Without a checkpoint it is a small random one. Prints what came of the requests and the server's memory, and exits with
+status 1 where something is wrong. It is also `pytest -m slow tests/load_serve.py`.
 """
 
 import http.client
@@ -70,7 +70,10 @@ class Client:
 
     def answer(self) -> str:
         prompt, option, stream = self.request()
-        return "answers" if self.reply(prompt, option, stream) == self.wanted[prompt, option] else "mixed"
+        text, wanted = self.reply(prompt, option, stream), self.wanted[prompt, option]
+        if text != wanted:
+            print("mixed:", (prompt, option, stream, text, wanted), flush=True)
+        return "answers" if text == wanted else "mixed"
 
     def cancel(self) -> str:
         prompt, option, stream = self.request()
@@ -102,9 +105,9 @@ def memory(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
-def load(seconds: float = 120.0, clients: int = 64) -> Counter:
+def load(seconds: float = 120.0, clients: int = 64, path: str | None = None) -> Counter:
     """What came of the requests, and the server's memory after a warm-up and at the end, in MB."""
-    argv = [sys.executable, "serve.py", "--model_name_or_path", checkpoint("mdlm"), "--port", "0"]
+    argv = [sys.executable, "serve.py", "--model_name_or_path", path or checkpoint("mdlm"), "--port", "0"]
     argv += ["--max_new_tokens", "16", "--steps", "8"]
     found = Counter()
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
@@ -144,6 +147,6 @@ def test_nothing_is_lost_or_mixed_and_memory_does_not_grow():
 
 
 if __name__ == "__main__":
-    outcome = load(*map(int, sys.argv[1:]))
+    outcome = load(*map(int, sys.argv[1:3]), *sys.argv[3:])
     print(dict(outcome))
     sys.exit(not good(outcome))
