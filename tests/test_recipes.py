@@ -54,7 +54,7 @@ def test_every_command_of_the_quickstart_is_one_that_its_program_takes(tmp_path)
         assert runs[name].dataset_args.startswith("builtin/chats") and runs[name].train_on == "all"
     scored = Counter(args.dataset_args for args in parsed if isinstance(args, sample.Sample))
     assert scored == {
-        "builtin/sums[test:500]": 5,
+        "builtin/sums[test:500]": 6,
         "builtin/chats[test:250]": 2,
         "builtin/repeats[test:125]": 3,
         None: 2,
