@@ -46,6 +46,12 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     return made
 
 
+def test_lm_evals_own_models_are_known_beside_ours():
+    code = "import evaluate; evaluate.models(); from lm_eval.api import registry; registry.get_model('dummy')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def lm(checkpoints, objective: str, batch_size=4, **model_args):
     return evaluate.models()[f"a2d_{objective}"](batch_size=batch_size, pretrained=checkpoints[objective], **model_args)
 
