@@ -81,7 +81,8 @@ def reveal_schedule(
     t, s = grid[:-1].float(), grid[1:].float()  # float32, as the reference computes its probabilities
     reveal = (1 - reverse_mask_prob(s, t, scheduler).double()).to(masks.device)  # (S,)
 
-    # A binomial draw of what is left at each step is a draw of each token's step; steps that reveal nothing go.
+    # A binomial draw of what is left at each step is a draw of each token's step. In order, a run of equal ones is a
+    # step that reveals so many; those that reveal nothing do not occur.
     if stochastic:
         n = int(masks.max())
         drawn = torch.rand(*masks.shape, n, dtype=torch.float64, device=masks.device, generator=generator)
