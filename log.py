@@ -41,10 +41,13 @@ class Log:
     """metrics.jsonl and the progress bar, or plain lines where a line cannot be redrawn. Rank 0 has one
     that writes, the others a `silent` one."""
 
-    def __init__(self, output: Path, directory: Path, past: list[dict], report, step: int, steps: int, *, silent):
+    def __init__(
+        self, output: Path, directory: Path, past: list[dict], report, step: int, steps: int | None, *, silent: bool
+    ):
         """directory: where it writes, `output` or one that will take its place. past: the lines of the run that this
-        one goes on with. report: of `import_reporter`. step: the one a resumed run goes on from, else 0."""
-        self.directory, self.past, self.silent, self.total, self.reporter = directory, past, silent, steps, None
+        one goes on with. report: of `import_reporter`. step: the one a resumed run goes on from, else 0. steps: of the
+        run, where they are known."""
+        self.directory, self.past, self.silent, self.reporter = directory, past, silent, None
         self.name = output.resolve().name
         if silent:
             return
@@ -66,14 +69,15 @@ class Log:
         if self.reporter is not None:
             self.reporter.log(metrics, step=step)
 
-    def show(self, step: int, left: float, **metrics: float) -> None:
-        """On the bar, which shows the time left by itself; left: minutes."""
+    def show(self, step: int, steps: int, left: float, **metrics: float) -> None:
+        """On the bar, which shows the time left by itself. steps: of the run, as far as is known; left: minutes."""
         if self.silent:
             return
         text = " ".join(f"{name} {readable(value)}" for name, value in metrics.items())
         if self.bar.disable:
-            print(f"step {step}/{self.total} {text} minutes_left {left:.3g}", flush=True)
+            print(f"step {step}/{steps} {text} minutes_left {left:.3g}", flush=True)
         else:
+            self.bar.total = steps
             self.bar.set_postfix_str(text)
 
     def advance(self) -> None:
@@ -193,12 +197,13 @@ def describe(args, model: LanguageModel, about_data: str, steps: int, ranks: Ran
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     length = args.pad_to or args.max_length
     state, activations = memory(args, model, ranks)
+    most = f"{args.max_minutes:g} minutes, at most " if args.max_minutes else ""
     return (
         f"model  {args.model_name_or_path}: {config.model_type}, {size}, as {config.objective}"
         f"{block}{shift}, on {where}{', layers compiled' if args.compiles_on(ranks.device) else ''}\n"
         f"data   {about_data}\n"
-        f"run    {steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} tokens; "
-        f"{args.optim}, learning rate {args.learning_rate:g}, computed in {str(dtype).removeprefix('torch.')}\n"
+        f"run    {most}{steps:,} steps of {rows:,} rows, {'' if args.stage == 'pt' else 'at most '}{rows * length:,} "
+        f"tokens; {args.optim}, learning rate {args.learning_rate:g}, computed in {str(dtype).removeprefix('torch.')}\n"
         f"memory {state / 1e9:.2f} GB a process for weights, gradients and optimizer; about {activations / 1e9:.2f} GB "
         f"for activations, by count, with rows of {length} tokens"
     )

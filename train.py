@@ -295,7 +295,8 @@ class Run:
         self.steps_data = itertools.chain([next(self.prefetched)], self.prefetched)
         card.check_hub(args.push_to_hub if ranks.rank == 0 else None)
         self._prepare_directory(start)
-        self.log = log.Log(self.output, self.directory, past, report, self.step, self.steps, silent=ranks.rank > 0)
+        steps = None if args.max_minutes else self.steps
+        self.log = log.Log(self.output, self.directory, past, report, self.step, steps, silent=ranks.rank > 0)
         self.log.print(log.describe(args, self.model, self.loaders.about, self.steps, ranks))
         if begin_at is not None:
             self.log.print(f"resume {begin_at}{', on the longer learning rate schedule' if start.done else ''}")
@@ -428,12 +429,11 @@ class Run:
         metrics = log.summarize(self.sums, self.ranks, self.peak)
         shown = {"loss": metrics.pop("loss"), "learning_rate": taken.rate, "grad_norm": norm}
         shown |= {name: metrics.pop(name) for name in ("ar_loss", "tokens_per_second") if name in metrics}
-        left = (self.minutes - self.minutes_before) / (taken.step - self.first_step) * (self.steps - taken.step)
-        if self.args.max_minutes is not None:
-            left = min(left, max(0.0, self.args.max_minutes - self.minutes))
+        pace = (self.minutes - self.minutes_before) / (taken.step - self.first_step)
+        left = min(pace * (self.steps - taken.step), max(0.0, (self.args.max_minutes or math.inf) - self.minutes))
         epoch = taken.data.epoch + 1
         self.log.write(taken.step, epoch=epoch, **shown, **metrics, minutes=self.minutes, minutes_left=left)
-        self.log.show(taken.step, left, **shown)
+        self.log.show(taken.step, taken.step + round(left / pace), left, **shown)
         self.sums.clear()
 
     def evaluate(self) -> bool:
@@ -449,11 +449,11 @@ class Run:
                 raise ValueError(f"step {self.step}: the evaluated bound is {nats}; {why}")
             prompt, answer = self.args.sample_prompt, None if self.prompt is None else self.answer()
         perplexity = math.exp(min(nats, 700))
-        beside, said = ({}, "") if ar is None else ({"eval_ar_loss": ar}, f"; as ar {ar:.4f}")
+        beside, as_ar = ({}, "") if ar is None else ({"eval_ar_loss": ar}, f"; as ar {ar:.4f}")
         beside |= {} if answer is None else {"sample_prompt": prompt, "sample": answer}
         self.log.write(self.step, eval_loss=nats, **beside, eval_perplexity=perplexity, minutes=self.minutes)
-        said = f"{nats:.4f} nats per token, perplexity {log.readable(perplexity)}{said}"
-        self.log.print(f"step {self.step}: evaluation {said}")
+        shown = f"{nats:.4f} nats per token, perplexity {log.readable(perplexity)}"
+        self.log.print(f"step {self.step}: evaluation {shown}{as_ar}")
         if answer is not None:
             self.log.print(f"step {self.step}: sample {prompt} -> {answer}".replace("\n", "↵"))
             with self.clock_stopped():

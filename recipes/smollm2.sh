@@ -1,6 +1,6 @@
 #!/bin/sh
 # A real model on a laptop: SmolLM2-135M-Instruct becomes a block-diffusion model that still is an AR model, in half an
-# hour on two CPU cores (needs 5 GB of memory), in minutes on a GPU. It converts the model, shows what that answers
+# hour on two CPU cores (needs 6 GB of memory), in minutes on a GPU. It converts the model, shows what that answers
 # before training, trains it on instructions, shows what it answers now, and measures it. Started again, it goes on.
 #
 #   BASE=Qwen/Qwen3-0.6B        another model (default: HuggingFaceTB/SmolLM2-135M-Instruct)
@@ -34,7 +34,12 @@ run() {
     printf '\n$ %s' "$PYTHON"
     for word in "$@"; do case $word in *[!A-Za-z0-9_./:=,+-]*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac; done
     printf '\n'
-    "$PYTHON" "$@"
+    "$PYTHON" "$@" || ended $?
+}
+
+ended() { # a status; the system kills what takes the last memory, and 137 is all that is left of it
+    [ "$1" != 137 ] || echo "smollm2.sh: killed, perhaps for want of memory: SmolLM2-135M needs 6 GB, a larger BASE more" >&2
+    exit "$1"
 }
 
 answers() { # MODEL FLAGS...; in float32: in bfloat16 rounding decides between tokens that are about as likely

@@ -101,6 +101,15 @@ def test_the_real_models_recipe_from_conversion_to_figures(tmp_path):
     assert "--output_dir runs/smollm2/nothing/a2d" in done.stdout
 
 
+def test_the_real_models_recipe_tells_of_a_program_that_the_system_killed(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ncase $1 in convert.py) kill -9 $$ ;; esac\n")
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "RUNS": str(tmp_path / "runs")}
+    done = subprocess.run([RECIPES / "smollm2.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 137 and done.stderr.splitlines()[-1].startswith("smollm2.sh: killed, perhaps")
+
+
 @pytest.mark.parametrize("recipe", TRAINING)
 def test_a_recipe_explains_itself_and_refuses_another_objective_in_one_line(recipe, tmp_path):
     status, out, err = run(recipe, "--help", cwd=tmp_path)

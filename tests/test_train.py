@@ -1,6 +1,7 @@
 """Training: the curve belongs to data and seed, not to how a batch is cut; what is saved is what was trained."""
 
 import functools
+import io
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
+from tqdm import tqdm
 
 import card
 import data
@@ -474,10 +476,24 @@ def test_the_pairs_that_cost_flops_are_those_that_see_each_other(rng, case):
     assert log.visible_pairs(layout) == slow.sum() > 0
 
 
-def test_the_time_left_is_no_more_than_the_cap_on_the_time_leaves(source, tmp_path):
+def test_a_cap_on_the_time_is_what_the_time_left_and_the_steps_of_the_run_are_told_by(source, tmp_path, capsys):
+    """Not the 100,000 steps that the run would have without it: neither in a line nor on the bar of a terminal."""
     rows = run(source, tmp_path, "--max_steps", "100000", "--max_minutes", "0.02", "--logging_steps", "1")
     rows = [row for row in rows if "loss" in row]
     assert all(row["minutes_left"] <= max(0, 0.02 - row["minutes"]) + 1e-4 for row in rows) and rows[0]["minutes_left"]
+    out = capsys.readouterr().out
+    assert "run    0.02 minutes, at most 100,000 steps of" in out
+    told = [(int(step), int(steps)) for step, steps in re.findall(r"^step (\d+)/(\d+) ", out, re.M)]
+    assert [step for step, _ in told] == [row["step"] for row in rows] and all(b < 100_000 for _, b in told)
+    for (step, steps), row in zip(told, rows):
+        assert (steps - step) * row["minutes"] / step == pytest.approx(row["minutes_left"], abs=row["minutes"] / step)
+
+    written = log.Log(tmp_path, tmp_path, [], None, 0, None, silent=False)
+    written.bar = tqdm(total=None, file=io.StringIO())
+    written.show(3, 12, 0.5, loss=1.0)
+    assert (written.bar.total, written.bar.postfix) == (12, "loss 1")
+    written.bar.close()
+    written.file.close()
 
 
 def test_a_cap_on_the_time_counts_training_alone_and_spreads_evaluations_and_saves_over_it(
