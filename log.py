@@ -330,6 +330,7 @@ CURVES = {  # metric of metrics.jsonl: its axis
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
 }
+AS_AR = {"loss": "ar_loss", "eval_loss": "eval_ar_loss"}  # of the AR side, where it has a loss of its own
 
 
 def past_rows(directory: Path) -> list[dict]:
@@ -400,26 +401,39 @@ td {{ overflow-wrap: anywhere }}
 def curves(runs: dict[str, list[dict]], path: str | Path | io.BytesIO) -> None:
     """A .png of four axes, a line for each of `runs`: its name, and the rows of its metrics.jsonl (`read_runs`).
 
-    A run has one colour in all four; where it has nothing of a metric, it has no line there.
+    A run has one colour in all four; where it has nothing of a metric, it has no line there. What the AR side of it
+    loses is dashed.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
+
+    class PlainNumbers(LogFormatter):  # which decides what ticks have room for one
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     named = {}  # name: a line of it
     for panel, (metric, label) in zip(axes.flat, CURVES.items()):
         for n, (name, rows) in enumerate(runs.items()):
-            points = [(row["step"], row[metric]) for row in rows if metric in row]
-            if points:
-                style = {"color": f"C{n}", "linewidth": 1.2, "marker": "." if len(points) < 60 else ""}
-                named[name] = panel.plot(*zip(*points), label=name, **style)[0]
+            for of, dashes in ((metric, "-"), (AS_AR.get(metric), "--")):
+                points = [(row["step"], row[of]) for row in rows if of in row]
+                if points:
+                    style = {"color": f"C{n}", "linewidth": 1.2, "marker": "." if len(points) < 60 else ""}
+                    (line,) = panel.plot(
+                        *zip(*points), dashes, label=name if of == metric else f"{name}, as ar", **style
+                    )
+                    named.setdefault(name, line)
+        dashed = any(line.get_linestyle() == "--" for line in panel.lines)
         panel.set_xlabel("step")
-        panel.set_title(label, fontsize=10, loc="left")
+        panel.set_title(f"{label}{'; dashed: as ar' if dashed else ''}", fontsize=10, loc="left")
         panel.grid(alpha=0.3)
         if metric in ("loss", "eval_loss", "grad_norm") and panel.lines:
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(PlainNumbers())
+            panel.yaxis.set_minor_formatter(PlainNumbers())
     if len(runs) > 1 and named:
         figure.legend(handles=[named[name] for name in runs if name in named], loc="outside upper center", ncols=3)
     figure.savefig(path, format="png", dpi=110)

@@ -69,12 +69,12 @@ answering=$(($(date +%s) - begun))
 
 if [ ! -d "$RUNS/run/checkpoint-final" ]; then
     say 'Three steps, to see how fast this machine is'
-    train --max_steps 3 --eval_strategy no --save_steps 0 --logging_steps 1 --output_dir "$RUNS/probe" --overwrite
+    train --max_steps 3 --eval_rows 1 --save_steps 0 --logging_steps 1 --output_dir "$RUNS/probe" --overwrite
     "$PYTHON" - "$RUNS/probe" "$MINUTES" "$answering" "$QUESTIONS" <<'END'
 import sys
 from pathlib import Path
 from log import past_rows
-speed = past_rows(Path(sys.argv[1]))[-1]["tokens_per_second"]
+*_, speed = (row["tokens_per_second"] for row in past_rows(Path(sys.argv[1])) if "tokens_per_second" in row)
 minutes, answering, questions = float(sys.argv[2]), float(sys.argv[3]) / 60, int(sys.argv[4])
 print(f"\n# {speed:.0f} tokens a second: {speed * 60 * minutes / 1e6:.2f} M tokens in {minutes:g} minutes of training. "
       f"With evaluations, answers and figures all of it takes about {1 + 1.05 * minutes + (4 + questions) * answering:.0f} minutes.")

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -51,6 +52,19 @@ def test_each_run_has_a_line_of_its_own_colour_and_points_in_every_panel_it_has_
     assert lines["eval_loss"]["evaluated"].get_xydata().tolist() == [[0, 4.0], [1, 3.0]]
     colours = {name: {line[name].get_color() for line in lines.values() if name in line} for name in lines["loss"]}
     assert all(len(of_run) == 1 for of_run in colours.values()) and colours["both"] != colours["trained"]
+
+
+def test_the_ar_sides_loss_is_dashed_beside_the_runs_own_and_axes_have_plain_numbers(drawn, tmp_path):
+    rows = [{"step": n, "eval_loss": 6.0 - n, "eval_ar_loss": 0.9} for n in range(3)]
+    figure = drawn(run_at(tmp_path / "run", rows))
+    figure.canvas.draw()
+    panels = dict(zip(log.CURVES, figure.axes))
+    bound, as_ar = panels["eval_loss"].lines
+    assert (bound.get_linestyle(), as_ar.get_linestyle()) == ("-", "--") and bound.get_color() == as_ar.get_color()
+    assert as_ar.get_xydata().tolist() == [[0, 0.9], [1, 0.9], [2, 0.9]]
+    assert panels["eval_loss"].get_title("left").endswith("dashed: as ar") and not panels["loss"].lines
+    labels = {tick.get_text() for tick in panels["eval_loss"].get_yticklabels(which="both")}
+    assert {"0.6", "2", "4"} <= labels and all(re.fullmatch(r"[\d.]*", label) for label in labels)
 
 
 def test_a_legend_names_the_runs_where_there_are_several_even_those_without_a_loss(drawn, tmp_path):
