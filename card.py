@@ -82,8 +82,8 @@ def shown(value) -> str:
 
 def recipe(args) -> str:
     """The command, without flags at their defaults and those that say where its results go."""
-    defaults = args.defaults()
-    given = {name: value for name, value in asdict(args).items() if name not in PLACES and value != defaults[name]}
+    values, defaults = asdict(args), args.defaults(asdict(args))
+    given = {name: value for name, value in values.items() if name not in PLACES and value != defaults[name]}
     words = [f"--{name} {shlex.quote(shown(value))}" for name, value in given.items()]
     return " \\\n        ".join([f"    python {args.prog}", *words])
 

@@ -230,7 +230,6 @@ def declare(
 ) -> Config:
     """`config`, with what it does not declare filled in; ValueError where an argument contradicts what it does. With
     causal context a checkpoint is an ar model, too, and of any block length."""
-    # What is only assumed gives way to the arguments, and goes with the objective that it was assumed with.
     objective, reason = identify(config, objective)
     diffusion = objective != "ar"
     if objective not in OBJECTIVES:
@@ -241,6 +240,7 @@ def declare(
     filled |= {"mask_token_id": mask_token_id if diffusion else None, "context": context}
     free = {"block_length", *(["objective"] if objective == "ar" else [])} if config.context == "causal" else set()
     for name, value in filled.items():
+        # What is only assumed gives way to the arguments, and goes with the objective that it was assumed with.
         declared, stands = getattr(config, name), objective == config.objective or name == "mask_token_id"
         if (name in config.assumed and not (stands and value is None)) or (name in free and value is not None):
             declared = None

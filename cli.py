@@ -101,12 +101,12 @@ class Loading(Options):
     "model"
 
     right_shift_logits: bool | None = None
-    """position i predicts token i + 1, as in the AR model; open-dcoder needs it (default: what the checkpoint declares,
-    else False; ar True)"""
+    """position i predicts token i + 1, as in the AR model (default: what the checkpoint declares or is known for, else
+    False; ar True)"""
     dtype: Literal[*DTYPES] | None = None
-    """of the weights and the computation (default: as stored; on a CPU without instructions for it float32 in place of
-    bfloat16, whose products would take several times longer)"""
-    torch_compile: bool = False  # compile the layers, on cuda the sampler: a minute or two, then fewer kernels
+    """of the weights and the computation (default: as stored; on a CPU without instructions for bfloat16 float32
+    instead, since bfloat16 would be several times slower)"""
+    torch_compile: bool = False  # compile the layers, on cuda the sampler too: a minute or two, then fewer kernels
 
 
 @dataclass(kw_only=True)
@@ -236,6 +236,7 @@ class Request:
     prompt: str | list[dict]
     task: str | None = None
     expected: str | None = None
+    tools: list[dict] | None = None  # what the assistant may call
     ids: list[int] = None
     holes: list[bool] | None = None  # which ids are masks to fill in; None: there is none, and the answer follows
     new: int = 0  # masks that follow the prompt
@@ -271,7 +272,7 @@ def encode(request: Request, n: int, args, model: LanguageModel, tokenizer: Toke
         answered = messages[-1]["role"] == "assistant"
         if answered and not infilling:
             raise ValueError(f"prompt {n} ends in the assistant's turn; leave that out, or add {tokenizer.mask_token}")
-        ids, _ = tokenizer.render(system + messages, reply=not answered)
+        ids, _ = tokenizer.render(system + messages, reply=not answered, tools=request.tools)
     request.ids, holes = canvas(tokenizer, ids, model)
     request.holes = holes if infilling else None
 

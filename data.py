@@ -246,8 +246,8 @@ def load_split(spec: Spec, split: str, *, num_proc: int = 1, hold_out: bool = Tr
 
 
 def open_split(spec: Spec, split: str, *, streaming: bool) -> tuple[str, list, bool]:
-    """(The split that serves as `split`, "test" say; its rows, in parts, lists or of `datasets`; whether they are the
-    whole set, which has train alone, so that the caller draws from them which are to train and which to test on.)"""
+    """(The split that serves as `split`, "test" say; its rows, in parts, lists or of `datasets`; whether the set has
+    train alone, so that the caller must draw from its rows which are to test on.)"""
     if spec.name.startswith("builtin/"):
         if spec.name not in BUILTIN:
             raise ValueError(f"unknown dataset {spec.name}; the builtin sets are {', '.join(BUILTIN)}")

@@ -76,13 +76,13 @@ def reveal_schedule(
     masks: Tensor, steps: int, scheduler: str = "linear", *, width: int | None = None, stochastic=False, generator=None
 ) -> Tensor:
     """(..., S) int64: how many of masks (...) to reveal at each of `steps` equal steps of time from 1 to 0; together
-    they are all of them. width: S, where it is less; as many as there are masks hold all steps that reveal any."""
+    all of them. width: S, where it is less than `steps`; the largest of masks is enough for all that reveal any."""
     grid = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
     t, s = grid[:-1].float(), grid[1:].float()  # float32, as the reference computes its probabilities
     reveal = (1 - reverse_mask_prob(s, t, scheduler).double()).to(masks.device)  # (S,)
 
-    # A binomial draw of what is left at each step is a draw of each token's step. In order, a run of equal ones is a
-    # step that reveals so many; those that reveal nothing do not occur.
+    # Binomial draws of what is left are a draw of each token's own step. Sorted, a run of equal steps is one forward,
+    # which reveals as many tokens as the run is long; steps that reveal nothing do not occur.
     if stochastic:
         n = int(masks.max())
         drawn = torch.rand(*masks.shape, n, dtype=torch.float64, device=masks.device, generator=generator)
@@ -113,7 +113,7 @@ def reveal_schedule(
 class Batch(NamedTuple):
     """Clean rows. tokens, document, position (B, T) int64; supervised (B, T) bool: whose loss counts; sample (B,)
     int64: each row's place in the epoch's order, which its noise depends on, and not on the process or the batch.
-    fill (B, T) bool, None: none: which of them are no row's own, but end tokens that fill its last block."""
+    fill (B, T) bool: end tokens that only fill a row's last block; None: there are none."""
 
     tokens: Tensor
     supervised: Tensor
@@ -125,7 +125,7 @@ class Batch(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Everything random about an example: level (B, T) float in (0, 1], the time t; masked (B, T) bool."""
+    """Everything random about an example: level (B, T) in (0, 1], a time t or a share n / m; masked (B, T) bool."""
 
     level: Tensor
     masked: Tensor
@@ -141,7 +141,7 @@ class Blocks(NamedTuple):
 
     def rank(self, key: Tensor, supervised: Tensor) -> Tensor:
         """(B, T): the rank of a token's key (B, T), in [0, 1), among the supervised ones of its block."""
-        # Sort by block, then by key, unsupervised ones last; a token's own number less those of earlier blocks.
+        # Sort by block, then key, unsupervised last. A rank is the place in this order, less earlier blocks' tokens.
         order = torch.where(supervised, self.number + key, math.inf).argsort(dim=1)
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(key.shape[1]).expand_as(order))
         return rank - (supervised.cumsum(dim=1) - supervised.long() - self.place)
@@ -196,8 +196,8 @@ class Noising(Options):
     which has lower variance. decay: as many, but later ones more often. all: every one, which only drafts need
     (default: level; with --mask_decay decay)"""
     mask_decay: Annotated[float, Bound(lambda h: h > 0, "above 0, in blocks"), "H"] | None = None
-    """with --noise_type decay: how far apart in a block, of whose length H is a part, two tokens are of which the later
-    is twice as likely to be masked, when few are (Efficient-DLM; default: 0.5)"""
+    """with --noise_type decay: a token H block lengths after another is masked twice as often, when few are masked
+    (Efficient-DLM; default: 0.5)"""
     level_per: Literal["block", "sequence"] = "block"
     """a level for each block, spread evenly over a row's blocks, or one a row, as dLLM does"""
     scheduler: Literal[*SCHEDULES] = "linear"
@@ -222,7 +222,7 @@ class Noising(Options):
                 f"{' or '.join(fitting)}"
             )
         if not 0 < self.time_epsilon < self.time_max <= 1:
-            raise ValueError(f"--time_epsilon {self.time_epsilon}, --time_max {self.time_max}: expected 0 < both <= 1")
+            raise ValueError(f"--time_epsilon and --time_max: expected 0 < {self.time_epsilon} < {self.time_max} <= 1")
         if self.complementary_masks and (self.scheduler, self.noise_type) != ("linear", "level"):
             raise ValueError(
                 "--complementary_masks needs --noise_type level and --scheduler linear, where 1 - t is a time"
@@ -297,8 +297,8 @@ def with_complement(batch: Batch, noise: Noise) -> tuple[Batch, Noise]:
 class Example(NamedTuple):
     """What the loss sees. tokens (B, T') int64 and their layout; index (N,): the flat positions in B*T' whose output
     predicts targets (N,), with weights (N,) float; entries of weight 0 pad N to a multiple of 64, so that shapes recur.
-    denominator: what the weighted sum is divided by, to be summed over the global batch first. next_token (N,) bool,
-    None: none: which entries are of the AR loss beside the masked one."""
+    denominator: what the weighted sum is divided by, to be summed over the global batch first. next_token (N,) bool:
+    which entries are of the AR loss beside the masked one; None: there is none."""
 
     tokens: Tensor
     layout: Layout
@@ -570,8 +570,8 @@ class Sampling(Options):
     """forwards for the whole answer, shared by as many blocks as it fills (one that straddles blocks takes a few more);
     fewer steps reveal more tokens each. Steps that would reveal nothing are left out. ar takes one a token"""
     block_size: Tokens | None = None
-    """tokens of a decoding block; blocks are decoded from left to right. For bd3lm the checkpoint's block length, where
-    it declares one (default: bd3lm that; mdlm 32, in Python the whole canvas; ar has none)"""
+    """tokens of a decoding block; blocks are decoded from left to right. For bd3lm what the checkpoint declares, with
+    causal context any (default: bd3lm what the checkpoint declares; mdlm 32; ar has none)"""
     steps_per_block: Steps | None = None  # forwards for one block (default: by --steps)
     block_align: Literal["sequence", "prompt"] | None = None
     """where blocks start. sequence: multiples of the block size from the first token of the prompt, as in training, so
@@ -598,8 +598,8 @@ class Sampling(Options):
     """reveal the n most probable tokens, n the largest with (n + 1)(1 - probability of the n-th) below F (Fast-dLLM),
     1 say, instead of a fixed number (default: none, --steps)"""
     speculate: Annotated[Count, "N"] | None = None
-    """for a checkpoint with causal context: decode as its ar side would, yet several tokens a forward: each drafts N
-    tokens by diffusion and verifies the last draft. The text is ar's, at any temperature (default: none)"""
+    """for a checkpoint with causal context: decode as its ar side would, yet up to N tokens a forward: each verifies
+    the last draft and drafts N - 1 more by diffusion. The text is ar's, at any temperature (default: none)"""
     cfg_scale: Annotated[float, "S"] = 0.0
     """classifier-free guidance s: logits u + (s + 1)(c - u), u with the prompt masked; doubles the work"""
     cfg_keep_tokens: Ids = ()  # prompt tokens that u keeps (default: none)
@@ -686,7 +686,7 @@ class Prefix:
 
     canvas: Tensor | None = None  # (1, T): the decoder's own, so that no step has to report
     filled: Tensor | None = None  # (1,): so many of its columns are clean and in the cache
-    block_size: int = 0  # of the attention blocks
+    block_size: int = 0  # K of the decoder that filled it
     cache: KVCache | None = None
 
     @property
@@ -1018,22 +1018,22 @@ class Speculation(Decoding):
     """Rows decoded as the model's ar side decodes them, several tokens a forward: speculative decoding,
     arXiv 2211.17192, with the model as its own drafter, as in TiDAR, arXiv 2511.08923.
 
-    Columns before `known` (B,) are settled; up to N - 1 draft tokens may follow. A forward feeds the draft, and what is
-    settled but not yet in the cache, as clean tokens: each predicts the token after it, which tells the draft tokens
-    that ar would have written, and one token more. In the same forward it drafts what comes after every number of them
-    that may be accepted: for each a noisy copy of N masks, told apart by Layout.noisy, of which one is then used.
+    Columns before `known` (B,) are settled; G = `drafted` draft tokens follow. A forward feeds these, and what is
+    settled but not in the cache, as clean tokens, each of which predicts the next: the verdict. Draft tokens are
+    accepted while they equal it, `a` of them; they and the verdict after them are settled. As a is not known before,
+    the forward drafts for each a from 0 to G: copy a (Layout.noisy a + 1) is N masks from column known + a on, which
+    see what is before them and each other. The first is in the verdict's place, the others are the next draft.
 
     Drafts change how many forwards it takes and nothing else. At a temperature that needs the noise of a token to be
     that of its place in the row (arXiv 2408.07978): what is written is then what ar would have drawn with that noise,
-    and draft and verdict agree nearly as often as their distributions allow.
-    """
+    and draft and verdict agree nearly as often as their distributions allow."""
 
     STATE = (*Decoding.STATE, "known", "draft", "key")
 
     def __init__(self, model, prompts, options: Sampling, canvas_masks, end_ids, prefix, generator, static=None):
-        # Tokens of a draft; no more than the canvas has, and then still has, room for.
+        # Masks of a copy, of which N - 1 are drafted; `ahead` shrinks with the room that the canvas has left.
         self.N = self.ahead = min(options.speculate, max(options.max_new_tokens, 1))
-        self.drafted = 0  # draft tokens after `known`: none before the first forward, then all of a draft but its first
+        self.drafted = 0  # draft tokens after `known`: none in the first forward, then ahead - 1
         super().__init__(model, prompts, options, canvas_masks, end_ids, prefix, generator, static)
         self.known, self.draft = self.length - options.max_new_tokens, torch.zeros_like(self.masked)
         self.key = torch.randint(2**62, (self.B,), generator=generator, device=generator.device if generator else "cpu")
@@ -1067,10 +1067,10 @@ class Speculation(Decoding):
 
     def advance(self, W: int) -> None:
         """A forward over W clean columns of each row and the copies after them, and what it settles and drafts."""
-        # A verdict is on the column `known` or one after a draft token; token j of a draft stands j columns after that.
+        # Verdict a is on column known + a; token j of copy a's draft is on column known + a + j.
         first, N, G = self.first(), self.ahead, self.drafted
         tokens, layout, columns = self.feed_drafts(first, W)
-        after = torch.arange(G + 1, device=first.device)  # how many draft tokens may be accepted
+        after = torch.arange(G + 1, device=first.device)  # a: how many draft tokens may be accepted
         ahead = torch.arange(1, N, device=first.device)
         verdict = (self.known - 1 - first)[:, None] + after  # (B, G + 1): where in the forward it is predicted
         shift = int(bool(self.model.config.right_shift))

@@ -81,7 +81,7 @@ def collate(
     assert not (train_on_padding and block_length), "padding is trained on, or rows fill their blocks: not both"
     assert not (train_on_padding and any("document" in row for row in rows)), "packed rows have no padding to train on"
 
-    # A single row is one that is packed alone; the longest decides about the canvas
+    # A row that is not packed becomes a packed row of one; the longest sets the canvas's length
     rows = [row if "document" in row else data.join([row], block_length, eos_id) for row in rows]
     most = max(len(row["tokens"]) for row in rows)
     B, T = len(rows), filled(max(most, filled(longest, block_length)), multiple) if length is None else length
@@ -403,7 +403,7 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
 
     # bd3lm fills every packed document up to whole blocks, with EOS
     blocks = {"block_length": config.block_length, "eos_id": tokenizer.eos_id} if config.objective == "bd3lm" else {}
-    pack_length = args.pad_to or args.max_length
+    pack_length = args.pad_to or filled(args.max_length, config.block_length if blocks else None)
 
     # A stream reads while training runs
     if args.streaming:
@@ -417,7 +417,7 @@ def build_loaders(args, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> L
     # Else all rows are there. How much of a batch is padding, and how much packing leaves of it
     batches["group_by_length"] = args.stage == "sft" and args.group_by_length
     loader = Loader(rows=load("train"), **batches)
-    multiple = math.lcm(blocks.get("block_length", 1), collate.keywords["multiple"])
+    multiple = math.lcm(collate.keywords["block_length"] or 1, collate.keywords["multiple"])
     canvas = {"block_length": multiple, "length": args.pad_to}
     padding = f"{1 - loader.useful_share(**canvas):.0%} of each batch is padding"
     if args.packing:

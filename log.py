@@ -274,8 +274,8 @@ def memory(args, model: LanguageModel, ranks: Ranks) -> tuple[float, float]:
 
 
 def check_memory(args, model: LanguageModel, ranks: Ranks) -> None:
-    """ValueError where a CPU run needs more memory than there is, float32 weights being there: the kernel would end it
-    without a word. Linux alone tells."""
+    """ValueError where a CPU run needs more memory than is free, its float32 weights being there: the kernel would end
+    it without a word. Linux alone tells."""
     known = Path("/proc/meminfo")
     if ranks.device.type == "cpu" and known.exists():
         free = 1024 * int(known.read_text().partition("MemAvailable:")[2].split()[0])

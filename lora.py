@@ -83,7 +83,7 @@ class Adapting(Options):
 
 
 def mixed(x: Tensor) -> Tensor:
-    """Of int32 numbers such in which each bit depends on all of theirs (the last steps of MurmurHash3)."""
+    """int32 numbers, hashed: each bit depends on all of theirs (the last steps of MurmurHash3)."""
     x = (x ^ (x >> 16 & 0xFFFF)) * -2048144789
     x = (x ^ (x >> 13 & 0x7FFFF)) * -1028477387
     return x ^ (x >> 16 & 0xFFFF)

@@ -200,7 +200,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     if isinstance(mask, Tensor):
         rows = q.reshape(len(q), G, -1, q.shape[3])  # (B, G, share * Q, C)
         heads = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).unflatten(2, (-1, Q))
-        # Each kernel has an order of its own in memory, of which no view but a copy makes ours.
+        # Kernels return different memory orders, so flatten copies where no view will do.
         return heads.permute(0, 3, 1, 2, 4).flatten(2)  # (B, Q, G, share, C) before
     if isinstance(mask, str):  # full or causal
         # In float32 CUDA has a fast kernel (the others keep Q x K scores) only for heads with keys of their own.
@@ -251,8 +251,8 @@ def write(kept: tuple[Tensor, ...], kv: Tensor) -> Tensor:
 
 
 def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, and sin with its first half negated, (B, T, 1, C), of the rotary angles at `position` (B, T), in float32:
-    RoPE, arXiv 2104.09864, in the half-split form of the published checkpoints."""
+    """cos, and sin with its first half negated, (B, T, 1, C) in `dtype`, of the rotary angles at `position` (B, T),
+    which are float32. RoPE, arXiv 2104.09864, in the half-split form of the published checkpoints."""
     C = config.head_dim
     frequency = config.rope_theta ** (torch.arange(0, -C, -2, dtype=torch.float32, device=position.device) / C)
 
@@ -264,7 +264,7 @@ def rotary(config: Config, position: Tensor, dtype: torch.dtype) -> tuple[Tensor
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / s["factor"])
-    angle = position[:, :, None, None] * torch.cat([-frequency, frequency])  # (B, T, 1, C); of the cosine all the same
+    angle = position[:, :, None, None] * torch.cat([-frequency, frequency])  # (B, T, 1, C); cos ignores the sign
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -483,8 +483,8 @@ class LanguageModel(nn.Module):
         return F.linear(x, self.head_weight.to(x.dtype)) if head is None else head(x, self.head_weight)
 
     def through_layers(self, x: Tensor, cos: Tensor, sin: Tensor, mask, cache, columns, index) -> Tensor:
-        # The last layer computes what is asked for alone: the rest of its outputs, BD3LM's clean stream above all,
-        # would have no use.
+        # The last layer's output projection and MLP run only on what is asked for: nothing reads its other outputs,
+        # BD3LM's clean stream above all.
         for i, layer in enumerate(self.model.layers):
             kept = None if cache is None else cache.layer(i, columns)
             x = layer(x, cos, sin, mask, kept, index if i == len(self.model.layers) - 1 else None)

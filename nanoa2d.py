@@ -84,7 +84,7 @@ def stream(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt, **options
     without batch_size."""
     args = Streaming.of(options, "stream")
     if not is_single(prompt):
-        raise ValueError(f"stream: {len(prompt)} prompts; expected one, generate takes several")
+        raise ValueError(f"stream: a list of {len(prompt)}; expected one prompt; generate takes lists")
     todo, decoding = prepared(model, tokenizer, [prompt], args)
 
     def steps():

@@ -239,12 +239,16 @@ class Options:
                 raise ValueError(f"{where}: unknown option {name}; {near.replace('mean --', 'mean ')}")
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """What each option is where none is given, as its group works that out; MISSING: it must be given."""
+    def defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What each option is where it is not given, as its group works that out, by what `values` choose (--stage,
+        which decides on --max_length); MISSING: it must be given."""
         found = {name: flag.default for name, flag in flags(cls).items()}
+        chosen = {name: values[name] for name, flag in flags(cls).items() if values.get(name) in (flag.choices or ())}
         for group in cls.__mro__[:-1]:
-            if MISSING not in (flag.default for flag in flags(group).values()):
-                found |= {name: value for name, value in vars(group()).items() if found[name] is None}
+            declared = {name: flag.default for name, flag in flags(group).items()}
+            if MISSING not in declared.values():
+                beside = {name: chosen[name] for name in chosen.keys() & declared if declared[name] is not None}
+                found |= {name: value for name, value in vars(group(**beside)).items() if found[name] is None}
         return found
 
     @classmethod
@@ -265,13 +269,16 @@ class Options:
         return {name: value for name, value in asdict(self).items() if name in flags(cls)}
 
 
+OF_ITS_RUN = ("config", "overwrite", "resume_from_checkpoint", "push_to_hub")  # flags that are not taken from a file
+
+
 @dataclass(kw_only=True)
 class FromFile(Options):
     "flags from a file"
 
     config: Annotated[str, "FILE"] | None = None
     """take flags from an args.json, which every run writes, or from one like it; those on the command line win, and
-    --overwrite is never taken (default: none)"""
+    --overwrite, --resume_from_checkpoint and --push_to_hub are never taken (default: none)"""
 
     @classmethod
     def parse(cls, argv: list[str] | None = None) -> Self:
@@ -279,13 +286,13 @@ class FromFile(Options):
         if {"-h", "--help"} & {*argv} or "config" not in (found := Parser(FromFile).parse_known_args(argv)[0]):
             return super().parse(argv)
 
-        # Its values become flags, before the others, which so have the last word; but for those at their defaults: a
-        # file has all of them, and most are none that anybody gave.
+        # Its values become flags before those of the command line, which so win. Values at their defaults are left out:
+        # a file has all of them, and most of them nobody gave.
         values = read_json(Path(found.config), "name an args.json")
         cls.check_names(values, found.config)
-        defaults = cls.defaults()
+        defaults = cls.defaults(values)
         known = {name: value for name, value in values.items() if value not in (defaults[name], None)}
-        known = {name: value for name, value in known.items() if name not in ("config", "overwrite")}
+        known = {name: value for name, value in known.items() if name not in OF_ITS_RUN}
         return super().parse([*(f"--{name}={value}" for name, value in known.items()), *argv])
 
 

@@ -130,7 +130,7 @@ USUAL = {"scheduler": "linear", "remasking": "low_confidence"}  # values that it
 
 
 def table(directories: list[str]) -> str:
-    """The manifests below these directories as a Markdown table, newest first where there are several of a cell."""
+    """The manifests below these directories as a Markdown table; of several of a cell the newest."""
     cells = _read_cells(directories)
     rows, columns = sorted({row for row, _ in cells}), list(dict.fromkeys(column for _, column in cells))
     usual = {}  # of each column, the most frequent setting
@@ -194,8 +194,9 @@ def _cells(made: dict) -> dict[tuple[str, str], tuple[str, dict]]:
             metric, _, kind = label.partition(",")
             if not isinstance(value, int | float) or metric.endswith("_stderr") or metric == "sample_len":
                 continue
-            # A value up to 1 is a rate, which is shown in percent.
-            scale, digits, of_error = (1, ".4g", ".2g") if abs(value) > 1 else (100, ".1f", ".1f")
+            # A value up to 1 is a rate, which is shown in percent, unless its metric is none.
+            rate = abs(value) <= 1 and not re.search("bits_per_byte|perplexity|likelihood", metric)
+            scale, digits, of_error = (100, ".1f", ".1f") if rate else (1, ".4g", ".2g")
             text, error = f"{scale * value:{digits}}", task["results"].get(f"{metric}_stderr,{kind}")
             text += f" ± {scale * error:{of_error}}" if isinstance(error, int | float) else ""
             cells[row, f"{name}<br>{metric}" + (f" ({kind})" if kind != "none" else "")] = text, setting

@@ -229,7 +229,7 @@ def prepare(output: Path, start: Start) -> None:
 def check_settings(before: dict, args, path: Path, free: tuple = ()) -> None:
     """ValueError where a setting that decides the weights is not what it was `before`, when `path` was written."""
     for name, value in args.learned.items():
-        old = before.get(name, getattr(type(args), name, None))  # a flag that there was not yet has its default
+        old = before[name] if name in before else type(args).defaults(before)[name]  # there was no such flag yet
         if name not in free and old != value:
             raise ValueError(f"--{name} {value} contradicts {path}, of a run with {old}; resume with that")
 
@@ -288,7 +288,7 @@ def hash_files(dataset_args: str) -> str:
 
 
 def hash_rows(rows: data.Rows) -> str:
-    """A hash of the rows, and where they have many tokens of every second or n-th, which takes at most a second."""
+    """A hash of the rows; of very many tokens only every second or n-th goes in, so that it takes at most a second."""
     digest = hashlib.blake2b(np.ascontiguousarray(rows.bounds), digest_size=8)
     stride = 1 + rows.useful // 2**26
     for chunks in (rows.tokens, rows.supervised):

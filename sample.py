@@ -157,7 +157,7 @@ def to_score(row: dict, source: str) -> Request:
     if len(messages) < 2:
         raise ValueError(f"{source}: a chat of an answer alone, {messages}; scoring needs a turn before it")
     task = None if row.get("task") is None else one_line(str(row["task"]))
-    return Request(messages[:-1], task=task, expected=messages[-1]["content"])
+    return Request(messages[:-1], task=task, expected=messages[-1]["content"], tools=row.get("tools"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

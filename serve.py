@@ -67,7 +67,7 @@ class Serve(Sampling, Serving, Opening):
     `openai` calls it (base_url="http://127.0.0.1:8000/v1"), with and without "stream". Its max_tokens, temperature,
     top_p, stop, n and seed are as in OpenAI's, but the defaults are those below. The other options of the group
     "sampling" are fields of a request under their own names (in `openai`: extra_body); null is a flag's default here,
-    whatever the server was started with. What would be ignored is refused. "usage" also counts forwards.
+    whatever the server was started with. An unknown field is refused. "usage" also counts forwards.
 
     A <|mask|> in a prompt of /v1/completions is one token to fill in; the answer is then the whole text, and nothing is
     appended unless max_tokens says so. "canvas": true with "stream" adds to every event the canvas as it is after that
@@ -365,7 +365,10 @@ class Service:
         if new is None:
             room = max(1, config.max_position_embeddings - len(ids))
             new = 0 if holes else min(self.args.max_new_tokens or Sampling.default_length(config), room)
-        options = Sampling(**sampler_options(options, config.objective, max_new_tokens=new))
+        changes, size = {"max_new_tokens": new}, options.block_size
+        if config.objective == "mdlm" and size == self.args.block_size and size and options.block_align != "sequence":
+            changes["block_size"] = min(size, new or size)  # ours is no longer than an answer that is to be short
+        options = Sampling(**sampler_options(options, config.objective, **changes))
         check_canvas(config, config.objective, options, [ids], holes and [holes], (), None)
         return options
 

@@ -1,7 +1,7 @@
 """Chat templates, filled in by a process of their own: they come with a checkpoint, which anyone can publish.
 
-A template is a program. jinja's sandbox keeps it from files and other programs; the limits of that process, whichever
-thread of ours asks and whatever the template does, from more than SECONDS of the processor and BYTES of memory.
+A template is a program. jinja's sandbox keeps it from files and other programs; its process has no more than SECONDS of
+CPU time and BYTES of memory for it, whichever thread of ours asks.
 """
 
 import contextlib

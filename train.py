@@ -43,7 +43,7 @@ from loaders import Batching, ChatBatching, Workers, build_loaders, longest_answ
 from model import CONTEXTS, OBJECTIVES, Config, LanguageModel
 from optim import Optimization, build_optimizers, learning_rate
 from options import Count, Directory, Model, Natural, NonNegative, Options, Positive, Rows, block_lengths, flags, growth
-from parallel import REQUEUE, Parallel, Ranks, Signals, mark_stopped, parallelize, setup
+from parallel import REQUEUE, USR1, Parallel, Ranks, Signals, mark_stopped, parallelize, setup
 from tokenizer import Tokenizer
 
 TINY = "builtin/tiny"
@@ -306,8 +306,8 @@ class Run:
         self.counted = self.minutes_before  # minutes up to the last step that was counted
 
     def _plan(self, done: int) -> None:
-        """How many steps, and every how many of them it evaluates and saves. done: steps of a complete run that is to
-        be longer."""
+        """How many steps, and every how many of them it evaluates. done: steps of a complete run that is to be
+        longer."""
         args, epoch = self.args, self.loaders.train.steps_per_epoch
         if args.max_steps is None and epoch is None:
             raise ValueError("--streaming has no epochs; pass --max_steps")
@@ -523,7 +523,7 @@ class Run:
 
 def every(interval: float, steps: int) -> int:
     """Steps: the interval itself, or below 1 that part of the run."""
-    return max(1, math.ceil(steps * interval)) if interval < 1 else int(interval)
+    return max(1, math.ceil(round(steps * interval, 6))) if interval < 1 else int(interval)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -588,7 +588,7 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
     if stopped:
         if ranks.rank == 0:
             print(f"stopped by a signal; wrote {saved}; the same command with --resume_from_checkpoint auto goes on")
-        if signals.number in (signal.SIGTERM, signal.SIGUSR1):
+        if signals.number in (signal.SIGTERM, USR1):
             mark_stopped()
         return 130 if signals.number == signal.SIGINT else REQUEUE
     if ranks.rank == 0:
@@ -598,11 +598,11 @@ def train(args: Settings, ranks: Ranks, signals: Signals) -> int:
 
 
 def gradients(engine, sync, model, examples: list[Example], denominator: float, max_grad_norm: float, ranks: Ranks):
-    """(sums (2,) of this rank's losses, as `diffusion.losses` has them, norm () of the gradient) of a global batch, its
-    clipped gradient then in the model; both on the device, which nothing here waits for.
+    """Leaves the clipped gradient of a global batch in the model; returns (this rank's sums (2,) of `diffusion.losses`,
+    the gradient's norm () before clipping), both on the device: nothing here waits for them.
 
-    denominator: of the global batch. Gradients are averaged over ranks, hence the factor. Where a loss is not finite,
-    nor is the gradient.
+    denominator: of the global batch. DDP and FSDP average over ranks, hence the factor world_size. Where a loss is not
+    finite, neither is the gradient.
     """
     total = 0.0
     for n, example in enumerate(examples):

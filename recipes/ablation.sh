@@ -1,5 +1,5 @@
 #!/bin/sh
-# What matters when an AR model becomes a BD3LM, one factor at a time; half an hour on two quiet cores, no network. It
+# What matters when an AR model becomes a BD3LM, one factor at a time; about an hour on two quiet cores, no network. It
 # goes on where it was stopped. For a trial: recipes/ablation.sh --sets sums --arms base,all --seeds 1 --steps 50 \
 #     --output runs/trial --table runs/trial.md
 set -e

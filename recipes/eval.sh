@@ -5,15 +5,15 @@
 #   recipes/eval.sh --model_name_or_path CHECKPOINT [--num_gpu N] [--model_type normal|coder] [--method ar|mdlm|bd3lm]
 #                   [--setting reference|common|both] [--output_dir DIR] [-- FLAGS OF evaluate.py, such as --limit 8]
 #
-# reference: dLLM's: 256 new tokens (3 for a letter), a token a step, blocks of 256 (mdlm) or 32 (bd3lm), gsm8k_cot 5-shot
-# (mdlm) or 0-shot (bd3lm), bbh 3-shot, the rest 0-shot; chat template. AR: mdlm's shots.
+# reference: dLLM's: 256 new tokens (3 for a letter), a token a step, blocks of 256 (mdlm) or, bd3lm, the checkpoint's, else 32,
+# gsm8k_cot 5-shot (mdlm) or 0-shot (bd3lm), bbh 3-shot, the rest 0-shot; chat template. AR: mdlm's shots.
 # common: the same for every model but for gsm8k_cot, which is 0-shot.
 # open-dcoder: its own right shift, its rule p2, temperature 0.
 set -eu
 case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;; esac
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
-model='' num_gpu=1 model_type=normal method='' block=32 setting=both output=runs/eval
+model='' num_gpu=1 model_type=normal method='' setting=both output=runs/eval
 
 while [ $# -gt 0 ]; do
     [ "$1" = -- ] || [ $# -gt 1 ] || { echo "eval.sh: $1 needs a value" >&2 && exit 2; }
@@ -36,17 +36,16 @@ both) settings='reference common' ;;
 reference | common) settings=$setting ;;
 *) echo "eval.sh: --setting $setting: expected reference, common or both" >&2 && exit 2 ;;
 esac
-if [ -z "$method" ]; then # what the checkpoint declares or is known as
-    ask='import sys; from checkpoint import identify, load_config; from cli import one_line_errors
+# The method, if none is given, and the block length are what the checkpoint declares or is known as.
+ask='import sys; from checkpoint import identify, load_config; from cli import one_line_errors
 with one_line_errors("eval.sh"):
     try:
         config = load_config(sys.argv[1])
-        print(identify(config)[0], config.block_length or 32)
+        print(sys.argv[2] or identify(config)[0], config.block_length or 32)
     except ValueError as error:
         raise ValueError(str(error).replace("--objective", "--method")) from error'
-    known=$("$PYTHON" -c "$ask" "$model")
-    method=${known% *} block=${known#* }
-fi
+known=$("$PYTHON" -c "$ask" "$model" "$method")
+method=${known% *} block=${known#* }
 
 cell() { # TASK SHOTS TOKENS FLAGS...
     task=$1 shots=$2 tokens=$3

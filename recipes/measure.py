@@ -17,14 +17,16 @@ from train import Settings
 
 
 class Measured:
-    """The checkpoint at `path`, of the given type of numbers; settings: of a training, whose data this reads.
+    """The checkpoint at `path`, of the given type of numbers, on `device`; settings: of a training, whose data this
+    reads.
 
     `as_ar` is its config as an AR model's, also where its context is not causal: what is left of the AR model.
     """
 
-    def __init__(self, path: str, settings: Settings, dtype: torch.dtype):
+    def __init__(self, path: str, settings: Settings, dtype: torch.dtype, device="cpu"):
         self.settings, self.tokenizer = settings, Tokenizer(path)
-        self.model = load_model(path, dtype=dtype)
+        self.device = torch.device(device)
+        self.model = load_model(path, dtype=dtype, device=self.device)
         self.model.known_ids, self.config = self.tokenizer.known_ids, self.model.config
         self.as_ar = replace(self.config, objective="ar")
 
@@ -35,7 +37,7 @@ class Measured:
     def nats(self, rows, config: Config, batch_size: int = 64, first_rows: int | None = None) -> float:
         """The bound on the rows' nats per token, as that config has it; exact for ar. first_rows: of them alone."""
         self.model.config, collate = config, collate_for(self.settings, config, self.tokenizer)
-        how = {"batch_size": batch_size, "first_rows": first_rows, "ranks": Ranks(0, 1, torch.device("cpu"))}
+        how = {"batch_size": batch_size, "first_rows": first_rows, "ranks": Ranks(0, 1, self.device)}
         return evaluate(self.model, self.model, rows, collate, **how)[0]
 
     def chats(self, spec: str) -> list[list[dict]]:
@@ -49,7 +51,7 @@ class Measured:
     def answers(self, prompts: list[list[int]], config: Config, **options) -> list[Answer]:
         """What it writes after the prompts, all at once; options: of Sampling."""
         self.model.config, options = config, asdict(Sampling(**options))
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         decoding = Answers(self.model, self.tokenizer, prompts, options=options, generator=generator)
         for _ in decoding:
             pass

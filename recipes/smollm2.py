@@ -49,7 +49,7 @@ def repetition(tokenizer, texts: list[str]) -> float:
 
 def measure(args: Figures, path: str, settings: Settings) -> dict[str, str]:
     """The figures of a checkpoint, by name."""
-    of = Measured(path, settings, getattr(torch, args.dtype))
+    of = Measured(path, settings, getattr(torch, args.dtype), "cuda" if torch.cuda.is_available() else "cpu")
     rows, config = of.rows("test"), of.config
     prompts = of.questions(of.chats(settings.dataset_args)[: args.questions])
 
@@ -61,7 +61,7 @@ def measure(args: Figures, path: str, settings: Settings) -> dict[str, str]:
         return found
 
     # Nats are computed as in training, answers as --dtype says.
-    of.model.compute_dtype = settings.computes_in(torch.device("cpu"), of.model.size)
+    of.model.compute_dtype = settings.computes_in(of.device, of.model.size)
     found = {"AR nats per token": f"{of.nats(rows, of.as_ar, 4, args.rows):.3f}"}
     for K in (4, 8):
         found[f"bound, blocks of {K}"] = f"{of.nats(rows, replace(config, block_length=K), 4, args.rows):.3f}"

@@ -18,5 +18,6 @@ set -- --objective "$method" --stage sft --parallel zero2 \
     --per_device_train_batch_size 16 --gradient_accumulation_steps $(((128 + gpus - 1) / gpus)) \
     --output_dir "${OUTPUT:-runs/tiny-a2d-$method}" --resume_from_checkpoint auto "$@"
 [ -z "${NPROC:-}" ] || launch "$NPROC" "$@"
+check "$@"
 # shellcheck disable=SC2086
 exec sbatch --nodes "${NODES:-8}" ${SBATCH_FLAGS:-} recipes/train.slurm.sh train.py "$@"

@@ -127,7 +127,7 @@ def test_a_checkpoint_a_device_or_a_type_that_is_not_there_is_refused(mdlm):
             load(checkpoint("mdlm"), **dict([options]))
     with pytest.raises(ValueError, match="expected the name of a directory"):
         load("")
-    with pytest.raises(ValueError, match="stream: 2 prompts; expected one"):
+    with pytest.raises(ValueError, match="stream: a list of 2; expected one prompt"):
         stream(*mdlm, ["a", "b"])
 
 

@@ -547,6 +547,13 @@ def test_the_table_marks_cells_that_were_asked_otherwise(tmp_path):
         report.table([str(tmp_path / "nowhere")])
 
 
+def test_the_table_shows_rates_in_percent_and_bits_perplexities_and_likelihoods_as_they_are(tmp_path):
+    made = cell("a", 0.5)
+    made["tasks"]["quiz"]["results"] = {"acc,none": 0.5, "bits_per_byte,none": 0.85, "word_perplexity,none": 12.345}
+    (tmp_path / "manifest_a.json").write_text(json.dumps(made))
+    assert report.table([str(tmp_path)]).splitlines()[2].endswith("| 50.0 | 0.85 | 12.35 |")
+
+
 def test_of_several_manifests_of_a_cell_the_table_shows_the_newest(tmp_path):
     for name, dates in {"a": (1, 2, 3), "b": (3, 2, 1), "c": (2, 3, 1), "d": (2, 1, 3)}.items():
         for i, date in enumerate(dates):
@@ -637,9 +644,12 @@ def test_mistakes_end_in_one_line_and_status_2(checkpoints, tasks, tmp_path, mod
 # recipes/eval.sh
 
 
-def recipe(*argv: str) -> subprocess.CompletedProcess:
-    """The commands it would run."""
-    environment = os.environ | {"PYTHON": "echo"}
+def recipe(folder: Path, *argv: str) -> subprocess.CompletedProcess:
+    """The commands it would run, for a checkpoint of block length 8: a stand-in for Python prints them."""
+    python = folder / "python"
+    python.write_text('#!/bin/sh\ncase $1 in -c) echo "$4 8" ;; *) echo "$@" ;; esac\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python)}
     return subprocess.run(
         ["sh", str(ROOT / "recipes" / "eval.sh"), *argv], capture_output=True, text=True, env=environment
     )
@@ -657,9 +667,9 @@ def test_the_recipe_tells_a_model_out_of_reach_in_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_the_recipe_runs_eight_tasks_in_two_settings(method):
+def test_the_recipe_runs_eight_tasks_in_two_settings(method, tmp_path):
     flags = ("--method", method, "--output_dir", "out", "--", "--limit", "4")
-    commands = recipe("--model_name_or_path", "some/model", *flags).stdout.splitlines()
+    commands = recipe(tmp_path, "--model_name_or_path", "some/model", *flags).stdout.splitlines()
     runs = [line for line in commands if "--tasks" in line]
     asked = "mmlu_generative_dream mmlu_pro hellaswag_gen gsm8k_cot bbh minerva_math humaneval_instruct_sandboxed "
     asked = [*asked.split(), "mbpp_instruct_sandboxed"]
@@ -669,7 +679,7 @@ def test_the_recipe_runs_eight_tasks_in_two_settings(method):
     assert len({line.split("--output_path ")[1].split()[0] for line in runs}) == 16
     shots = [line.split("--num_fewshot ")[1].split()[0] for line in runs if "gsm8k_cot" in line]
     assert shots == ["0" if method == "bd3lm" else "5", "0"]
-    block = {"ar": None, "mdlm": "block_size=256", "bd3lm": "block_size=32"}[method]
+    block = {"ar": None, "mdlm": "block_size=256", "bd3lm": "block_size=8"}[method]
     assert block is None or block in next(line for line in runs if "bbh" in line)
     for line in runs:
         given = dict(pair.split("=", 1) for pair in line.split("--model_args ")[1].split()[0].split(","))
@@ -677,9 +687,9 @@ def test_the_recipe_runs_eight_tasks_in_two_settings(method):
     assert sum("--table" in line for line in commands) == 2
 
 
-def test_the_recipes_coder_cells_processes_and_mistakes():
+def test_the_recipes_coder_cells_processes_and_mistakes(tmp_path):
     coder = ("--model_name_or_path", "fredzzp/open-dcoder-0.5B", "--method", "mdlm", "--model_type", "coder")
-    runs = [line for line in recipe(*coder, "--num_gpu", "4").stdout.splitlines() if "--tasks" in line]
+    runs = [line for line in recipe(tmp_path, *coder, "--num_gpu", "4").stdout.splitlines() if "--tasks" in line]
     assert len(runs) == 4 and all("--nproc_per_node 4" in line for line in runs)
     assert all("right_shift_logits=True,remasking=p2" in line for line in runs)
     for argv, message in [
@@ -690,5 +700,5 @@ def test_the_recipes_coder_cells_processes_and_mistakes():
         (("--model_name_or_path", "x", "--model_type", "chat"), "expected normal or coder"),
         (("--model_name_or_path", "x", "--method", "gan"), "expected ar, mdlm or bd3lm"),
     ]:
-        done = recipe(*argv)
+        done = recipe(tmp_path, *argv)
         assert done.returncode == 2 and message in done.stderr

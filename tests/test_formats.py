@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from checkpoints import checkpoint
 from conftest import GOLDEN
 from test_data import cache, chat, load_preprocessed, load_rows, program, tokenize_chat, write  # noqa: F401
 
@@ -18,6 +19,7 @@ import data
 import loaders
 import sample
 import stream
+from checkpoint import load_model
 from tokenizer import CHATML, Tokenizer
 
 ROOT = GOLDEN.parent.parent
@@ -442,6 +444,16 @@ def test_line_separators_within_a_row_of_jsonl_are_kept(tmp_path):
     for name in ("p.jsonl", "p.txt"):
         args = sample.Sample.parse(["--model_name_or_path", "x", "--input", str(tmp_path / name)])
         assert [request.prompt for request in sample.requests(args)] == prompts
+
+
+def test_a_question_is_asked_with_the_tools_that_the_row_was_learnt_with():
+    source = checkpoint("mdlm")
+    model, tokenizer = load_model(source), Tokenizer(source)
+    tokenizer.template = "{{ tools|length }} tools: {% for message in messages %}{{ message.content }} {% endfor %}"
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    request = sample.to_score({"messages": WANTED, "tools": tools}, "rows")
+    sample.encode(request, 1, sample.Sample.parse(["--model_name_or_path", source]), model, tokenizer, True)
+    assert tokenizer.decode(request.ids).startswith("1 tools: ")
 
 
 def test_tasks_may_be_numbers():

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 
 from options import Bound, Count, Directory, FromFile, Ids, Natural, Options, Positive, Rows, Seed, Share, Words, flags
+from train import Settings
 
 
 @dataclass(kw_only=True)
@@ -304,6 +305,23 @@ def test_what_a_file_has_at_its_default_was_not_given(file):
     path = file(model_name_or_path="m", rows=8, share=0.2, loud=False)
     assert Run.parse(["--config", path]).given == {"config", "model_name_or_path", "share"}
     assert "loud" in Run.parse(["--config", path, "--loud", "False"]).given
+
+
+def test_what_a_choice_of_the_file_decides_is_told_from_what_was_given(file):
+    """128 is the length of plain text, so for a chat somebody gave it."""
+    for stage, length in (("sft", 128), ("pt", 512)):
+        path = file(model_name_or_path="m", dataset_args="d", output_dir="o", stage=stage, max_length=length)
+        assert Settings.parse(["--config", path]).max_length == length
+        assert "max_length" in Settings.parse(["--config", path]).given
+    path = file(model_name_or_path="m", dataset_args="d", output_dir="o", stage="sft", max_length=512)
+    assert "max_length" not in Settings.parse(["--config", path]).given
+
+
+def test_a_run_started_from_anothers_file_is_neither_pushed_nor_resumed(file):
+    of_its_run = {"push_to_hub": "a/b", "resume_from_checkpoint": "auto", "overwrite": True}
+    path = file(model_name_or_path="m", dataset_args="d", output_dir="o", **of_its_run)
+    options = Settings.parse(["--config", path])
+    assert (options.push_to_hub, options.resume_from_checkpoint, options.overwrite) == (None, None, False)
 
 
 def test_a_file_does_not_overwrite_nor_name_another_file(file):

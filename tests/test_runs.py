@@ -515,6 +515,14 @@ def test_convert_overwrites_a_checkpoint_and_keeps_what_else_is_there(source, tm
     assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
 
 
+def test_a_flag_that_there_was_not_yet_when_a_run_was_written_had_its_default(source, tmp_path):
+    args = train.Settings.parse(flags_of(source, tmp_path / "run"))
+    before = {name: value for name, value in args.learned.items() if name not in ("noise_type", "adam_beta1")}
+    resume.check_settings(before, args, tmp_path)
+    with pytest.raises(ValueError, match="--stage"):
+        resume.check_settings(before | {"stage": "other"}, args, tmp_path)
+
+
 def test_a_run_that_is_there_names_its_newest_checkpoint(run, source, capsys):
     for newest in ("checkpoint-final", "checkpoint-8", "checkpoint-4"):
         said = refused(capsys, flags(source, run))

@@ -115,6 +115,15 @@ def rendered(prompt: str) -> list[int]:
     return tokenizer().render(chat_of(prompt), reply=True)[0]
 
 
+def test_a_block_length_of_the_server_gives_way_to_a_short_answer_and_one_of_the_request_does_not(servers):
+    server = servers("mdlm", block_size=8)
+    wanted = alone("mdlm", tokenizer().encode("one two"), max_new_tokens=4, block_size=4)
+    body = server.ask("completions", prompt="one two", max_tokens=4)
+    assert body["choices"][0]["text"] == wanted.text
+    status, error = server.refusal("completions", {"prompt": "one two", "max_tokens": 4, "block_size": 6})
+    assert status == 400 and "block_size 6 exceeds the 4" in error["message"]
+
+
 @pytest.mark.parametrize("name", [*OBJECTIVES, "causal"])
 def test_answers_are_the_samplers(servers, name):
     server = servers(name)

@@ -380,7 +380,8 @@ FLAGS = [
     "--stop_at_eval_loss 100 --eval_steps 1",
     "--max_minutes 0.00000001",
     "--train_on last --packing True --objective ar",
-    "--packing True --objective bd3lm --block_size 64 --max_length 64",
+    "--packing True --objective bd3lm --block_size 16 --max_length 40",
+    "--streaming True --packing True --objective bd3lm --block_size 16 --max_length 40",
     "--streaming True --shuffle_buffer 30 --dataloader_num_workers 1",
     "--load_preprocessed_data True --dataset_args PREPROCESSED",
     "--resume_from_checkpoint auto --skip_nonfinite 1",
@@ -599,6 +600,19 @@ def test_packing_tells_the_share_of_useful_tokens_before_and_after(source, tmp_p
     run(source, tmp_path / "run", *packing, "--group_by_length", "False")
     said = re.search(r"(\d+)% of each batch is padding, packed (\d+)%", capsys.readouterr().out)
     assert 50 > int(said[1]) > int(said[2]) >= 0
+
+
+def test_plain_text_is_not_filled_up_to_blocks_nor_told_to_have_padding(source, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} sheep jump. " * 20}) + "\n" for i in range(40))
+    )
+    text = ["--stage", "pt", "--dataset_args", str(tmp_path / "text.jsonl"), "--max_length", "40"]
+    run(source, tmp_path / "run", *text, "--objective", "bd3lm", "--block_size", "16")
+    assert "; 0% of each batch is padding" in capsys.readouterr().out
+
+
+def test_a_part_of_the_run_is_as_many_steps_as_it_says():
+    assert [train.every(part, 100) for part in (0.07, 0.14, 0.55, 0.071, 1e-4, 7)] == [7, 14, 55, 8, 1, 7]
 
 
 def test_weights_and_biases_gets_what_the_metrics_hold(source, tmp_path, monkeypatch):
