@@ -145,7 +145,8 @@ def open_model(args: Opening, block_size: int | None = None) -> tuple[LanguageMo
     # torch refuses a device only when it is used, so use it once.
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros((), device=device)
+        if torch.zeros((), device=device).device.type not in ("cpu", "cuda"):  # no other has kernels for what we do
+            raise RuntimeError
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not available here; expected cpu, or cuda with a GPU") from error
 

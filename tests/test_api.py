@@ -121,6 +121,7 @@ def test_what_is_no_prompt_is_refused_with_what_is_one(prompt, mdlm):
 def test_a_checkpoint_a_device_or_a_type_that_is_not_there_is_refused(mdlm):
     for options, words in {
         ("device", "gpu"): "--device gpu is not available here; expected cpu",
+        ("device", "meta"): "--device meta is not available here; expected cpu",
         ("dtype", "bf16"): "--dtype 'bf16' is unknown; expected float32, bfloat16",
     }.items():
         with pytest.raises(ValueError, match=f"^{re.escape(words)}"):

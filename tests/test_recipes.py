@@ -136,6 +136,19 @@ def test_a_mistake_in_a_flag_or_a_missing_model_gets_train_pys_line_alone(words,
     assert expected.get(words[0], "neither a directory") in err and not (tmp_path / "run").exists()
 
 
+def test_what_is_submitted_to_slurm_was_checked_and_has_the_recipes_interpreter(tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\necho "$PYTHON" "$@"\n')
+    sbatch.chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "NPROC")}
+    command, options = [str(RECIPES / "tiny-a2d.sh"), "mdlm"], {"capture_output": True, "text": True}
+    done = subprocess.run(command, env=environment | {"PATH": path}, **options)
+    assert re.match(r"(\.venv/bin/)?python --nodes 8 recipes/train\.slurm\.sh train\.py --objective mdlm ", done.stdout)
+    done = subprocess.run([*command, "--max_stpes", "3"], env=environment | {"PATH": path}, **options)
+    assert done.returncode == 2 and not done.stdout and "did you mean --max_steps?" in done.stderr
+
+
 def ablation_flags(folder: Path, *words: str) -> list[str]:
     return ["--steps", "2", "--questions", "4", "--output", f"{folder}/runs", "--table", f"{folder}/t.md", *words]
 
