@@ -176,8 +176,15 @@ def resume_point(args, output: Path, ranks: Ranks) -> Start:
     else:
         start = Start(output, [Path(wanted)])
         read_progress(Path(wanted))
-        if Path(wanted).resolve().parent != output.resolve():
+        named, ours = Path(wanted).resolve(), [path.resolve() for path in checkpoints(output)]
+        if named not in ours:
             refuse_existing(output)
+        elif named != ours[-1]:
+            way_out = "go on from it in another --output_dir, or delete what is later"
+            raise ValueError(f"{output} has checkpoints that are later than {wanted}, {ours[-1].name} say; {way_out}")
+        elif (output / FINAL).is_dir():
+            way_out = "go on by --resume_from_checkpoint auto and more --max_steps, or in another --output_dir"
+            raise ValueError(f"{output / FINAL} is there: the run is complete; {way_out}")
 
     if any(other != start for other in ranks.gather(start)):
         raise ValueError(f"processes see different checkpoints in {output}; choose a directory that all nodes share")

@@ -523,6 +523,19 @@ def test_a_flag_that_there_was_not_yet_when_a_run_was_written_had_its_default(so
         resume.check_settings(before | {"stage": "other"}, args, tmp_path)
 
 
+def test_what_is_later_than_a_checkpoint_is_neither_mixed_with_its_run_nor_taken_for_it(run, source, tmp_path, capsys):
+    by_name = {n: ["--resume_from_checkpoint", str(run / f"checkpoint-{n}")] for n in (4, 8)}
+    before = contents(run)
+    assert "later than" in (said := refused(capsys, flags(source, run, *by_name[4]))) and "checkpoint-8 say" in said
+    assert "the run is complete; go on by" in refused(capsys, flags(source, run, *by_name[8]))
+    assert contents(run) == before
+    train.main(flags(source, tmp_path / "other", *by_name[4]))
+    assert weights(tmp_path / "other").keys() == weights(run).keys()
+    shutil.rmtree(run / "checkpoint-final")
+    train.main(flags(source, run, *by_name[8]))
+    assert (run / "checkpoint-final").is_dir()
+
+
 def test_a_run_that_is_there_names_its_newest_checkpoint(run, source, capsys):
     for newest in ("checkpoint-final", "checkpoint-8", "checkpoint-4"):
         said = refused(capsys, flags(source, run))
