@@ -434,7 +434,9 @@ def test_the_two_newest_checkpoints_can_be_resumed_and_the_limit_is_kept(tmp_pat
         resume.read_progress(tmp_path / "all/checkpoint-2")
 
 
-def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tmp_path, source, capsys, monkeypatch):
+def test_a_checkpoint_goes_on_elsewhere_and_in_its_own_directory_once_nothing_is_later(
+    tmp_path, source, capsys, monkeypatch
+):
     train.main(flags_of(source, tmp_path / "whole", "--save_steps", "3"))
     resumed = ["--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-6")]
     train.main(flags_of(source, tmp_path / "other", *resumed))
@@ -445,10 +447,12 @@ def test_a_checkpoint_goes_on_in_another_directory_and_from_before_the_newest(tm
     assert "holds a run" in refused(capsys, flags_of(source, tmp_path / "other", *resumed))
     before = curve(tmp_path / "whole")
     monkeypatch.chdir(tmp_path)  # the checkpoint is of this run, however its place is written
+    assert "checkpoint-9 say; go on from it in another" in refused(capsys, flags_of(source, "whole", *resumed))
+    for later in ("checkpoint-9", "checkpoint-final"):
+        shutil.rmtree(tmp_path / "whole" / later)
     train.main(flags_of(source, "whole", *resumed, "--save_steps", "7", "--save_total_limit", "1"))
     assert curve(tmp_path / "whole") == before
-    held = [path.name for path in resume.checkpoints(tmp_path / "whole")]
-    assert held == ["checkpoint-7", "checkpoint-9"]  # a later one does not count
+    assert [path.name for path in resume.checkpoints(tmp_path / "whole")] == ["checkpoint-7"]
 
 
 @pytest.mark.slow
