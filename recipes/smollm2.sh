@@ -5,7 +5,7 @@
 #
 #   BASE=Qwen/Qwen3-0.6B        another model (default: HuggingFaceTB/SmolLM2-135M-Instruct)
 #   DATA=SPEC                   another chat data set of train.py (default: tatsu-lab/alpaca)
-#   MINUTES=120                 of training (default: 20, on a GPU 5); more for a finished run trains it on
+#   MINUTES=100                 of training (default: 20, on a GPU 5); more for a finished run trains it on
 #   ROWS=4                      of 512 tokens a step (default: 1, on a GPU 16)
 #   QUESTIONS=50                held-out chats that the figures rest on (default: 16)
 #   RUNS=DIR                    where it writes (default: runs/smollm2, of another BASE a directory in it)
