@@ -81,7 +81,7 @@ print(f"\n# {speed:.0f} tokens a second: {speed * 60 * minutes / 1e6:.2f} M toke
 END
     rm -r "$RUNS/probe"
 fi
-train --max_minutes "$MINUTES" --num_train_epochs 1000 --eval_steps 0.2 --eval_rows 32 --save_steps 0.25 \
+train --max_minutes "$MINUTES" --num_train_epochs 1000 --eval_steps 0.2 --eval_rows 12 --save_steps 0.25 \
     --save_total_limit 1 --logging_steps 20 --sample_prompt 'What is the capital of France?' \
     --resume_from_checkpoint auto --output_dir "$RUNS/run"
 
