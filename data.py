@@ -601,8 +601,12 @@ def raw(dataset_args: str, split: str):
         to_messages = chat_format(columns_of(rows))
         with naming_errors(spec.name):
             for row in rows:
-                messages, tools = to_messages(row) if to_messages else (None, None)
-                yield dict(row) | ({"messages": messages} if to_messages else {}) | ({"tools": tools} if tools else {})
+                found = dict(row)
+                if to_messages:
+                    found.pop("tools", None)  # of some sets it is a text of JSON, which may hold none
+                    messages, tools = to_messages(row)
+                    found |= {"messages": messages} | ({"tools": tools} if tools else {})
+                yield found
 
 
 def texts(dataset_args: str, stage: str, text_field: str = "text"):

@@ -446,12 +446,15 @@ def test_line_separators_within_a_row_of_jsonl_are_kept(tmp_path):
         assert [request.prompt for request in sample.requests(args)] == prompts
 
 
-def test_a_question_is_asked_with_the_tools_that_the_row_was_learnt_with():
+def test_a_question_is_asked_with_the_tools_that_the_row_was_learnt_with(tmp_path):
     source = checkpoint("mdlm")
     model, tokenizer = load_model(source), Tokenizer(source)
     tokenizer.template = "{{ tools|length }} tools: {% for message in messages %}{{ message.content }} {% endfor %}"
     tools = [{"type": "function", "function": {"name": "add"}}]
-    request = sample.to_score({"messages": WANTED, "tools": tools}, "rows")
+    rows = [{"messages": WANTED, "tools": found} for found in (json.dumps(tools), "[]") for _ in range(9)]
+    asked = [sample.to_score(row, "rows") for row in data.raw(write(tmp_path / "rows.jsonl", rows), "train")]
+    assert {json.dumps(request.tools) for request in asked} == {json.dumps(tools), "null"}
+    request = next(request for request in asked if request.tools)
     sample.encode(request, 1, sample.Sample.parse(["--model_name_or_path", source]), model, tokenizer, True)
     assert tokenizer.decode(request.ids).startswith("1 tools: ")
 

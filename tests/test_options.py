@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 
+import card
 from options import Bound, Count, Directory, FromFile, Ids, Natural, Options, Positive, Rows, Seed, Share, Words, flags
 from train import Settings
 
@@ -313,6 +314,7 @@ def test_what_a_choice_of_the_file_decides_is_told_from_what_was_given(file):
         path = file(model_name_or_path="m", dataset_args="d", output_dir="o", stage=stage, max_length=length)
         assert Settings.parse(["--config", path]).max_length == length
         assert "max_length" in Settings.parse(["--config", path]).given
+        assert f"--max_length {length} " in card.recipe(Settings.parse(["--config", path])) + " "
     path = file(model_name_or_path="m", dataset_args="d", output_dir="o", stage="sft", max_length=512)
     assert "max_length" not in Settings.parse(["--config", path]).given
 
