@@ -603,9 +603,8 @@ def raw(dataset_args: str, split: str):
             for row in rows:
                 found = dict(row)
                 if to_messages:
-                    found.pop("tools", None)  # of some sets it is a text of JSON, which may hold none
                     messages, tools = to_messages(row)
-                    found |= {"messages": messages} | ({"tools": tools} if tools else {})
+                    found |= {"messages": messages} | ({"tools": tools} if tools or "tools" in row else {})
                 yield found
 
 
